@@ -1,0 +1,37 @@
+# finetune-study: which optimizations fit your GPUs, how fast is each, what does it cost?
+#
+# results/
+#   plan.json                       every run of the study
+#   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
+#   runs/<run_id>/run.yaml          everything that defines the run
+#   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
+#   outcomes.parquet, outcomes.csv  one row per run
+#   comparisons.parquet             spread over repeats, against the baseline recipe
+#   recommendations.json            which recipe, where, and how sure
+#   report/index.html               the page
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: "config/config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/plan.smk"
+include: "workflow/rules/prepare.smk"
+include: "workflow/rules/finetune.smk"
+include: "workflow/rules/metrics.smk"
+include: "workflow/rules/report.smk"
+include: "workflow/rules/remeasure.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        RESULTS.report,
+
+
+onerror:
+    print_partial_report()

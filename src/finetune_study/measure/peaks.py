@@ -1,0 +1,34 @@
+"""Dense peak rates of GPUs; an unknown GPU has none, and so no MFU."""
+
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    # NVIDIA V100 Tensor Core GPU data sheet (SXM2)
+    "V100-SXM2": {"float16": 125.0, "float32": 15.7},
+    # NVIDIA V100 Tensor Core GPU data sheet (PCIe)
+    "V100-PCIE": {"float16": 112.0, "float32": 14.0},
+    # NVIDIA T4 data sheet
+    "T4": {"float16": 65.0, "float32": 8.1},
+    # NVIDIA A100 Tensor Core GPU data sheet; float32 without TF32
+    "A100": {"float16": 312.0, "bfloat16": 312.0, "float32": 19.5},
+    # NVIDIA L4 data sheet, half of the figure with sparsity
+    "L4": {"float16": 121.0, "bfloat16": 121.0, "float32": 30.3},
+    # NVIDIA L40S data sheet, half of the figure with sparsity
+    "L40S": {"float16": 362.05, "bfloat16": 362.05, "float32": 91.6},
+    # NVIDIA H100 data sheet (PCIe), half of the figure with sparsity
+    "H100 PCIe": {"float16": 756.5, "bfloat16": 756.5, "float32": 51.0},
+    # NVIDIA H100 data sheet (SXM), half of the figure with sparsity
+    "H100": {"float16": 989.5, "bfloat16": 989.5, "float32": 67.0},
+    # NVIDIA H200 data sheet (SXM), half of the figure with sparsity
+    "H200": {"float16": 989.5, "bfloat16": 989.5, "float32": 67.0},
+}
+"""TFLOP/s by a part of the driver's name for the GPU, then by number format; the first part that fits decides."""
+
+
+def peak_tflops(device_name: str | None, dtype: str | None) -> float | None:
+    """Dense peak of one device in TFLOP/s; None when the device or its rate for the format is not known."""
+    if device_name is None or dtype is None:
+        return None
+    words = device_name.replace("Tesla ", "").removeprefix("NVIDIA ")
+    for part, rates in PEAK_TFLOPS.items():
+        if words == part or words.startswith((f"{part}-", f"{part} ")):
+            return rates.get(dtype)
+    return None

@@ -1,0 +1,91 @@
+"""Time of optimizer steps, their tokens and their loss."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StepMeter(TrainerCallback):
+    """One entry per optimizer step, from the end of the step before to its own end, the device's queue drained.
+
+    A step that fp16's loss scaling skipped is neither timed nor counted; training goes on until enough steps were.
+    """
+
+    def __init__(
+        self,
+        num_untimed_steps: int,
+        num_timed_steps: int,
+        synchronize: Callable[[], None],
+        was_skipped: Callable[[], bool],
+        on_step: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """
+        Args:
+            num_untimed_steps: steps before timing starts.
+            num_timed_steps: steps to time.
+            synchronize: waits until the device has done what it was given.
+            was_skipped: whether the last optimizer step changed nothing.
+            on_step: called with each finished step, its loss included.
+        """
+        self._untimed, self._timed = num_untimed_steps, num_timed_steps
+        self._synchronize, self._was_skipped, self._on_step = synchronize, was_skipped, on_step
+        self._since: float | None = None
+        self._entry: dict[str, Any] = {}
+        self._real_tokens: list[Any] = []
+        self._loss_tokens: list[Any] = []
+        self._num_stepped = 0
+        self.on_timing: Callable[[bool], None] = lambda _: None
+        """Called with True when timing starts and with False when it ends."""
+
+    def count_tokens(self, _: Any, __: Any, inputs: dict[str, Any]) -> None:
+        """A forward pre-hook (with keywords) of the model: sums stay on the device until the step is over."""
+        if self._since is not None:
+            self._real_tokens.append(inputs["attention_mask"].sum())
+            # The model predicts each position from those before it: the first one's label is not used.
+            self._loss_tokens.append((inputs["labels"][:, 1:] != -100).sum())
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._since is None:
+            self._synchronize()
+            self._since = time.perf_counter()
+            if self._untimed == 0:
+                self.on_timing(True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self._since is not None
+        self._synchronize()
+        now = time.perf_counter()
+        stepped = not self._was_skipped()
+        timed = stepped and self._num_stepped >= self._untimed
+        self._entry = {
+            "step": state.global_step,
+            "seconds": now - self._since,
+            "stepped": stepped,
+            "timed": timed,
+            "real_tokens": sum(int(count) for count in self._real_tokens),
+            "loss_tokens": sum(int(count) for count in self._loss_tokens),
+        }
+        self._num_stepped += stepped
+        self._real_tokens, self._loss_tokens = [], []
+        if stepped and self._num_stepped == self._untimed:
+            self.on_timing(True)
+        if self._num_stepped == self._untimed + self._timed:
+            self.on_timing(False)
+            control.should_training_stop = True
+        self._since = time.perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._entry and logs and "loss" in logs:
+            self._on_step({**self._entry, "loss": float(logs["loss"])})
+            self._entry = {}

@@ -1,0 +1,73 @@
+"""Model of a run: loaded or drawn at random, in its dtype, with its attention."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from finetune_study.run import Run
+
+
+def load(run: Run, folder: Path) -> Any:
+    """The bare model, before any technique wraps it.
+
+    Args:
+        run: decides about weights, dtype and attention.
+        folder: the prepared model.
+
+    ZeRO-3 shards the weights while they are made when its `TrainingArguments` exist before this call.
+    """
+    names = frozenset(run.techniques)
+    arguments: dict[str, Any] = {}
+    for technique in run.parsed_techniques.values():
+        arguments |= technique.load_arguments(names)
+    if run.model.weights == "random":
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _seeded_initialisation(run.seed):
+            model = AutoModelForCausalLM.from_config(config, **arguments)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
+    model.config.use_cache = False  # keys and values of past tokens serve generation alone
+    return model
+
+
+@contextmanager
+def _seeded_initialisation(seed: int) -> Iterator[None]:
+    """Each module draws its weights from a seed of its own, so that they are equal however many ranks share the work.
+
+    ZeRO-3 initialises on one rank and in another order of random draws than the plain path; the order of modules is
+    the same in both (transformers.integrations.deepspeed.initialize_weights_zero3).
+    """
+    original = PreTrainedModel._initialize_weights
+    state = torch.get_rng_state()
+    count = 0
+
+    def initialise(self: PreTrainedModel, module: torch.nn.Module, *rest: Any, **keywords: Any) -> None:
+        nonlocal count
+        if not getattr(module, "_is_hf_initialized", False):
+            count += 1
+            torch.manual_seed(seed * 1_000_003 + count)
+        original(self, module, *rest, **keywords)
+
+    PreTrainedModel._initialize_weights = initialise
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = original
+        torch.set_rng_state(state)
+        transformers.set_seed(seed)
+
+
+def compute_dtype_probe(model: Any, tell: Any) -> None:
+    """Calls `tell` with the number format of the first linear layer's output in the first training forward pass."""
+    layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
+
+    def once(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        handle.remove()
+        tell(str(output.dtype).removeprefix("torch."))
+
+    handle = layer.register_forward_hook(once)

@@ -1,0 +1,297 @@
+"""Records become rows: one per run, each number with its unit and scope in its name."""
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from finetune_study.config import Hardware
+from finetune_study.measure.peaks import peak_tflops
+from finetune_study.paths import Results
+from finetune_study.record import Record, read_record
+from finetune_study.run import Run
+
+METRICS_VERSION = 1
+"""Raise it when a column's meaning changes: outcomes are derived anew from the records, no run is repeated."""
+
+GIB = 2**30
+
+COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
+    "run_id": (pl.String, "Name of the run."),
+    "target": (pl.String, "Model entry of the config."),
+    "hardware": (pl.String, "Hardware entry of the config."),
+    "num_gpus": (pl.Int64, "Devices, one process each."),
+    "sequence_length": (pl.Int64, "Positions of every sequence."),
+    "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
+    "gradient_accumulation_steps": (pl.Int64, "Micro-batches per optimizer step."),
+    "effective_batch_size": (pl.Int64, "Sequences per optimizer step over all devices."),
+    "recipe": (pl.String, "Recipe of the config."),
+    "techniques": (pl.String, "Its techniques with the defaults filled in, in order of application."),
+    "repeat": (pl.Int64, "Number of the repeat, from 1."),
+    "status": (pl.String, "How the run ended."),
+    "reason": (pl.String, "Why, in a sentence, where it did not complete."),
+    "oom_phase": (pl.String, "What the run was doing when memory ran out."),
+    "oom_step": (pl.Int64, "Optimizer step in which memory ran out."),
+    "oom_rank": (pl.Int64, "Rank that ran out first."),
+    "oom_requested_gib": (pl.Float64, "Size of the allocation that failed, GiB."),
+    "oom_held_gib": (pl.Float64, "Device memory that the rank held then, GiB."),
+    "oom_fragmented": (pl.Boolean, "The allocator held more unused memory than was asked for."),
+    "num_timed_steps": (pl.Int64, "Optimizer steps that were timed."),
+    "num_skipped_steps": (pl.Int64, "Steps whose update fp16's loss scaling skipped; not timed."),
+    "step_time_seconds_median": (pl.Float64, "Median time of an optimizer step, slowest rank, seconds."),
+    "step_time_seconds_min": (pl.Float64, "Shortest timed step, seconds."),
+    "step_time_seconds_max": (pl.Float64, "Longest timed step, seconds."),
+    "step_time_seconds_samples": (pl.List(pl.Float64), "Every timed step, seconds."),
+    "untimed_step_time_seconds_samples": (pl.List(pl.Float64), "Every untimed step before them, seconds."),
+    "tokens_per_second": (pl.Float64, "Positions per second over all devices, at the median step time."),
+    "tokens_per_second_per_gpu": (pl.Float64, "The same for one device."),
+    "real_tokens_per_second": (pl.Float64, "Positions that are not padding, per second, over all devices."),
+    "loss_tokens_per_second": (pl.Float64, "Positions that the loss counts, per second, over all devices."),
+    "samples_per_second": (pl.Float64, "Sequences per second over all devices, at the median step time."),
+    "peak_memory_allocated_gib": (pl.Float64, "GPU: most memory in tensors, largest rank, GiB."),
+    "peak_memory_reserved_gib": (pl.Float64, "GPU: most memory held by the allocator, largest rank, GiB."),
+    "peak_device_used_gib": (
+        pl.Float64,
+        "GPU: most memory in use on the device. CPU: most data memory of a rank above its baseline, which is what the "
+        "budget limits. Largest rank, GiB.",
+    ),
+    "peak_host_rss_gib": (pl.Float64, "Most resident memory, summed over the ranks, GiB."),
+    "memory_budget_gib": (pl.Float64, "CPU: the budget of each rank, GiB."),
+    "predicted_peak_memory_allocated_gib": (pl.Float64, "What was forecast before the run, GiB."),
+    "energy_joules_per_step": (pl.Float64, "Energy of all devices per optimizer step, by NVML, joules."),
+    "model_flops_per_step": (
+        pl.Float64,
+        "Floating-point operations that the model needs for an optimizer step over all devices; recomputation and "
+        "gradients of frozen weights are not counted.",
+    ),
+    "mfu_percent": (pl.Float64, "Model FLOPs per second over the devices' dense peak, per cent."),
+    "trainable_parameters": (pl.Int64, "Weights that are trained."),
+    "total_parameters": (pl.Int64, "All weights."),
+    "train_loss_first": (pl.Float64, "Loss of the first optimizer step."),
+    "train_loss_last": (pl.Float64, "Loss of the last optimizer step."),
+    "eval_loss_before": (pl.Float64, "Held-out loss before training."),
+    "eval_loss_after": (pl.Float64, "Held-out loss after training."),
+    "startup_seconds": (pl.Float64, "From the start of the processes until they can load the model, slowest rank."),
+    "load_seconds": (pl.Float64, "Loading the model, slowest rank, seconds."),
+    "duration_seconds": (pl.Float64, "The whole run, seconds."),
+    "gpu_hours": (pl.Float64, "Duration times devices, hours."),
+    "epoch_hours": (pl.Float64, "One pass over the training data, at the median step time, hours."),
+    "cost_usd_per_epoch": (pl.Float64, "The same in US dollars, at the config's price."),
+    "optimizer_class": (pl.String, "Optimizer that really ran."),
+    "attention_implementation": (pl.String, "Attention that the model really used."),
+    "compute_dtype": (pl.String, "Number format of a linear layer's output in the forward pass."),
+    "gpu_name": (pl.String, "Device as found; on a CPU study the processor."),
+    "host": (pl.String, "Where it ran."),
+    "model_source": (pl.String, "Where the weights came from."),
+    "data_sha256": (pl.String, "Digest of the prepared data."),
+    "torch_version": (pl.String, "Version of torch."),
+    "transformers_version": (pl.String, "Version of transformers."),
+    "deepspeed_version": (pl.String, "Version of DeepSpeed."),
+    "software_sha256": (pl.String, "Digest of the versions of all installed packages."),
+    "lock_sha256": (pl.String, "Digest of the lock file that the environment was installed from."),
+    "commit": (pl.String, "Commit of this project."),
+    "started_at": (pl.String, "Start, ISO 8601, UTC."),
+    "slurm_job_id": (pl.String, "SLURM job, where there was one."),
+    "attempt": (pl.Int64, "Which try it was."),
+    "command": (pl.String, "Repeats the run."),
+}
+"""Columns of outcomes.parquet: type and meaning."""
+
+SCHEMA = pl.Schema({name: dtype for name, (dtype, _) in COLUMNS.items()})
+
+
+def collect(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware]) -> pl.DataFrame:
+    """The outcomes of those runs that have one.
+
+    Args:
+        results: the study's results.
+        run_ids: runs of the plan; those without a record have no row.
+        hardware: entries of the config, for their prices.
+
+    Raises:
+        RecordError: for a record that is damaged.
+    """
+    rows = (read_row(results, run_id, hardware) for run_id in run_ids)
+    return pl.DataFrame([row for row in rows if row is not None], schema=SCHEMA)
+
+
+def read_row(results: Results, run_id: str, hardware: dict[str, Hardware]) -> dict[str, Any] | None:
+    """The row of one run; None when it has no record.
+
+    Raises:
+        RecordError: when the record is damaged.
+    """
+    paths = results.run(run_id)
+    if not paths.record.exists():
+        return None
+    record = read_record(paths.record)
+    entry = hardware.get(record.run.hardware.name)
+    return row(record, price=entry.price_usd_per_gpu_hour if entry else None, prior=_prior(paths.prior))
+
+
+def write(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware]) -> None:
+    """Writes outcomes.parquet and outcomes.csv; in the CSV lists are written as JSON.
+
+    Args:
+        results: the study's results.
+        run_ids: runs of the plan.
+        hardware: entries of the config, for their prices.
+    """
+    outcomes = collect(results, run_ids, hardware)
+    results.root.mkdir(parents=True, exist_ok=True)
+    outcomes.write_parquet(results.outcomes_parquet)
+    lists = [name for name, dtype in SCHEMA.items() if isinstance(dtype, pl.List)]
+    as_text = [pl.col(n).map_elements(lambda v: json.dumps(list(v)), return_dtype=pl.String) for n in lists]
+    outcomes.with_columns(as_text).write_csv(results.outcomes_csv)
+
+
+def _prior(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8")).get("predicted_peak_memory_allocated_gib")
+    return None if value is None else float(value)
+
+
+def run_columns(run: Run) -> dict[str, Any]:
+    """A row with what is known before a run; everything else is null."""
+    return dict.fromkeys(COLUMNS) | {
+        "run_id": run.run_id,
+        "target": run.target,
+        "hardware": run.hardware.name,
+        "num_gpus": run.num_gpus,
+        "sequence_length": run.sequence_length,
+        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "effective_batch_size": run.training.effective_batch_size,
+        "recipe": run.recipe,
+        "techniques": "+".join(run.parsed_techniques),
+        "repeat": run.repeat,
+        "memory_budget_gib": run.hardware.memory_budget_gib,
+        "command": f"python -m finetune_study.launch results/runs/{run.run_id}/run.yaml",
+    }
+
+
+def row(record: Record, price: float | None = None, prior: float | None = None) -> dict[str, Any]:
+    """One row of outcomes.
+
+    Args:
+        record: raw facts of a run.
+        price: US dollars for one device for one hour.
+        prior: predicted peak memory in GiB.
+    """
+    run, ending, environment = record.run, record.ending, record.environment
+    versions = environment.get("versions", {})
+    first: dict[str, Any] = record.ranks[0] if record.ranks else {}
+    values = run_columns(run) | {
+        "status": ending.status,
+        "reason": ending.reason,
+        "oom_phase": ending.phase,
+        "oom_step": ending.step,
+        "oom_rank": ending.rank,
+        "oom_requested_gib": _gib(ending.bytes_requested),
+        "oom_held_gib": _gib(ending.bytes_held),
+        "oom_fragmented": ending.fragmented,
+        "predicted_peak_memory_allocated_gib": prior,
+        "peak_memory_allocated_gib": _gib(_most(record, "peak_allocated_bytes")),
+        "peak_memory_reserved_gib": _gib(_most(record, "peak_reserved_bytes")),
+        "peak_device_used_gib": _gib(_most(record, "peak_device_used_bytes")),
+        "peak_host_rss_gib": _gib(_total(record, "peak_rss_bytes")),
+        "trainable_parameters": first.get("trainable_parameters"),
+        "total_parameters": first.get("total_parameters"),
+        "eval_loss_before": first.get("evaluations", {}).get("before"),
+        "eval_loss_after": first.get("evaluations", {}).get("after"),
+        "startup_seconds": _slowest(record, "startup_seconds"),
+        "load_seconds": _slowest(record, "load_seconds"),
+        "duration_seconds": record.duration_seconds,
+        "gpu_hours": None if record.duration_seconds is None else record.duration_seconds * run.num_gpus / 3600,
+        "optimizer_class": first.get("optimizer_class"),
+        "attention_implementation": first.get("attention_implementation"),
+        "compute_dtype": first.get("compute_dtype"),
+        "gpu_name": environment.get("device_name"),
+        "host": environment.get("host"),
+        "model_source": environment.get("model", {}).get("source"),
+        "data_sha256": environment.get("data", {}).get("sha256"),
+        "torch_version": versions.get("torch"),
+        "transformers_version": versions.get("transformers"),
+        "deepspeed_version": versions.get("deepspeed"),
+        "software_sha256": environment.get("software_sha256"),
+        "lock_sha256": environment.get("lock_sha256"),
+        "commit": environment.get("commit"),
+        "started_at": record.started_at,
+        "slurm_job_id": record.slurm_job_id,
+        "attempt": record.attempt,
+    }
+    return values | _timing(record, price)
+
+
+def _timing(record: Record, price: float | None) -> dict[str, Any]:
+    """Everything that follows from the steps; empty where no step was finished by all ranks."""
+    run = record.run
+    per_rank = [rank.get("steps", []) for rank in record.ranks]
+    # A step is as slow as its slowest rank; ranks that were cut off have fewer.
+    steps = [
+        {**group[0], "seconds": max(s["seconds"] for s in group), "ranks": group}
+        for group in zip(*per_rank, strict=False)
+    ]
+    if not steps:
+        return {}
+    timed = [step for step in steps if step["timed"]]
+    values: dict[str, Any] = {
+        "num_timed_steps": len(timed),
+        "num_skipped_steps": sum(not step["stepped"] for step in steps),
+        "untimed_step_time_seconds_samples": [s["seconds"] for s in steps if not s["timed"] and s["stepped"]],
+        "train_loss_first": steps[0]["loss"],
+        "train_loss_last": steps[-1]["loss"],
+    }
+    if not timed:
+        return values
+    samples = [step["seconds"] for step in timed]
+    median, total = statistics.median(samples), sum(samples)
+    sequences = run.training.effective_batch_size
+    positions = sequences * run.sequence_length
+    flops = _total(record, "model_flops_per_step")
+    energy = _total(record, "energy_joules")
+    peak = peak_tflops(record.environment.get("device_name"), record.ranks[0].get("compute_dtype"))
+    train_sequences = record.environment.get("data", {}).get("num_train_available")
+    epoch_hours = None if train_sequences is None else train_sequences / sequences * median / 3600
+    return values | {
+        "step_time_seconds_median": median,
+        "step_time_seconds_min": min(samples),
+        "step_time_seconds_max": max(samples),
+        "step_time_seconds_samples": samples,
+        "tokens_per_second": positions / median,
+        "tokens_per_second_per_gpu": positions / median / run.num_gpus,
+        "real_tokens_per_second": sum(r["real_tokens"] for s in timed for r in s["ranks"]) / total,
+        "loss_tokens_per_second": sum(r["loss_tokens"] for s in timed for r in s["ranks"]) / total,
+        "samples_per_second": sequences / median,
+        "energy_joules_per_step": None if energy is None else energy / len(timed),
+        "model_flops_per_step": flops,
+        "mfu_percent": None if flops is None or peak is None else 100 * flops / median / (peak * 1e12 * run.num_gpus),
+        "epoch_hours": epoch_hours,
+        "cost_usd_per_epoch": None if price is None or epoch_hours is None else price * run.num_gpus * epoch_hours,
+    }
+
+
+def _values(record: Record, key: str) -> list[Any]:
+    values = [rank.get(key, rank.get("memory", {}).get(key)) for rank in record.ranks]
+    return [value for value in values if value is not None]
+
+
+def _most(record: Record, key: str) -> Any:
+    return max(_values(record, key), default=None)
+
+
+_slowest = _most
+
+
+def _total(record: Record, key: str) -> Any:
+    """Sum over the ranks; null where one of them does not know."""
+    values = _values(record, key)
+    return sum(values) if values and len(values) == len(record.ranks) else None
+
+
+def _gib(value: int | None) -> float | None:
+    return None if value is None else value / GIB

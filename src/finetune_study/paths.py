@@ -1,0 +1,120 @@
+"""The only place that knows names under ``results/``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Everything that belongs to one run; ``folder`` is enough to repeat it."""
+
+    folder: Path
+
+    @property
+    def run_yaml(self) -> Path:
+        """Everything that defines the run; its bytes are a function of the run_id."""
+        return self.folder / "run.yaml"
+
+    @property
+    def record(self) -> Path:
+        """Raw facts and the outcome; a source file once it exists."""
+        return self.folder / "record.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the last try left no outcome; replaced by the next try."""
+        return self.folder / "failure.json"
+
+    @property
+    def prior(self) -> Path:
+        """What was forecast before the run was submitted."""
+        return self.folder / "prior.json"
+
+    @property
+    def log(self) -> Path:
+        """What the supervisor and its ranks printed in the last try."""
+        return self.folder / "launch.log"
+
+    @property
+    def lock(self) -> Path:
+        """Held while a supervisor works in this folder."""
+        return self.folder / "launch.lock"
+
+    @property
+    def superseded(self) -> Path:
+        """Records that a ``remeasure`` replaced."""
+        return self.folder / "superseded"
+
+    @property
+    def request(self) -> Path:
+        """Asks for the run to be measured again; there while that happens."""
+        return self.folder / "remeasure.request"
+
+    @property
+    def scratch(self) -> Path:
+        """Facts of the ranks of the try that is going on."""
+        return self.folder / "ranks"
+
+    def rank_facts(self, rank: int) -> Path:
+        return self.scratch / f"{rank}.jsonl"
+
+    def memory_snapshot(self, rank: int) -> Path:
+        """The allocator's history for PyTorch's memory viewer."""
+        return self.folder / f"memory_snapshot_rank{rank}.pickle"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results folder of a study."""
+
+    root: Path
+
+    @classmethod
+    def of_run_yaml(cls, run_yaml: Path) -> "Results":
+        """The results folder that ``results/runs/<run_id>/run.yaml`` lies in."""
+        return cls(run_yaml.absolute().parent.parent.parent)
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def run(self, run_id: str) -> RunPaths:
+        return RunPaths(self.runs / run_id)
+
+    def model(self, key: str) -> Path:
+        return self.root / "prepared" / "models" / key
+
+    def data(self, key: str) -> Path:
+        return self.root / "prepared" / "data" / key
+
+    @property
+    def outcomes_parquet(self) -> Path:
+        return self.root / "outcomes.parquet"
+
+    @property
+    def outcomes_csv(self) -> Path:
+        return self.root / "outcomes.csv"
+
+    @property
+    def comparisons(self) -> Path:
+        return self.root / "comparisons.parquet"
+
+    @property
+    def recommendations(self) -> Path:
+        return self.root / "recommendations.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report" / "index.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "report" / "figures"
+
+
+MANIFEST = "manifest.json"
+"""In every prepared folder, written last: what it holds, where it came from, its digest."""

@@ -1,0 +1,76 @@
+"""From the configuration to the runs of the study; pure, so that the DAG and the plan can't differ."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from finetune_study import run as run_module
+from finetune_study import techniques
+from finetune_study.config import Config, GridBlock, Hardware
+from finetune_study.run import Run, RunHardware, RunProtocol
+from finetune_study.section import Section
+
+
+class PlannedRun(Section):
+    """A run of the study, and why it can't run, if that is known beforehand."""
+
+    run: Run
+    unsupported: str | None = None
+    """Reason for a record at once, without training."""
+
+
+def plan(config: Config) -> list[PlannedRun]:
+    """Every run of the study, once, in the order of the grid; repeats outermost so that they spread over time."""
+    planned: dict[str, PlannedRun] = {}
+    for repeat in range(1, config.protocol.repeats + 1):
+        for block in config.grid:
+            for one in _block(config, block, repeat):
+                planned.setdefault(one.run.run_id, one)
+    return list(planned.values())
+
+
+def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun]:
+    axes = product(
+        block.targets,
+        block.hardware,
+        block.num_gpus,
+        block.sequence_length,
+        block.per_device_train_batch_size,
+        block.recipes,
+    )
+    for target, hardware_name, num_gpus, sequence_length, micro_batch, recipe_name in axes:
+        model = config.models[target]
+        hardware = config.hardware[hardware_name]
+        recipe = techniques.complete(config.recipes[recipe_name], hardware, num_gpus)
+        sequences_at_once = num_gpus * micro_batch
+        run = run_module.make(
+            target=target,
+            recipe=recipe_name,
+            repeat=repeat,
+            model=model,
+            tokenizer=config.models[model.tokenizer] if model.tokenizer else model,
+            hardware=RunHardware.of(hardware_name, hardware),
+            num_gpus=num_gpus,
+            sequence_length=sequence_length,
+            per_device_train_batch_size=micro_batch,
+            gradient_accumulation_steps=max(1, config.training.effective_batch_size // sequences_at_once),
+            techniques={name: technique.model_dump(mode="json") for name, technique in recipe.items()},
+            data=config.data,
+            training=config.training,
+            protocol=RunProtocol(
+                num_untimed_steps=config.protocol.num_untimed_steps,
+                num_timed_steps=config.protocol.num_timed_steps,
+            ),
+        )
+        reason = _why_not(hardware, num_gpus, sequences_at_once, config.training.effective_batch_size)
+        yield PlannedRun(run=run, unsupported=reason or techniques.why_not(recipe, hardware))
+
+
+def _why_not(hardware: Hardware, num_gpus: int, sequences_at_once: int, effective_batch_size: int) -> str | None:
+    if num_gpus > hardware.max_gpus:
+        return f"{num_gpus} GPUs asked for; this hardware has {hardware.max_gpus} for a run"
+    if effective_batch_size % sequences_at_once:
+        return (
+            f"an effective batch of {effective_batch_size} can't be made of steps of {sequences_at_once} sequences "
+            f"({num_gpus} GPUs, micro-batch {sequences_at_once // num_gpus})"
+        )
+    return None

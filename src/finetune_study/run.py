@@ -1,0 +1,157 @@
+"""Run: everything that defines one job, its identity, and its run.yaml."""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import PositiveInt, ValidationError
+
+from finetune_study import techniques
+from finetune_study.config import Data, Hardware, Model, Training
+from finetune_study.errors import RecordError
+from finetune_study.section import Section
+
+IDENTITY_VERSION = 1
+"""Raise it only when old runs must not be taken for new ones of the same settings: every run is measured again then."""
+
+def digest(value: object, length: int = 6) -> str:
+    """Hexadecimal digest of a JSON value, the same everywhere and always."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+class RunHardware(Section):
+    """The part of a hardware entry that changes a measurement; prices, partitions and paths of software do not."""
+
+    name: str
+    device: str
+    gpu: str | None
+    memory_budget_gib: float | None
+    """What the operating system enforces on each rank of a CPU study; a GPU's memory is what it is."""
+    threads_per_gpu: int | None
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, hardware: Hardware) -> Self:
+        return cls(
+            name=name,
+            device=hardware.device,
+            gpu=hardware.gpu,
+            memory_budget_gib=hardware.memory_gib if hardware.device == "cpu" else None,
+            threads_per_gpu=hardware.threads_per_gpu,
+            environment=hardware.environment,
+        )
+
+
+class RunProtocol(Section):
+    """The part of the protocol that changes a measurement."""
+
+    num_untimed_steps: int
+    num_timed_steps: int
+
+
+class Run(Section):
+    """One job: a target on some hardware with a recipe at one context length, micro-batch and repeat."""
+
+    run_id: str
+    """Readable head and digest of everything below; people read it, code never parses it."""
+    target: str
+    recipe: str
+    repeat: PositiveInt
+    model: Model
+    tokenizer: Model
+    """The model whose tokenizer prepares the data."""
+    hardware: RunHardware
+    num_gpus: PositiveInt
+    sequence_length: PositiveInt
+    per_device_train_batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    techniques: dict[str, dict[str, Any]]
+    """Complete: what the recipe leaves open is filled in; settings include their defaults."""
+    data: Data
+    training: Training
+    protocol: RunProtocol
+
+    @cached_property
+    def parsed_techniques(self) -> techniques.Techniques:
+        """The techniques in their order of application."""
+        return techniques.parse(self.techniques)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the random number generators: the study's, moved on by each repeat."""
+        return self.training.seed + self.repeat - 1
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps, skipped ones apart."""
+        return self.protocol.num_untimed_steps + self.protocol.num_timed_steps
+
+    @property
+    def num_train_samples(self) -> int:
+        """Sequences needed so that no sample is seen twice, with room for skipped steps."""
+        return (self.num_steps + self.max_skipped_steps) * self.training.effective_batch_size
+
+    @property
+    def max_skipped_steps(self) -> int:
+        """Steps that fp16 may lose while its loss scale settles (from 2^16, halved each time: 16 to reach 1)."""
+        return 16 if "fp16" in self.techniques else 0
+
+    @property
+    def model_key(self) -> str:
+        """Folder of the prepared model."""
+        return digest(self.model.model_dump(mode="json"), 12)
+
+    @property
+    def tokenizer_key(self) -> str:
+        """Folder of the prepared model whose tokenizer is used."""
+        return digest(self.tokenizer.model_dump(mode="json"), 12)
+
+    @property
+    def data_key(self) -> str:
+        """Folder of the prepared data: it depends on tokenizer and context, not on what is trained."""
+        return digest(self._data_identity, 12)
+
+    @property
+    def _data_identity(self) -> dict[str, Any]:
+        return {
+            "tokenizer": self.tokenizer.model_dump(mode="json"),
+            "sequence_length": self.sequence_length,
+            "packing": "packing" in self.techniques,
+            "data": self.data.model_dump(mode="json"),
+        }
+
+
+def make(**settings: Any) -> Run:
+    """A run from all its fields but the run_id, which follows from them."""
+    run = Run(run_id="", **settings)
+    identity = {"version": IDENTITY_VERSION, **run.model_dump(mode="json", exclude={"run_id"})}
+    head = (
+        f"{run.target}_{run.hardware.name}x{run.num_gpus}_s{run.sequence_length}"
+        f"_b{run.per_device_train_batch_size}_{run.recipe}_r{run.repeat}"
+    )
+    return run.model_copy(update={"run_id": f"{head}-{digest(identity)}"})
+
+
+def dump(run: Run) -> str:
+    """The bytes of run.yaml: a function of the run alone."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load(path: Path) -> Run:
+    """The run of a run.yaml.
+
+    Raises:
+        RecordError: when the file is missing or does not hold a run.
+    """
+    try:
+        return Run.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise RecordError("The run can't be read", where=str(path), given=error.strerror) from None
+    except (yaml.YAMLError, ValidationError) as error:
+        raise RecordError(
+            "The file does not hold a run", where=str(path), given=error, do="delete it: the plan writes it anew"
+        ) from None

@@ -1,0 +1,45 @@
+"""What every script of the workflow does: its log, its study, and messages for users without a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from finetune_study.errors import StudyError
+from finetune_study.paths import Results
+from finetune_study.study import Study, open_study
+
+
+class _Tee:
+    """Writes to the log and to the terminal."""
+
+    def __init__(self, *streams: Any) -> None:
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+
+@contextmanager
+def opened(snakemake: Any) -> Iterator[Study]:
+    """The study, with everything that is printed going to the rule's log as well.
+
+    Args:
+        snakemake: the object that Snakemake gives its scripts.
+    """
+    log = Path(snakemake.log[0])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8", buffering=1) as stream:
+        with redirect_stdout(_Tee(sys.stdout, stream)), redirect_stderr(stream):
+            try:
+                yield open_study(snakemake.config, Results(Path("results")))
+            except StudyError as error:
+                print(f"\n{error}\n  log:     {log}\n", file=sys.stdout)
+                sys.exit(1)

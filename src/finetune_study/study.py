@@ -1,0 +1,272 @@
+"""A study as it stands: its configuration, its runs, and what became of them so far."""
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune_study import config as config_module
+from finetune_study import plan as plan_module
+from finetune_study import record
+from finetune_study import run as run_module
+from finetune_study.config import Config, Model
+from finetune_study.errors import ConfigError, RecordError, StudyError
+from finetune_study.paths import Results
+from finetune_study.plan import PlannedRun
+from finetune_study.record import Ending, Record
+from finetune_study.run import Run
+
+REMEASURE = "remeasure"
+"""Key of `snakemake --config`: patterns of run_ids whose records are set aside and measured again."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Configuration, plan and results of a study."""
+
+    config: Config
+    results: Results
+    planned: dict[str, PlannedRun]
+    """Every run of the study by its run_id, in the order of the plan."""
+    remeasured: tuple[str, ...] = ()
+    """Runs with an outcome that are to be measured again."""
+
+    @cached_property
+    def recorded(self) -> frozenset[str]:
+        """Runs that have an outcome and keep it."""
+        return frozenset(
+            run_id for run_id in self.planned if run_id not in self.remeasured and self.results.run(run_id).record.exists()
+        )
+
+    @cached_property
+    def given_up(self) -> frozenset[str]:
+        """Runs that failed as often as the protocol allows; deleting failure.json, or `remeasure`, tries them again."""
+        return frozenset(
+            run_id
+            for run_id in self.planned
+            if run_id not in self.recorded and run_id not in self.remeasured and self._failed_too_often(run_id)
+        )
+
+    def _failed_too_often(self, run_id: str) -> bool:
+        path = self.results.run(run_id).failure
+        try:
+            return path.exists() and record.read_failure(path).attempt >= self.config.protocol.max_attempts
+        except RecordError:
+            return False
+
+    @cached_property
+    def pending(self) -> tuple[str, ...]:
+        """Runs that are to be trained now."""
+        return tuple(
+            run_id
+            for run_id, planned in self.planned.items()
+            if planned.unsupported is None and run_id not in self.recorded and run_id not in self.given_up
+        )
+
+    @cached_property
+    def unsupported(self) -> tuple[str, ...]:
+        """Runs that can't run here and have no record of it yet."""
+        return tuple(i for i, planned in self.planned.items() if planned.unsupported and i not in self.recorded)
+
+    @property
+    def expected(self) -> list[str]:
+        """Runs that have an outcome when everything goes well."""
+        return [run_id for run_id in self.planned if run_id not in self.given_up]
+
+    @property
+    def pending_pattern(self) -> str:
+        """Regular expression of the pending run_ids: a record that exists is a source file, made by no rule."""
+        return "|".join(map(re.escape, self.pending)) or "(?!)"
+
+    def run(self, run_id: str) -> Run:
+        return self.planned[run_id].run
+
+    @cached_property
+    def _models(self) -> dict[str, Run]:
+        models = {planned.run.model_key: planned.run for planned in self.planned.values()}
+        return models | {p.run.tokenizer_key: p.run for p in self.planned.values() if p.run.tokenizer_key not in models}
+
+    def model(self, model_key: str) -> Model:
+        """The model that is prepared under a key."""
+        run = self._models[model_key]
+        return run.model if run.model_key == model_key else run.tokenizer
+
+    @cached_property
+    def _data(self) -> dict[str, list[Run]]:
+        by_key: dict[str, list[Run]] = {}
+        for planned in self.planned.values():
+            by_key.setdefault(planned.run.data_key, []).append(planned.run)
+        return by_key
+
+    def data_run(self, data_key: str) -> Run:
+        """A run that reads this data: of all that do, the one that needs most sequences."""
+        return max(self._data[data_key], key=lambda run: run.num_train_samples)
+
+    def python(self, run_id: str) -> str | None:
+        """Interpreter that trains this run; None: the one that runs Snakemake."""
+        return self.config.hardware[self.run(run_id).hardware.name].software.python
+
+    @property
+    def data_files(self) -> list[str]:
+        """The data set, where it is a file."""
+        return [self.config.data.dataset] if Path(self.config.data.dataset).is_file() else []
+
+    @property
+    def plan_digest(self) -> str:
+        """Changes when a run is added or taken away."""
+        return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
+
+    @property
+    def prices(self) -> dict[str, float | None]:
+        """US dollars per GPU-hour by hardware entry."""
+        return {name: hardware.price_usd_per_gpu_hour for name, hardware in self.config.hardware.items()}
+
+    def summary(self) -> str:
+        """What there is to do, in a line."""
+        parts = [f"{len(self.planned)} runs", f"{len(self.recorded)} measured", f"{len(self.pending)} to train"]
+        if self.unsupported:
+            parts.append(f"{len(self.unsupported)} unsupported")
+        if self.given_up:
+            parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
+        return ", ".join(parts)
+
+
+def open_study(raw: Mapping[str, Any], results: Results) -> Study:
+    """The study of a configuration, checked as far as it can be before anything runs.
+
+    Args:
+        raw: the configuration as YAML or Snakemake gives it.
+        results: its results folder.
+
+    Raises:
+        ConfigError: for a configuration that does not hold together.
+        RecordError: for records that are cut off.
+    """
+    settings = dict(raw)
+    patterns = str(settings.pop(REMEASURE, "") or "")
+    config = config_module.parse(settings, "config/config.yaml (and --configfile, --config)")
+    planned = {one.run.run_id: one for one in plan_module.plan(config)}
+    _check_writable(results)
+    _check_records(results, planned)
+    _check_files(config)
+    return Study(config, results, planned, _select(patterns, planned))
+
+
+def _select(patterns: str, planned: Mapping[str, PlannedRun]) -> tuple[str, ...]:
+    chosen: list[str] = []
+    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
+        matched = fnmatch.filter(planned, pattern)
+        if not matched:
+            raise ConfigError(
+                "No run of the study fits what is to be measured again",
+                where=f"--config {REMEASURE}=",
+                given=pattern,
+                allowed="run_ids and patterns of them (`*` stands for anything), separated by commas; "
+                f"for example {next(iter(planned))}",
+                do="`finetune-study plan` lists the runs",
+            )
+        chosen += [run_id for run_id in matched if run_id not in chosen]
+    return tuple(chosen)
+
+
+def _check_writable(results: Results) -> None:
+    for folder in (results.root, results.runs):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise StudyError(
+                "The results folder can't be written to",
+                where=str(folder.absolute()),
+                given="read-only",
+                do="make it writable for you, or start Snakemake in another folder with `--directory`",
+            )
+
+
+def _check_records(results: Results, planned: Mapping[str, PlannedRun]) -> None:
+    damaged = [
+        path for run_id in planned if (path := results.run(run_id).record).exists() and not record.looks_whole(path)
+    ]
+    if damaged:
+        raise RecordError(
+            f"{len(damaged)} record(s) are cut off; nothing was changed",
+            where=", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else ""),
+            allowed="a whole JSON document, as finetune_study.launch writes it at once",
+            do="restore the file from a backup, or delete it: then that run is measured again",
+        )
+
+
+def _check_files(config: Config) -> None:
+    """What is plainly a path must be there; a hub id is prepare's to fetch."""
+    used = {name for block in config.grid for name in block.targets}
+    for name in sorted(used):
+        path = config.models[name].name_or_path
+        if path is not None and _is_path(path) and not (Path(path) / "config.json").exists():
+            raise ConfigError(
+                "A model's folder is missing or holds no config.json",
+                where=f"models.{name}.name_or_path",
+                given=path,
+                allowed="a folder with config.json, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`",
+            )
+    dataset = config.data.dataset
+    if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).is_file():
+        raise ConfigError(
+            "The data file is missing",
+            where="data.dataset",
+            given=dataset,
+            allowed=f"an existing {', '.join(DATA_SUFFIXES)} file, a hub id, or `generated`",
+        )
+
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def write_plan(study: Study) -> None:
+    """Writes plan.json, run.yaml of every run to be trained, and the record of every run that can't run here."""
+    for run_id in (*study.pending, *study.unsupported):
+        record.write_atomically(study.results.run(run_id).run_yaml, run_module.dump(study.run(run_id)))
+    for run_id in study.unsupported:
+        ending = Ending(status="unsupported", reason=study.planned[run_id].unsupported)
+        record.write_record(study.results.run(run_id), Record(run=study.run(run_id), ending=ending))
+    runs = [{"run_id": run_id, "unsupported": planned.unsupported} for run_id, planned in study.planned.items()]
+    record.write_atomically(study.results.plan, json.dumps({"runs": runs}, indent=1) + "\n")
+
+
+def set_aside(results: Results, run_id: str) -> None:
+    """Moves a run's record and failure out of the way; a record is never lost."""
+    paths = results.run(run_id)
+    if paths.record.exists():
+        paths.superseded.mkdir(parents=True, exist_ok=True)
+        number = len(list(paths.superseded.iterdir())) + 1
+        # A copy: Snakemake removes the output of the rule that is about to run.
+        record.write_atomically(paths.superseded / f"record-{number}.json", paths.record.read_text(encoding="utf-8"))
+    paths.failure.unlink(missing_ok=True)
+
+
+def report_what_there_is(study: Study) -> None:
+    """Outcomes, comparisons and report from the records that exist, for when runs failed.
+
+    The files get a modification time in the past, so that the next `snakemake` makes them properly: it did not see
+    which records these were made of.
+    """
+    from finetune_study import outcome, recommend, report
+
+    planned = list(study.planned.values())
+    outcome.write(study.results, study.planned, study.config.hardware)
+    recommend.aggregate(study.config, planned, study.results)
+    report.build(study.config, planned, study.results)
+    results = study.results
+    for path in (
+        results.outcomes_parquet,
+        results.outcomes_csv,
+        results.comparisons,
+        results.recommendations,
+        results.report,
+    ):
+        os.utime(path, (1, 1))

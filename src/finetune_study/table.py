@@ -1,0 +1,136 @@
+"""Comparisons: the spread over repeats, and each recipe against the baseline recipe in the same setting."""
+
+import polars as pl
+
+from finetune_study.config import Config
+
+SETTING = ["target", "hardware", "num_gpus", "sequence_length"]
+"""Recipes are compared within one setting."""
+CONFIGURATION = [*SETTING, "per_device_train_batch_size", "recipe"]
+"""Runs that differ in nothing of this are repeats of each other."""
+
+COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
+    "target": (pl.String, "Model entry of the config."),
+    "hardware": (pl.String, "Hardware entry of the config."),
+    "num_gpus": (pl.Int64, "Devices, one process each."),
+    "sequence_length": (pl.Int64, "Positions of every sequence."),
+    "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
+    "recipe": (pl.String, "Recipe of the config."),
+    "num_repeats": (pl.Int64, "Repeats that are planned."),
+    "num_completed": (pl.Int64, "Repeats that completed; every number is over these alone."),
+    "states": (pl.List(pl.String), "How each repeat ended, or `failed` or `not_run`."),
+    "step_time_seconds_median": (pl.Float64, "Median over the repeats of their median step time, seconds."),
+    "step_time_seconds_min": (pl.Float64, "Smallest median step time of a repeat, seconds."),
+    "step_time_seconds_max": (pl.Float64, "Largest median step time of a repeat, seconds."),
+    "peak_memory_column": (pl.String, "Column of the outcomes that the peak memory is taken from."),
+    "peak_memory_gib_median": (pl.Float64, "Median over the repeats of their peak memory, GiB."),
+    "peak_memory_gib_min": (pl.Float64, "Smallest peak memory of a repeat, GiB."),
+    "peak_memory_gib_max": (pl.Float64, "Largest peak memory of a repeat, GiB."),
+    "software_sha256": (pl.List(pl.String), "Digests of the software that the completed repeats ran with."),
+    "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch."),
+    "step_time_ratio": (pl.Float64, "Step time over the baseline's: below 1 is faster."),
+    "peak_memory_ratio": (pl.Float64, "Peak memory over the baseline's: below 1 is less."),
+    "not_compared": (pl.String, "Why there is no ratio although runs completed."),
+}
+"""Columns of comparisons.parquet: type and meaning."""
+
+SCHEMA = pl.Schema({name: dtype for name, (dtype, _) in COLUMNS.items()})
+
+_MEASURES = [
+    f"{measure}_{statistic}"
+    for measure in ("step_time_seconds", "peak_memory_gib")
+    for statistic in ("median", "min", "max")
+]
+
+
+def baseline_of(config: Config) -> str:
+    """The recipe that the others are compared with."""
+    return config.report.baseline or config.grid[0].recipes[0]
+
+
+def peak_memory() -> pl.Expr:
+    """The peak memory of a row in GiB: allocated where there is such a number (GPU), else in use on the device."""
+    return pl.coalesce("peak_memory_allocated_gib", "peak_device_used_gib")
+
+
+def show(value: float | None, unit: str = "") -> str:
+    """A number for a reader: three significant digits, and nothing where it is not known."""
+    if value is None:
+        return ""
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    return f"{text} {unit}".rstrip()
+
+
+def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
+    """One row per configuration, in the order of the cells.
+
+    Numbers of runs with different software are never brought together: repeats that differ in it have no statistics,
+    and a recipe whose software is not its baseline's has no ratio; `not_compared` says so.
+
+    Args:
+        cells: one row per planned run (`cells.SCHEMA`).
+        baseline: a recipe.
+    """
+    rows = _over_repeats(cells)
+    keys = [*SETTING, "per_device_train_batch_size"]
+    reference = rows.filter(pl.col("recipe") == baseline).select(
+        *keys,
+        pl.col("num_completed", "software_sha256", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
+    )
+    rows = rows.with_columns(baseline=pl.lit(baseline, pl.String)).join(
+        reference, on=keys, how="left", maintain_order="left"
+    )
+    rows = rows.with_columns(not_compared=_why_not_compared())
+    same_memory = pl.col("peak_memory_column") == pl.col("baseline_peak_memory_column")
+    rows = rows.with_columns(
+        step_time_ratio=_ratio("step_time_seconds_median", pl.col("not_compared").is_null()),
+        peak_memory_ratio=_ratio("peak_memory_gib_median", pl.col("not_compared").is_null() & same_memory),
+    )
+    return rows.select(pl.col(name).cast(dtype) for name, dtype in SCHEMA.items())
+
+
+def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
+    completed = pl.col("state") == "completed"
+    step_time = pl.col("step_time_seconds_median").filter(completed)
+    memory = peak_memory().filter(completed)
+    allocated = pl.col("peak_memory_allocated_gib").filter(completed).is_not_null().any()
+    rows = cells.group_by(CONFIGURATION, maintain_order=True).agg(
+        num_repeats=pl.len(),
+        num_completed=completed.sum(),
+        states=pl.col("state"),
+        software_sha256=pl.col("software_sha256").filter(completed).unique(maintain_order=True),
+        step_time_seconds_median=step_time.median(),
+        step_time_seconds_min=step_time.min(),
+        step_time_seconds_max=step_time.max(),
+        peak_memory_gib_median=memory.median(),
+        peak_memory_gib_min=memory.min(),
+        peak_memory_gib_max=memory.max(),
+        peak_memory_column=pl.when(allocated)
+        .then(pl.lit("peak_memory_allocated_gib"))
+        .when(memory.is_not_null().any())
+        .then(pl.lit("peak_device_used_gib")),
+    )
+    one_software = pl.col("software_sha256").list.len() <= 1
+    return rows.with_columns(pl.when(one_software).then(pl.col(name)).alias(name) for name in _MEASURES)
+
+
+def _why_not_compared() -> pl.Expr:
+    own, theirs = pl.col("software_sha256"), pl.col("baseline_software_sha256")
+    same_software = own.list.first().eq_missing(theirs.list.first()) & (theirs.list.len() == 1)
+    return (
+        pl.when(pl.col("num_completed") == 0)
+        .then(None)
+        .when(own.list.len() > 1)
+        .then(pl.lit("software differs between its repeats"))
+        .when(pl.col("baseline_num_completed").is_null())
+        .then(pl.lit("the baseline is not planned here"))
+        .when(pl.col("baseline_num_completed") == 0)
+        .then(pl.lit("the baseline has no completed run here"))
+        .when(~same_software)
+        .then(pl.lit("software differs from the baseline's"))
+        .otherwise(None)
+    )
+
+
+def _ratio(measure: str, allowed: pl.Expr) -> pl.Expr:
+    return pl.when(allowed).then(pl.col(measure) / pl.col(f"baseline_{measure}"))

@@ -1,0 +1,101 @@
+"""The registry of techniques, and what a recipe of them means."""
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import ValidationError
+
+from finetune_study.errors import ConfigError
+from finetune_study.techniques.attention import Eager, FlashAttention2, Sdpa
+from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.gradient_checkpointing import GradientCheckpointing
+from finetune_study.techniques.lora import Lora
+from finetune_study.techniques.offload_optimizer import OffloadOptimizer
+from finetune_study.techniques.optimizer import AdamwTorch
+from finetune_study.techniques.packing import Packing
+from finetune_study.techniques.precision import BF16_COMPUTE_CAPABILITY, Bf16, Fp16, Fp32
+from finetune_study.techniques.sharding import Ddp, Zero1, Zero2, Zero3
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+
+ALL: dict[str, type[Technique]] = {
+    technique.name: technique
+    for technique in (
+        Fp32, Bf16, Fp16,
+        Eager, Sdpa, FlashAttention2,
+        Lora,
+        GradientCheckpointing,
+        Ddp, Zero1, Zero2, Zero3,
+        OffloadOptimizer,
+        AdamwTorch,
+        Packing,
+    )
+}  # fmt: skip
+"""Every technique by its name."""
+
+ORDER: tuple[str, ...] = get_args(Kind)
+"""Kinds in the order of application."""
+
+Techniques = dict[str, Technique]
+"""A recipe, parsed: technique by name, in the order of application."""
+
+
+def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
+    """The techniques of a recipe in their order of application.
+
+    Raises:
+        ConfigError: for an unknown technique or setting, two techniques of one kind, or one that lacks what it needs.
+    """
+    parsed: Techniques = {}
+    for name, settings in recipe.items():
+        if name not in ALL:
+            close = difflib.get_close_matches(name, ALL, n=2, cutoff=0.5)
+            raise ConfigError(
+                f"unknown technique `{name}`" + (f" (did you mean {' or '.join(close)}?)" if close else ""),
+                allowed=", ".join(sorted(ALL)),
+            )
+        try:
+            parsed[name] = ALL[name].model_validate(dict(settings))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+            raise ConfigError(
+                f"settings of `{name}`: {problems}",
+                given=dict(settings),
+                allowed=", ".join(ALL[name].model_fields) or "no settings",
+            ) from None
+    by_kind: dict[str, str] = {}
+    for name, technique in parsed.items():
+        if (other := by_kind.setdefault(technique.kind, name)) != name:
+            raise ConfigError(f"`{other}` and `{name}` contradict each other: both are {technique.kind}; choose one")
+        if technique.needs and not technique.needs & parsed.keys():
+            raise ConfigError(f"`{name}` means nothing without one of {', '.join(sorted(technique.needs))}")
+    return dict(sorted(parsed.items(), key=lambda item: ORDER.index(item[1].kind)))
+
+
+def complete(recipe: Mapping[str, Mapping[str, Any]], hardware: "Hardware", num_gpus: int) -> Techniques:
+    """A recipe with the stated defaults for what it leaves open.
+
+    Precision: bf16 where the hardware has it, else fp16; fp32 on a CPU. Attention: sdpa. Optimizer: adamw_torch.
+    Several devices: ddp.
+    """
+    given = parse(recipe)
+    capability = hardware.compute_capability
+    if hardware.device == "cpu":
+        precision = "fp32"
+    else:
+        precision = "bf16" if capability is None or capability >= BF16_COMPUTE_CAPABILITY else "fp16"
+    defaults = {"precision": precision, "attention": "sdpa", "optimizer": "adamw_torch"}
+    if num_gpus > 1:
+        defaults["sharding"] = "ddp"
+    taken = {technique.kind for technique in given.values()}
+    missing: dict[str, dict[str, Any]] = {name: {} for kind, name in defaults.items() if kind not in taken}
+    return parse({**missing, **recipe})
+
+
+def why_not(recipe: Techniques, hardware: "Hardware") -> str | None:
+    """Why a recipe can't run on some hardware; None when nothing speaks against it."""
+    names = frozenset(recipe)
+    reasons = (technique.why_not(hardware, names) for technique in recipe.values())
+    return next((reason for reason in reasons if reason), None)

@@ -1,0 +1,18 @@
+"""How examples fill the context."""
+
+from typing import ClassVar
+
+from finetune_study.techniques.base import Kind, Technique
+
+
+class Packing(Technique):
+    """Puts whole examples one after another until the context is full; without it each is padded to the context alone.
+
+    Positions start anew with every example, attention does not look across them only where the model honours
+    `position_ids`; finetune_study.data does the work when the data is prepared.
+    """
+
+    name: ClassVar[str] = "packing"
+    kind: ClassVar[Kind] = "sequences"
+    effect: ClassVar[str] = "fewer padded positions: more real tokens in the same time and memory"
+    source: ClassVar[str] = "Raffel et al., arXiv 1910.10683, section 3.5.2"

@@ -1,0 +1,51 @@
+"""How the devices of a run share the work and the model states."""
+
+from typing import Any, ClassVar
+
+from finetune_study.techniques.base import Kind, Technique
+
+
+class Ddp(Technique):
+    """torch's DistributedDataParallel: every device holds everything, gradients are summed."""
+
+    name: ClassVar[str] = "ddp"
+    kind: ClassVar[Kind] = "sharding"
+    effect: ClassVar[str] = "no memory saved; the least communication"
+    source: ClassVar[str] = "Li et al., arXiv 2006.15704"
+
+    def training_arguments(self) -> dict[str, Any]:
+        # All weights that ask for gradients get one in a causal language model; looking for others costs time.
+        return {"ddp_find_unused_parameters": False}
+
+
+class _Zero(Technique):
+    kind: ClassVar[Kind] = "sharding"
+    stage: ClassVar[int]
+    source: ClassVar[str] = "Rajbhandari et al., arXiv 1910.02054"
+
+    def deepspeed(self, device: str) -> dict[str, Any]:
+        return {"zero_optimization": {"stage": self.stage, **self.model_dump(exclude_none=True)}}
+
+
+class Zero1(_Zero):
+    """DeepSpeed ZeRO stage 1: optimizer states are sharded."""
+
+    name: ClassVar[str] = "zero1"
+    stage: ClassVar[int] = 1
+    effect: ClassVar[str] = "optimizer states divided by the number of devices"
+
+
+class Zero2(_Zero):
+    """DeepSpeed ZeRO stage 2: optimizer states and gradients are sharded."""
+
+    name: ClassVar[str] = "zero2"
+    stage: ClassVar[int] = 2
+    effect: ClassVar[str] = "optimizer states and gradients divided by the number of devices, plus buckets"
+
+
+class Zero3(_Zero):
+    """DeepSpeed ZeRO stage 3: optimizer states, gradients and weights are sharded."""
+
+    name: ClassVar[str] = "zero3"
+    stage: ClassVar[int] = 3
+    effect: ClassVar[str] = "everything divided by the number of devices; weights travel in every pass, so it is slower"

@@ -1,0 +1,405 @@
+"""One rank of a run: THE training loop, one for every technique.
+
+Order of application, fixed here and nowhere else:
+
+1. `TrainingArguments` with the arguments of all techniques (ZeRO-3 must be known before there is a model),
+2. the model, in the dtype and with the attention of the recipe,
+3. wrappers in the order of `techniques.ORDER`: peft, then checkpointing's input hook,
+4. transformers.Trainer, which shards, offloads and makes the optimizer when training starts.
+
+The supervisor, finetune_study.launch, starts one such process per rank.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_study import oom
+from finetune_study import run as run_module
+from finetune_study.facts import Facts
+from finetune_study.measure import environment
+from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter
+from finetune_study.measure.phases import Phases
+from finetune_study.paths import Results
+from finetune_study.run import Run
+
+GIB = 2**30
+
+EXIT_OUT_OF_MEMORY = 77
+"""Exit status of a rank that has written down how it ran out of memory."""
+EXIT_ERROR = 70
+"""Exit status of a rank that has written down any other error (EX_SOFTWARE of sysexits.h)."""
+
+GLOO_TIMEOUT_SECONDS = 600
+"""A rank that waits longer for its peers will wait for ever; the supervisor has ended it long before."""
+
+
+class Rank:
+    """One process of a run, with its instruments."""
+
+    def __init__(self, run: Run, facts: Facts, memory_snapshot: Path | None = None) -> None:
+        """
+        Args:
+            run: what to do.
+            facts: where to tell what happens.
+            memory_snapshot: where the CUDA allocator's history goes when memory runs out; None: nowhere.
+        """
+        self.run, self.facts, self.memory_snapshot = run, facts, memory_snapshot
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.step = 0
+        self.phases = Phases()
+        budget = run.hardware.memory_budget_gib
+        self.memory: DataMemoryMeter | CudaMemoryMeter = (
+            CudaMemoryMeter(self.phases, keep_history=memory_snapshot is not None)
+            if run.hardware.device == "cuda"
+            else DataMemoryMeter(self.phases, None if budget is None else int(budget * GIB))
+        )
+
+    def say(self, line: str) -> None:
+        """Progress, from one rank alone."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def train(self, results: Results) -> None:
+        """Runs the whole protocol and tells the facts.
+
+        Raises:
+            Exception: whatever torch and the libraries raise; `main` writes it down.
+        """
+        run = self.run
+        self.say(f"{run.run_id}: starting on {run.hardware.name} x {self.world_size}")
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = training_arguments(run, scratch)
+            self._warm_up(arguments)
+            self.memory.start()
+            self.facts.tell(startup_seconds=_seconds_since_start(), device_ready=True)
+            if self.rank == 0:
+                self.facts.tell(environment=environment.describe(run.hardware.device))
+            self.facts.tell(affinity=sorted(os.sched_getaffinity(0)))
+            started = time.perf_counter()
+            model = self._model(results)
+            self.facts.tell(load_seconds=time.perf_counter() - started)
+            self._fit(arguments, model, results)
+
+    def _warm_up(self, arguments: Any) -> None:
+        """Everything that takes memory once and for all and is not the model's: threads, process group, context."""
+        import torch
+        import transformers
+
+        transformers.set_seed(self.run.seed)
+        device = arguments.device
+        square = torch.ones(512, 512, device=device, requires_grad=True)
+        (square @ square).sum().backward()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(square.detach())
+        self._synchronize()
+
+    def _synchronize(self) -> None:
+        import torch
+
+        if self.run.hardware.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _model(self, results: Results) -> Any:
+        from finetune_study import model as model_module
+
+        model = model_module.load(self.run, results.model(self.run.model_key))
+        for technique in self.run.parsed_techniques.values():
+            model = technique.wrap(model)
+        parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        self.facts.tell(
+            total_parameters=sum(size for size, _ in parameters),
+            trainable_parameters=sum(size for size, trained in parameters if trained),
+            attention_implementation=model.config._attn_implementation,
+        )
+        self.say(f"model loaded: {sum(s for s, t in parameters if t):,} of {sum(s for s, _ in parameters):,} weights trained")
+        return model
+
+    def _fit(self, arguments: Any, model: Any, results: Results) -> None:
+        from transformers import Trainer, default_data_collator
+
+        from finetune_study import data
+        from finetune_study import model as model_module
+        from finetune_study.measure.energy import EnergyMeter
+        from finetune_study.measure.flops import model_flops
+        from finetune_study.measure.steps import StepMeter
+
+        run = self.run
+        train_data, eval_data = data.load(results.data(run.data_key))
+        sequences = run.per_device_train_batch_size * run.gradient_accumulation_steps
+        self.facts.tell(model_flops_per_step=model_flops(model, run.sequence_length, sequences))
+        uuid = environment.gpu_uuid() if run.hardware.device == "cuda" else None
+        energy = EnergyMeter(uuid)
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=train_data, data_collator=default_data_collator, callbacks=[]
+        )
+        steps = StepMeter(
+            run.protocol.num_untimed_steps,
+            run.protocol.num_timed_steps,
+            self._synchronize,
+            _skip_detector(trainer),
+            self._on_step,
+        )
+
+        def on_timing(begins: bool) -> None:
+            if begins:
+                energy.start()
+                return
+            energy.stop()
+            self.facts.tell(gpu_state=environment.gpu_state(uuid))
+
+        steps.on_timing = on_timing
+        evaluation = _Evaluation(self, trainer, eval_data)
+        trainer.add_callback(steps)
+        trainer.add_callback(evaluation.callback())
+        model.register_forward_pre_hook(steps.count_tokens, with_kwargs=True)
+        model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
+        self.phases.follow_model(model)
+        trainer.train()
+        self.facts.tell(
+            memory=self.memory.report(),
+            energy_joules=energy.joules,
+            optimizer_class=_optimizer_class(trainer),
+            optimizer_state_dtypes=_optimizer_state_dtypes(trainer),
+        )
+
+    def _on_step(self, entry: dict[str, Any]) -> None:
+        self.facts.append("steps", entry)
+        self.facts.tell(memory=self.memory.report())
+        kind = "timed" if entry["timed"] else "untimed" if entry["stepped"] else "skipped by loss scaling"
+        self.say(
+            f"step {entry['step']} of {self.run.num_steps}: {entry['seconds']:.3f} s ({kind}), loss {entry['loss']:.4f}"
+        )
+        self.step = entry["step"] + 1
+
+    def tell_out_of_memory(self, found: oom.OutOfMemory) -> None:
+        """Writes down which memory ran out, and where."""
+        held = self.memory.held_bytes()
+        self.memory.lift_budget()
+        on_device = found.on_device or self.run.hardware.memory_budget_gib is not None
+        facts: dict[str, Any] = {
+            "reason": found.message.splitlines()[0],
+            "phase": self.phases.current,
+            "step": self.step,
+            "bytes_requested": found.bytes_requested,
+            "bytes_held": held,
+        }
+        if self.run.hardware.device == "cuda" and on_device:
+            facts |= self._allocator_facts(found)
+        self.facts.tell(memory=self.memory.report())
+        self.facts.ended("device_oom" if on_device else "host_oom", **facts)
+
+    def _allocator_facts(self, found: oom.OutOfMemory) -> dict[str, Any]:
+        import torch
+
+        reserved = torch.cuda.memory_reserved()
+        unused = reserved - torch.cuda.memory_allocated()
+        if self.memory_snapshot is not None:
+            torch.cuda.memory._dump_snapshot(str(self.memory_snapshot))
+        return {
+            "bytes_reserved": reserved,
+            "fragmented": None if found.bytes_requested is None else unused > found.bytes_requested,
+            "allocator_summary": torch.cuda.memory_summary(abbreviated=True),
+        }
+
+
+def _seconds_since_start() -> float:
+    """Since this process began, by the kernel's clock."""
+    ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def training_arguments(run: Run, output_dir: str) -> Any:
+    """transformers' `TrainingArguments` of a run; making them starts the process group."""
+    from transformers import TrainingArguments
+
+    on_cpu = run.hardware.device == "cpu"
+    arguments: dict[str, Any] = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "max_steps": run.num_steps + run.max_skipped_steps,
+        "learning_rate": run.training.learning_rate,
+        "lr_scheduler_type": run.training.lr_scheduler_type,
+        "warmup_steps": run.training.warmup_steps,
+        "weight_decay": run.training.weight_decay,
+        "max_grad_norm": run.training.max_grad_norm,
+        "seed": run.seed,
+        "use_cpu": on_cpu,
+        "ddp_backend": "gloo" if on_cpu else "nccl",
+        "ddp_timeout": GLOO_TIMEOUT_SECONDS,
+        "dataloader_pin_memory": not on_cpu,
+        "dataloader_num_workers": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    deepspeed: dict[str, Any] = {}
+    for technique in run.parsed_techniques.values():
+        arguments |= technique.training_arguments()
+        _merge(deepspeed, technique.deepspeed(run.hardware.device))
+    if deepspeed:
+        _merge(deepspeed, DEEPSPEED_BASE)
+        if on_cpu:
+            _leave_out_shared_memory_op()
+        arguments["deepspeed"] = deepspeed
+    return TrainingArguments(**arguments)
+
+
+DEEPSPEED_BASE: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_allow_untested_optimizer": True,
+}
+"""What every DeepSpeed run has; `auto` is filled in from `TrainingArguments`."""
+
+
+def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _leave_out_shared_memory_op() -> None:
+    """DeepSpeed would compile a shared-memory collective with g++ on the first start; gloo needs no compiler."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _skip_detector(trainer: Any) -> Callable[[], bool]:
+    def was_skipped() -> bool:
+        if trainer.deepspeed is not None:
+            return not trainer.deepspeed.was_step_applied()
+        return bool(trainer.accelerator.optimizer_step_was_skipped)
+
+    return was_skipped
+
+
+def _bare_optimizer(trainer: Any) -> Any:
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _optimizer_class(trainer: Any) -> str:
+    kind = type(_bare_optimizer(trainer))
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _optimizer_state_dtypes(trainer: Any) -> list[str]:
+    states = getattr(_bare_optimizer(trainer), "state", {})
+    return sorted({str(v.dtype).removeprefix("torch.") for s in states.values() for v in s.values() if hasattr(v, "dtype") and v.numel() > 1})
+
+
+class _Evaluation:
+    """Held-out loss before and after training, through the model as the trainer wrapped it.
+
+    Every rank evaluates the same sequences: ZeRO-3 needs all of them in each forward pass, and nothing has to be
+    gathered. Trainer.evaluate can't be used: before training it refuses ZeRO-1 and ZeRO-2.
+    """
+
+    def __init__(self, rank: Rank, trainer: Any, eval_data: Any) -> None:
+        self.rank, self.trainer, self.eval_data = rank, trainer, eval_data
+        self.losses: dict[str, float] = {}
+
+    def callback(self) -> Any:
+        from transformers import TrainerCallback
+
+        evaluation = self
+
+        class Evaluate(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                evaluation.follow_optimizer()
+                evaluation.measure("before")
+                evaluation.rank.step = 1
+
+            def on_train_end(self, *_: Any, **__: Any) -> None:
+                evaluation.measure("after")
+
+        return Evaluate()
+
+    def follow_optimizer(self) -> None:
+        """By now the trainer has made the optimizer, or DeepSpeed's engine in its place."""
+        phases, trainer = self.rank.phases, self.trainer
+        if trainer.deepspeed is not None:
+            trainer.deepspeed.step = phases.follow_optimizer(trainer.deepspeed.step)
+        else:
+            optimizer = _bare_optimizer(trainer)
+            optimizer.register_step_pre_hook(lambda *_: phases.enter("optimizer"))
+            optimizer.register_step_post_hook(lambda *_: phases.enter("forward"))
+
+    def measure(self, when: str) -> None:
+        if not len(self.eval_data):
+            return
+        with self.rank.phases.during("evaluate"):
+            self.losses[when] = self._loss()
+        self.rank.facts.tell(evaluations=self.losses)
+        self.rank.say(f"held-out loss {when} training: {self.losses[when]:.4f}")
+
+    def _loss(self) -> float:
+        import torch
+        from transformers import default_data_collator
+
+        model, size = self.trainer.model_wrapped, self.rank.run.per_device_train_batch_size
+        model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(self.eval_data), size):
+                rows = [self.eval_data[i] for i in range(start, min(start + size, len(self.eval_data)))]
+                batch = {k: v.to(self.trainer.args.device) for k, v in default_data_collator(rows).items()}
+                predicted = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(model(**batch).loss) * predicted
+                count += predicted
+        model.train()
+        return total / count
+
+
+def main(run_yaml: Path, results: Results, facts_path: Path, memory_snapshot: Path | None) -> None:
+    """Runs one rank to its end and leaves the process at once, whatever state its threads and peers are in."""
+    facts = Facts(facts_path)
+    status = EXIT_ERROR
+    rank: Rank | None = None
+    try:
+        rank = Rank(run_module.load(run_yaml), facts, memory_snapshot)
+        rank.train(results)
+        facts.ended("completed")
+        status = 0
+    except BaseException as error:
+        found = oom.recognise(error)
+        if rank is not None and found is not None:
+            rank.tell_out_of_memory(found)
+            status = EXIT_OUT_OF_MEMORY
+        else:
+            if rank is not None:
+                rank.memory.lift_budget()
+            facts.ended("error", cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # No clean-up: threads of a broken process group would wait for peers, and destructors for memory.
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="One rank of a run; finetune_study.launch starts it.")
+    parser.add_argument("--run-yaml", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--facts", type=Path, required=True)
+    parser.add_argument("--memory-snapshot", type=Path)
+    given = parser.parse_args()
+    main(given.run_yaml, Results(given.results), given.facts, given.memory_snapshot)

@@ -1,0 +1,64 @@
+# The study as Python sees it, and the named input functions of all rules.
+
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from finetune_study import study as study_module
+from finetune_study.errors import StudyError
+from finetune_study.outcome import METRICS_VERSION
+from finetune_study.paths import Results
+
+RESULTS = Results(Path("results"))
+
+try:
+    STUDY = study_module.open_study(config, RESULTS)
+except StudyError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def get_run_files(wildcards):
+    """run.yaml of every run that may be started; a run that is measured needs none."""
+    return [RESULTS.run(run_id).run_yaml for run_id in STUDY.pending]
+
+
+def get_records(wildcards):
+    """Records of all runs but those that failed too often."""
+    return [RESULTS.run(run_id).record for run_id in STUDY.expected]
+
+
+def get_model_of_run(wildcards):
+    return RESULTS.model(STUDY.run(wildcards.run_id).model_key) / "manifest.json"
+
+
+def get_data_of_run(wildcards):
+    return RESULTS.data(STUDY.run(wildcards.run_id).data_key) / "manifest.json"
+
+
+def get_tokenizer_of_data(wildcards):
+    return RESULTS.model(STUDY.data_run(wildcards.data_key).tokenizer_key) / "manifest.json"
+
+
+def get_data_file(wildcards):
+    """The data set, where it is a file of the user's."""
+    return STUDY.data_files
+
+
+def get_python(wildcards):
+    """Interpreter of the hardware that the run asks for."""
+    return STUDY.python(wildcards.run_id) or sys.executable
+
+
+def get_request(wildcards):
+    """The request to measure this run again, if there is one."""
+    return [RESULTS.run(i).request for i in STUDY.remeasured if i == wildcards.run_id]
+
+
+def get_remeasured(wildcards):
+    if not STUDY.remeasured:
+        raise WorkflowError(
+            "Which runs are to be measured again?\n"
+            "  do: snakemake --cores all remeasure --config remeasure='<run_id or pattern>'"
+        )
+    return [RESULTS.run(run_id).record for run_id in STUDY.remeasured]

@@ -1,0 +1,24 @@
+# One job per run. A record that exists is a source file: STUDY.pending_pattern keeps this rule from making it again.
+
+
+rule finetune:
+    input:
+        run=ancient(RESULTS.run("{run_id}").run_yaml),
+        model=ancient(get_model_of_run),
+        data=ancient(get_data_of_run),
+        request=get_request,
+    output:
+        RESULTS.run("{run_id}").record,
+    wildcard_constraints:
+        run_id=STUDY.pending_pattern,
+    params:
+        python=get_python,
+        time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
+        memory_snapshot="--memory-snapshot" if STUDY.config.protocol.memory_snapshot else "",
+    log:
+        RESULTS.run("{run_id}").log,
+    # Runs that share a machine would measure each other.
+    threads: workflow.cores
+    shell:
+        "{params.python} -m finetune_study.launch {input.run} --if-needed"
+        " --time-limit-minutes {params.time_limit_minutes} {params.memory_snapshot}"

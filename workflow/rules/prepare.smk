@@ -1,0 +1,24 @@
+# Fetches model and data where there is a network, before any GPU is held.
+
+
+rule prepare_model:
+    output:
+        RESULTS.model("{model_key}") / "manifest.json",
+    log:
+        "logs/prepare_model/{model_key}.log",
+    localrule: True
+    script:
+        "../scripts/prepare_model.py"
+
+
+rule prepare_data:
+    input:
+        tokenizer=ancient(get_tokenizer_of_data),
+        file=get_data_file,
+    output:
+        RESULTS.data("{data_key}") / "manifest.json",
+    log:
+        "logs/prepare_data/{data_key}.log",
+    localrule: True
+    script:
+        "../scripts/prepare_data.py"

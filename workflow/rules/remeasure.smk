@@ -1,0 +1,17 @@
+# The one way to measure a recorded run again: snakemake remeasure --config remeasure='<run_id or pattern>'
+
+
+rule request_remeasure:
+    output:
+        temp(RESULTS.run("{run_id}").request),
+    log:
+        "logs/request_remeasure/{run_id}.log",
+    localrule: True
+    script:
+        "../scripts/request_remeasure.py"
+
+
+rule remeasure:
+    input:
+        get_remeasured,
+        RESULTS.report,
