@@ -41,7 +41,7 @@ def _as_list(value: object) -> object:
 def _as_recipe(value: object) -> object:
     """A recipe may be a list of names; settings are then the techniques' defaults."""
     if isinstance(value, list):
-        return dict.fromkeys(value, {}) if all(isinstance(name, str) for name in value) else value
+        return {name: {} for name in value} if all(isinstance(name, str) for name in value) else value
     if isinstance(value, dict):
         return {name: settings or {} for name, settings in value.items()}
     return value
@@ -107,7 +107,7 @@ class Hardware(Section):
     memory_gib: PositiveFloat
     """Memory of one device in GiB. On the CPU it is a budget that the operating system enforces on each process."""
     compute_capability: PositiveFloat | None = None
-    """CUDA compute capability, for example 8.0; decides about bf16 and FlashAttention-2. Null: not known, all is tried."""
+    """CUDA compute capability, for example 8.0; decides about bf16 and FlashAttention-2. Null: all is tried."""
     max_gpus: PositiveInt = 8
     """Devices that one run may use."""
     threads_per_gpu: PositiveInt | None = None
@@ -126,7 +126,9 @@ class Data(Section):
     """What is trained on: dialogues with their summaries."""
 
     dataset: str = "generated"
-    """`generated` (made here, from a seed), a hub id, or a `.jsonl`, `.json`, `.csv` or `.parquet` file with `dialogue` and `summary`."""
+    """`generated` (made here, from a seed), a hub id, or a file (`.jsonl`, `.json`, `.csv`, `.parquet`).
+
+    It needs the columns `dialogue` and `summary`."""
     revision: str | None = None
     """Commit of a hub data set; null takes the newest, and the record says which one that was."""
     num_dialogues: PositiveInt = 480
@@ -270,7 +272,7 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     """The section's class at a location of a validation error, to name its fields."""
     found: Any = Config
     for part in location:
-        field = found.model_fields.get(part) if isinstance(found, type) and issubclass(found, BaseModel) else None
+        field = found.model_fields.get(str(part)) if isinstance(found, type) and issubclass(found, BaseModel) else None
         if field is not None:
             found = field.annotation
         else:

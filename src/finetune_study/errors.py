@@ -2,7 +2,7 @@
 
 
 class StudyError(Exception):
-    """Something in the user's hands is wrong: the message says what, where, what was given, what is allowed, what to do."""
+    """Something in the user's hands is wrong: what, where, what was given, what is allowed, what to do."""
 
     def __init__(self, what: str, *, where: str = "", given: object = None, allowed: str = "", do: str = "") -> None:
         self.what = what
@@ -34,5 +34,5 @@ class RecordError(StudyError):
     """A run.yaml, record.json or failure.json can't be read."""
 
 
-class RunFailed(StudyError):
+class RunFailedError(StudyError):
     """A run ended in something that is not an outcome: a bug, a signal, a lost node."""

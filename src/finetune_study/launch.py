@@ -18,17 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from finetune_study import facts, oom, record, variables
 from finetune_study import run as run_module
-from finetune_study.errors import RecordError, RunFailed, StudyError
+from finetune_study.errors import RecordError, RunFailedError, StudyError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
-from finetune_study.record import Ending, Failure, Record
+from finetune_study.record import Ending, Failure, Record, Status
 from finetune_study.run import Run
 
 GRACE_SECONDS = 10.0
@@ -148,7 +148,7 @@ class Launch:
             ("data", self.results.data(self.run.data_key)),
         ):
             if not (folder / MANIFEST).exists():
-                raise RunFailed(
+                raise RunFailedError(
                     f"The run's {what} is not prepared",
                     where=str(folder),
                     do="run `snakemake` (or `finetune-study prepare` with the run.yaml); "
@@ -157,7 +157,7 @@ class Launch:
 
         available = _manifest(self.results.data(self.run.data_key))["num_train_available"]
         if available < self.run.num_train_samples:
-            raise RunFailed(
+            raise RunFailedError(
                 "The data has too few sequences for the steps of this run",
                 where=str(self.results.data(self.run.data_key)),
                 given=f"{available} sequences",
@@ -173,7 +173,9 @@ class Launch:
         for number in range(world_size):
             cores = variables.cores_of_rank(number, world_size)
             self.variables = variables.set_for(run, run.hardware.threads_per_gpu or len(cores))
-            distributed = world_size > 1 or any(t.deepspeed(run.hardware.device) for t in run.parsed_techniques.values())
+            distributed = world_size > 1 or any(
+                t.deepspeed(run.hardware.device) for t in run.parsed_techniques.values()
+            )
             environment = (
                 variables.passed_on(os.environ)
                 | self.variables
@@ -183,7 +185,14 @@ class Launch:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "finetune_study.train"),
-                    *("--run-yaml", str(self.run_yaml), "--results", str(self.results.root), "--facts", str(facts_path)),
+                    *(
+                        "--run-yaml",
+                        str(self.run_yaml),
+                        "--results",
+                        str(self.results.root),
+                        "--facts",
+                        str(facts_path),
+                    ),
                     *(("--memory-snapshot", str(self.paths.memory_snapshot(number))) if self.memory_snapshot else ()),
                 ],
                 env=environment,
@@ -200,7 +209,7 @@ class Launch:
         limit = None if self.time_limit is None else self.started + self.time_limit
         grace_over: float | None = None
         said = ""
-        while not all([rank.reap() for rank in self.ranks]):
+        while not self._all_ended():
             now = time.monotonic()
             if limit is not None and now >= limit:
                 return "timeout"
@@ -216,6 +225,9 @@ class Launch:
                 said = line
                 print(f"{self.run.run_id}: {line}", flush=True)
         return None
+
+    def _all_ended(self) -> bool:
+        return sum(rank.reap() for rank in self.ranks) == len(self.ranks)
 
     def _last_line(self) -> str:
         lines = _tail(self.paths.log, LOG_TAIL_LINES)
@@ -239,7 +251,7 @@ class Launch:
         ended = first.facts.get("ended", {})
         if first.how in ("device_oom", "host_oom"):
             known = {name: ended[name] for name in Ending.model_fields if name in ended}
-            return Verdict(ending=Ending(status=first.how, rank=first.number, **known))
+            return Verdict(ending=Ending(status=cast(Status, first.how), rank=first.number, **known))
         if first.how == "error":
             return Verdict(cause=f"rank {first.number}: {ended['cause']}", traceback=ended["traceback"])
         return self._conclude_death(first, kills_before)
@@ -329,10 +341,8 @@ def _prepare_child(cores: list[int]) -> None:
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager
@@ -353,7 +363,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunFailed("Another process is measuring this run", where=str(path.parent)) from None
+            raise RunFailedError("Another process is measuring this run", where=str(path.parent)) from None
         yield
 
 
@@ -396,7 +406,12 @@ def launch(
             paths.folder.mkdir()
             print(f"{run.run_id}: measured already; repeating it in {paths.folder}")
         started = Launch(
-            run, run_yaml.absolute(), results or Results.of_run_yaml(run_yaml), paths, time_limit_seconds, memory_snapshot
+            run,
+            run_yaml.absolute(),
+            results or Results.of_run_yaml(run_yaml),
+            paths,
+            time_limit_seconds,
+            memory_snapshot,
         )
         verdict = started.execute()
     if verdict.ending is None:
@@ -408,7 +423,7 @@ def launch(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m finetune_study.launch", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="python -m finetune_study.launch", description=__doc__.splitlines()[0])
     parser.add_argument("run_yaml", type=Path, help="the run, as the plan wrote it")
     parser.add_argument("--results", type=Path, help="the study's results folder, if run.yaml lies elsewhere")
     parser.add_argument("--if-needed", action="store_true", help="do nothing where there is a record")

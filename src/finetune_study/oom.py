@@ -51,7 +51,9 @@ def _recognise_one(error: BaseException) -> OutOfMemory | None:
     message = str(error)
     if match := CPU_ALLOCATOR.search(message):
         return OutOfMemory(False, message, int(match["bytes"]))
-    if type(error).__name__ == "OutOfMemoryError" or (isinstance(error, RuntimeError) and CUDA_ELSEWHERE.search(message)):
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and CUDA_ELSEWHERE.search(message)
+    ):
         asked = CUDA_ALLOCATOR.search(message)
         return OutOfMemory(True, message, round(float(asked["number"]) * UNITS[asked["unit"]]) if asked else None)
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -20,9 +20,7 @@ FORMAT = 1
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
 
-Verdict = Literal[
-    "ranked", "tie", "too_few_data", "only_one_fits", "not_comparable", "nothing_fits", "no_data"
-]
+Verdict = Literal["ranked", "tie", "too_few_data", "only_one_fits", "not_comparable", "nothing_fits", "no_data"]
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest by more than the spread of the repeats.",
     "tie": "Fastest by median, but its spread over repeats overlaps with another recipe's.",

@@ -16,9 +16,7 @@ from finetune_study.section import Section
 FORMAT = 1
 """Version of record.json; readers take all versions up to this one."""
 
-Status = Literal[
-    "completed", "device_oom", "host_oom", "timeout", "unsupported", "implied_oom", "predicted_oom"
-]
+Status = Literal["completed", "device_oom", "host_oom", "timeout", "unsupported", "implied_oom", "predicted_oom"]
 STATUSES: tuple[str, ...] = get_args(Status)
 """The closed list of ways in which a run can end as a result."""
 

@@ -9,13 +9,14 @@ from typing import Any, Self
 import yaml
 from pydantic import PositiveInt, ValidationError
 
-from finetune_study import techniques
 from finetune_study.config import Data, Hardware, Model, Training
 from finetune_study.errors import RecordError
 from finetune_study.section import Section
+from finetune_study.techniques import Techniques, parse
 
 IDENTITY_VERSION = 1
 """Raise it only when old runs must not be taken for new ones of the same settings: every run is measured again then."""
+
 
 def digest(value: object, length: int = 6) -> str:
     """Hexadecimal digest of a JSON value, the same everywhere and always."""
@@ -76,9 +77,9 @@ class Run(Section):
     protocol: RunProtocol
 
     @cached_property
-    def parsed_techniques(self) -> techniques.Techniques:
+    def parsed_techniques(self) -> Techniques:
         """The techniques in their order of application."""
-        return techniques.parse(self.techniques)
+        return parse(self.techniques)
 
     @property
     def seed(self) -> int:

@@ -36,10 +36,13 @@ def opened(snakemake: Any) -> Iterator[Study]:
     """
     log = Path(snakemake.log[0])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8", buffering=1) as stream:
-        with redirect_stdout(_Tee(sys.stdout, stream)), redirect_stderr(stream):
-            try:
-                yield open_study(snakemake.config, Results(Path("results")))
-            except StudyError as error:
-                print(f"\n{error}\n  log:     {log}\n", file=sys.stdout)
-                sys.exit(1)
+    with (
+        log.open("w", encoding="utf-8", buffering=1) as stream,
+        redirect_stdout(_Tee(sys.stdout, stream)),
+        redirect_stderr(stream),
+    ):
+        try:
+            yield open_study(snakemake.config, Results(Path("results")))
+        except StudyError as error:
+            print(f"\n{error}\n  log:     {log}\n")
+            sys.exit(1)

@@ -40,7 +40,9 @@ class Study:
     def recorded(self) -> frozenset[str]:
         """Runs that have an outcome and keep it."""
         return frozenset(
-            run_id for run_id in self.planned if run_id not in self.remeasured and self.results.run(run_id).record.exists()
+            run_id
+            for run_id in self.planned
+            if run_id not in self.remeasured and self.results.run(run_id).record.exists()
         )
 
     @cached_property

@@ -94,6 +94,7 @@ class Rank:
         import transformers
 
         transformers.set_seed(self.run.seed)
+        transformers.utils.logging.disable_progress_bar()
         device = arguments.device
         square = torch.ones(512, 512, device=device, requires_grad=True)
         (square @ square).sum().backward()
@@ -119,11 +120,13 @@ class Rank:
             trainable_parameters=sum(size for size, trained in parameters if trained),
             attention_implementation=model.config._attn_implementation,
         )
-        self.say(f"model loaded: {sum(s for s, t in parameters if t):,} of {sum(s for s, _ in parameters):,} weights trained")
+        self.say(
+            f"model loaded: {sum(s for s, t in parameters if t):,} of {sum(s for s, _ in parameters):,} weights trained"
+        )
         return model
 
     def _fit(self, arguments: Any, model: Any, results: Results) -> None:
-        from transformers import Trainer, default_data_collator
+        from transformers import PrinterCallback, Trainer, default_data_collator
 
         from finetune_study import data
         from finetune_study import model as model_module
@@ -157,6 +160,7 @@ class Rank:
 
         steps.on_timing = on_timing
         evaluation = _Evaluation(self, trainer, eval_data)
+        trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
         model.register_forward_pre_hook(steps.count_tokens, with_kwargs=True)
@@ -233,7 +237,8 @@ def training_arguments(run: Run, output_dir: str) -> Any:
         "max_grad_norm": run.training.max_grad_norm,
         "seed": run.seed,
         "use_cpu": on_cpu,
-        "ddp_backend": "gloo" if on_cpu else "nccl",
+        # One process alone has no process group, unless DeepSpeed asks for one.
+        "ddp_backend": ("gloo" if on_cpu else "nccl") if "RANK" in os.environ else None,
         "ddp_timeout": GLOO_TIMEOUT_SECONDS,
         "dataloader_pin_memory": not on_cpu,
         "dataloader_num_workers": 0,
@@ -303,7 +308,14 @@ def _optimizer_class(trainer: Any) -> str:
 
 def _optimizer_state_dtypes(trainer: Any) -> list[str]:
     states = getattr(_bare_optimizer(trainer), "state", {})
-    return sorted({str(v.dtype).removeprefix("torch.") for s in states.values() for v in s.values() if hasattr(v, "dtype") and v.numel() > 1})
+    return sorted(
+        {
+            str(v.dtype).removeprefix("torch.")
+            for s in states.values()
+            for v in s.values()
+            if hasattr(v, "dtype") and v.numel() > 1
+        }
+    )
 
 
 class _Evaluation:

@@ -42,6 +42,8 @@ def set_for(run: Run, threads: int) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        # Libraries tell their authors what will change; each call would say so.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
         "PYTHONHASHSEED": "0",
         # Arrow's own pool reserves 1 GiB of data memory at once.
         "ARROW_DEFAULT_MEMORY_POOL": "system",

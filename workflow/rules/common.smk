@@ -37,7 +37,10 @@ def get_data_of_run(wildcards):
 
 
 def get_tokenizer_of_data(wildcards):
-    return RESULTS.model(STUDY.data_run(wildcards.data_key).tokenizer_key) / "manifest.json"
+    return (
+        RESULTS.model(STUDY.data_run(wildcards.data_key).tokenizer_key)
+        / "manifest.json"
+    )
 
 
 def get_data_file(wildcards):

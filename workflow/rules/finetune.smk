@@ -9,16 +9,20 @@ rule finetune:
         request=get_request,
     output:
         RESULTS.run("{run_id}").record,
+    log:
+        RESULTS.run("{run_id}").log,
     wildcard_constraints:
         run_id=STUDY.pending_pattern,
+    conda:
+        "../../envs/training.yaml"
+    # Runs that share a machine would measure each other.
+    threads: workflow.cores
     params:
         python=get_python,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
-        memory_snapshot="--memory-snapshot" if STUDY.config.protocol.memory_snapshot else "",
-    log:
-        RESULTS.run("{run_id}").log,
-    # Runs that share a machine would measure each other.
-    threads: workflow.cores
+        memory_snapshot=(
+            "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
+        ),
     shell:
         "{params.python} -m finetune_study.launch {input.run} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} {params.memory_snapshot}"

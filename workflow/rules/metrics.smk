@@ -8,11 +8,13 @@ rule extract_metrics:
     output:
         parquet=RESULTS.outcomes_parquet,
         csv=RESULTS.outcomes_csv,
-    params:
-        version=METRICS_VERSION,
-        prices=STUDY.prices,
     log:
         "logs/extract_metrics.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    params:
+        version=METRICS_VERSION,
+        prices=STUDY.prices,
     script:
         "../scripts/extract_metrics.py"

@@ -6,10 +6,12 @@ rule plan:
         plan=RESULTS.plan,
         runs=[RESULTS.run(run_id).run_yaml for run_id in STUDY.pending],
         unsupported=[RESULTS.run(run_id).record for run_id in STUDY.unsupported],
-    params:
-        digest=STUDY.plan_digest,
     log:
         "logs/plan.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    params:
+        digest=STUDY.plan_digest,
     script:
         "../scripts/plan.py"

@@ -7,6 +7,8 @@ rule prepare_model:
     log:
         "logs/prepare_model/{model_key}.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
     script:
         "../scripts/prepare_model.py"
 
@@ -20,5 +22,7 @@ rule prepare_data:
     log:
         "logs/prepare_data/{data_key}.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
     script:
         "../scripts/prepare_data.py"

@@ -7,6 +7,8 @@ rule request_remeasure:
     log:
         "logs/request_remeasure/{run_id}.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
     script:
         "../scripts/request_remeasure.py"
 

@@ -7,11 +7,13 @@ rule aggregate:
     output:
         comparisons=RESULTS.comparisons,
         recommendations=RESULTS.recommendations,
-    params:
-        baseline=STUDY.config.report.baseline,
     log:
         "logs/aggregate.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    params:
+        baseline=STUDY.config.report.baseline,
     script:
         "../scripts/aggregate.py"
 
@@ -23,10 +25,12 @@ rule report:
         recommendations=RESULTS.recommendations,
     output:
         RESULTS.report,
-    params:
-        report=STUDY.config.report.model_dump(),
     log:
         "logs/report.log",
     localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    params:
+        report=STUDY.config.report.model_dump(),
     script:
         "../scripts/report.py"

@@ -16,8 +16,7 @@ def _folders(pid: int) -> list[tuple[Path, str, str]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            for root in (ROOT, ROOT / "unified"):
-                found.append((root / path.lstrip("/"), "memory.events", "memory.max"))
+            found += [(root / path.lstrip("/"), "memory.events", "memory.max") for root in (ROOT, ROOT / "unified")]
         elif "memory" in controllers.split(","):
             found.append((ROOT / "memory" / path.lstrip("/"), "memory.oom_control", "memory.limit_in_bytes"))
     return found

@@ -36,4 +36,4 @@ def model_flops(model: Any, sequence_length: int, num_sequences: int) -> float |
         per_token += 2 * passes * products
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 3 * 2 * 2 * config.num_attention_heads * width * sequence_length * config.num_hidden_layers
-    return (per_token + attention) * sequence_length * num_sequences
+    return float((per_token + attention) * sequence_length * num_sequences)

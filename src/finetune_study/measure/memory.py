@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from finetune_study.measure.phases import Phases
 
 SAMPLING_SECONDS = 0.005
-"""An operation of a fine-tuning step that matters for the peak takes longer; 200 reads a second cost under 1 % of a core."""
+"""Operations of a step that matter for the peak take longer; 200 reads a second cost under 1 % of a core."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -129,7 +129,7 @@ class CudaMemoryMeter:
     def held_bytes(self) -> int:
         import torch
 
-        return torch.cuda.memory_allocated()
+        return int(torch.cuda.memory_allocated())
 
     def lift_budget(self) -> None:
         """A GPU has no budget of ours."""

@@ -46,9 +46,7 @@ class StepMeter(TrainerCallback):
             # The model predicts each position from those before it: the first one's label is not used.
             self._loss_tokens.append((inputs["labels"][:, 1:] != -100).sum())
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._since is None:
             self._synchronize()
             self._since = time.perf_counter()

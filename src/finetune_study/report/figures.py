@@ -10,7 +10,7 @@ import polars as pl
 import vl_convert
 
 from finetune_study.config import Config
-from finetune_study.report.tables import STATES
+from finetune_study.report.tables import STATES, TIMES
 from finetune_study.table import show
 
 INK, MUTED, LINE, BAR, MEMORY, PAPER = "#1f2328", "#5f6872", "#d5d9de", "#3f7cac", "#b4431f", "#fffffe"
@@ -69,7 +69,7 @@ def save(figures: list[Figure], folder: Path) -> None:
 
 def _figure(config: Config, rows: list[dict[str, Any]], quantity: Quantity) -> Figure:
     first = rows[0]
-    where = f"{first['target']}, {first['hardware']} × {first['num_gpus']}"
+    where = f"{first['target']}, {first['hardware']} {TIMES} {first['num_gpus']}"
     limit = config.hardware[first["hardware"]].memory_gib if quantity.limited else None
     marks = _marks(rows, quantity, limit)
     stream = io.StringIO()
@@ -77,21 +77,17 @@ def _figure(config: Config, rows: list[dict[str, Any]], quantity: Quantity) -> F
     return Figure(
         name=f"{quantity.name}_{first['target']}_{first['hardware']}x{first['num_gpus']}",
         title=f"{quantity.axis.partition(' (')[0]}: {where}",
-        caption=_caption(config, rows, quantity, limit),
+        caption=_caption(rows, limit),
         svg=stream.getvalue(),
     )
 
 
-def _caption(config: Config, rows: list[dict[str, Any]], quantity: Quantity, limit: float | None) -> str:
-    parts = ["Bars: median over the repeats."]
-    if any(row["num_completed"] > 1 for row in rows):
-        parts.append("Lines: smallest to largest repeat.")
-    if quantity.limited:
-        columns = sorted({row["peak_memory_column"] for row in rows if row["peak_memory_column"]})
-        parts += [f"Memory is {' and '.join(columns)}."] if columns else []
-        kind = "budget of a device" if config.hardware[rows[0]["hardware"]].device == "cpu" else "memory of a device"
-        parts.append(f"Dashed line: {kind}, {show(limit)} GiB; an empty bar ran out of it.")
-    return " ".join(parts)
+def _caption(rows: list[dict[str, Any]], limit: float | None) -> str:
+    """Which memory a memory figure shows, and the limit; nothing for the step time."""
+    columns = sorted({row["peak_memory_column"] for row in rows if row["peak_memory_column"]})
+    parts = [" and ".join(columns)] if columns and limit is not None else []
+    parts += [f"limit {show(limit, 'GiB')}"] if limit is not None else []
+    return "; ".join(parts)
 
 
 def _marks(rows: list[dict[str, Any]], quantity: Quantity, limit: float | None) -> list[dict[str, Any]]:
@@ -126,8 +122,8 @@ def label(row: dict[str, Any], value: float | None, unit: str) -> str:
     if value is None and row["num_completed"]:
         parts.append("not shown: " + (row["not_compared"] or "no timed step"))
     for state, number in without.items():
-        mixed = f" {number} of {total}" if number < total else ""
-        parts.append(f"{'× ' if 'oom' in state else ''}{STATES[state].words}{mixed}")
+        mixed = f"{number} of {total} " if number < total else ""
+        parts.append(f"{TIMES + ' ' if 'oom' in state else ''}{mixed}{STATES[state].words}")
     return ", ".join(parts)
 
 
@@ -138,7 +134,9 @@ def _chart(marks: list[dict[str, Any]], recipes: list[str], quantity: Quantity, 
     contexts = [mark["context"] for mark in sorted(marks, key=lambda mark: mark["length"])]
     # Room for the longest label to the right of the longest bar.
     largest = max([mark["end"] for mark in marks] + [limit or 0, 1e-9]) * 1.45
-    y = alt.Y("row:N", sort=[*dict.fromkeys(names)], title=None, axis=alt.Axis(domain=False, ticks=False))
+    y = alt.Y(
+        "row:N", sort=[*dict.fromkeys(names)], title=None, axis=alt.Axis(domain=False, ticks=False, labelPadding=6)
+    )
     x_axis = alt.Axis(tickCount=5, domain=False, ticks=False)
     x = alt.X("value:Q", title=quantity.axis, scale=alt.Scale(domain=[0, largest], nice=False), axis=x_axis)
     colour = alt.Color(
@@ -153,10 +151,10 @@ def _chart(marks: list[dict[str, Any]], recipes: list[str], quantity: Quantity, 
     if limit is not None:
         layers.append(alt.Chart().mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x=alt.datum(limit)))
     text = base.mark_text(align="left", baseline="middle", dx=6).encode(x="end:Q", text="label:N")
-    halo = text.mark_text(align="left", baseline="middle", dx=6, stroke=PAPER, strokeWidth=4, strokeJoin="round")
+    halo = text.mark_text(align="left", baseline="middle", dx=6, stroke=PAPER, strokeWidth=6, strokeJoin="round")
     layers += [halo, text.encode(color=colour)]
     chart: alt.FacetChart = (
-        alt.layer(*layers, data=alt.Data(values=marks))
+        alt.layer(*layers, data=alt.InlineData(values=marks))
         .properties(width=_PANEL_WIDTH, height=alt.Step(_ROW_HEIGHT))
         .facet(
             row=alt.Row(

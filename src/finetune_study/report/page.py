@@ -70,7 +70,7 @@ def render(
         recommendations=recommendations,
         verdicts=VERDICTS,
         min_repeats=MIN_REPEATS,
-        figures=[(figure, Markup(for_page(figure.svg))) for figure in drawn],  # noqa: S704 (made by Vega, which escapes)
+        figures=[(figure, Markup(for_page(figure.svg))) for figure in drawn],  # Vega escapes what it writes
         settings=_settings(comparisons),
         baseline=table.baseline_of(config),
         columns=tables.columns_for(rows),
@@ -82,7 +82,7 @@ def render(
         sources=_sources(cells),
         definitions={name: meaning for name, (_, meaning) in COLUMNS.items()},
         comparison_definitions={name: meaning for name, (_, meaning) in table.COLUMNS.items()},
-        script=Markup(script),  # noqa: S704 (a file of this package)
+        script=Markup(script),  # a file of this package
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
@@ -116,7 +116,7 @@ def _how_sure(recommendations: list[Recommendation]) -> str:
     verdicts = Counter(one.verdict for one in recommendations)
     if [*verdicts] == ["too_few_data"]:
         return f"That is no ranking yet: it needs {MIN_REPEATS} completed runs of each recipe."
-    return "How sure that is: " + ", ".join(f"{n} {verdict.replace('_', ' ')}" for verdict, n in verdicts.items()) + "."
+    return "Verdicts: " + ", ".join(f"{verdict.replace('_', ' ')} in {n}" for verdict, n in verdicts.items()) + "."
 
 
 def for_page(svg: str) -> str:
@@ -129,7 +129,9 @@ def for_page(svg: str) -> str:
 def mixed_software(cells: pl.DataFrame) -> list[dict[str, Any]]:
     """Settings whose completed runs had different software, with the digests."""
     completed = cells.filter(pl.col("state") == "completed")
-    digests = completed.group_by(SETTING, maintain_order=True).agg(pl.col("software_sha256").unique(maintain_order=True))
+    digests = completed.group_by(SETTING, maintain_order=True).agg(
+        pl.col("software_sha256").unique(maintain_order=True)
+    )
     return digests.filter(pl.col("software_sha256").list.len() > 1).to_dicts()
 
 

@@ -15,6 +15,8 @@ from finetune_study.table import peak_memory, show
 
 Row = dict[str, Any]
 
+TIMES = "\N{MULTIPLICATION SIGN}"
+
 
 @dataclass(frozen=True)
 class State:
@@ -74,14 +76,6 @@ def _number(name: str) -> tuple[Callable[[Row], str], Callable[[Row], Any]]:
     return (lambda row: show(row[name])), (lambda row: row[name])
 
 
-def _step_time(row: Row) -> str:
-    samples = row["step_time_seconds_samples"] or []
-    spread = f"{show(row['step_time_seconds_min'])} to {show(row['step_time_seconds_max'])}"
-    return f"{show(row['step_time_seconds_median'])} ({spread})" if len(samples) > 1 else show(
-        row["step_time_seconds_median"]
-    )
-
-
 def _device_used(row: Row) -> str:
     used, budget = row["peak_device_used_gib"], row["memory_budget_gib"]
     return "" if used is None else show(used) + (f" of {show(budget)}" if budget else "")
@@ -93,21 +87,21 @@ def _loss(row: Row) -> str:
 
 
 COLUMNS = [
+    Column("Recipe", lambda row: row["recipe"]),
     Column("Target", lambda row: row["target"]),
-    Column("Hardware", lambda row: f"{row['hardware']} × {row['num_gpus']}"),
+    Column("Hardware", lambda row: f"{row['hardware']} {TIMES} {row['num_gpus']}"),
     Column("Context", lambda row: str(row["sequence_length"]), lambda row: row["sequence_length"], "tokens"),
     Column(
         "Micro-batch",
         lambda row: str(row["per_device_train_batch_size"]),
         lambda row: row["per_device_train_batch_size"],
     ),
-    Column("Recipe", lambda row: row["recipe"]),
     Column("Repeat", lambda row: str(row["repeat"]), lambda row: row["repeat"]),
-    Column("Step time", _step_time, lambda row: row["step_time_seconds_median"], "s, median (range)"),
+    Column("Step time", *_number("step_time_seconds_median"), "s, median"),
     Column("Tokens/s", *_number("tokens_per_second"), "all devices"),
     Column("Peak allocated", *_number("peak_memory_allocated_gib"), "GiB per GPU"),
     Column("Peak reserved", *_number("peak_memory_reserved_gib"), "GiB per GPU"),
-    Column("Peak device memory", _device_used, lambda row: row["peak_device_used_gib"], "GiB per rank, of the budget"),
+    Column("Peak device memory", _device_used, lambda row: row["peak_device_used_gib"], "GiB, of the budget"),
     Column("Predicted", *_number("predicted_peak_memory_allocated_gib"), "GiB, before the run"),
     Column("Host memory", *_number("peak_host_rss_gib"), "GiB, all ranks"),
     Column("MFU", *_number("mfu_percent"), "% of the dense peak"),

@@ -31,7 +31,9 @@ class Sdpa(_Attention):
 
     name: ClassVar[str] = "sdpa"
     effect: ClassVar[str] = "memory linear in the context where a fused kernel is chosen; the default"
-    source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
+    source: ClassVar[str] = (
+        "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
+    )
 
 
 class FlashAttention2(_Attention):

@@ -7,9 +7,7 @@ from finetune_study.section import Section
 if TYPE_CHECKING:  # config imports this package
     from finetune_study.config import Hardware
 
-Kind = Literal[
-    "precision", "attention", "peft", "activations", "sharding", "offload", "optimizer", "sequences"
-]
+Kind = Literal["precision", "attention", "peft", "activations", "sharding", "offload", "optimizer", "sequences"]
 """In the order of application: precision and attention choose how the model is loaded, peft wraps the loaded model,
 activations, sharding, offload and the optimizer are arguments that the trainer acts on when training starts, sequences
 is how the data was laid out. A recipe holds at most one technique of a kind."""

@@ -55,7 +55,9 @@ class Fp16(Technique):
 
     name: ClassVar[str] = "fp16"
     kind: ClassVar[Kind] = "precision"
-    effect: ClassVar[str] = "halves activations and uses matrix units; the first steps are skipped while the scale settles"
+    effect: ClassVar[str] = (
+        "halves activations and uses matrix units; the first steps are skipped while the scale settles"
+    )
     source: ClassVar[str] = "Micikevicius et al., arXiv 1710.03740"
 
     dtype: Literal["auto", "float32", "float16"] = "auto"

@@ -1,6 +1,8 @@
 """How the devices of a run share the work and the model states."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import PositiveInt
 
 from finetune_study.techniques.base import Kind, Technique
 
@@ -18,13 +20,21 @@ class Ddp(Technique):
         return {"ddp_find_unused_parameters": False}
 
 
+BucketSize = PositiveInt | Literal["auto"]
+"""Elements; `auto` follows the model's width, as transformers' DeepSpeed integration fills it in. DeepSpeed's own default,
+5e8, makes a buffer of 1 to 2 GB however small the model is."""
+
+
 class _Zero(Technique):
     kind: ClassVar[Kind] = "sharding"
     stage: ClassVar[int]
     source: ClassVar[str] = "Rajbhandari et al., arXiv 1910.02054"
 
+    reduce_bucket_size: BucketSize = "auto"
+    """Elements of gradients that are reduced at once."""
+
     def deepspeed(self, device: str) -> dict[str, Any]:
-        return {"zero_optimization": {"stage": self.stage, **self.model_dump(exclude_none=True)}}
+        return {"zero_optimization": {"stage": self.stage, **self.model_dump()}}
 
 
 class Zero1(_Zero):
@@ -49,3 +59,8 @@ class Zero3(_Zero):
     name: ClassVar[str] = "zero3"
     stage: ClassVar[int] = 3
     effect: ClassVar[str] = "everything divided by the number of devices; weights travel in every pass, so it is slower"
+
+    stage3_prefetch_bucket_size: BucketSize = "auto"
+    """Elements of weights that are fetched ahead."""
+    stage3_param_persistence_threshold: BucketSize = "auto"
+    """Weights with fewer elements stay whole on every device."""

@@ -1,0 +1,65 @@
+# Each target sets up what it needs by itself. The environment is .venv, installed from envs/local.lock.
+#
+#   make demo    run the demo study on this machine and print its table
+#   make test    run the whole suite
+#   make check   format, lint, types, spelling, workflow, generated files
+#   make format  put format and generated files in order
+#   make lock    choose versions anew, from pyproject.toml
+#
+# Where the package index offers torch's CUDA build first, give the index of torch's CPU builds to save several GB:
+#   make demo TORCH_INDEX=<url>
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := envs/local.lock
+INSTALLED := $(VENV)/finetune-study.lock
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(or $(shell sed -n "s/^\(torch==.*\)/\1/p" $(LOCK)),torch==2.13.0)
+TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+EXTRAS := controller,training,development
+
+.PHONY: demo test check format lock env clean
+
+env: $(INSTALLED)
+
+$(INSTALLED): $(LOCK) pyproject.toml
+	@echo "make: installing the environment into $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; name another with PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "make: could not make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
+	@$(PIP) install --quiet --requirement $(LOCK)
+	@$(PIP) install --quiet --no-deps --editable .
+	@cp $(LOCK) $@
+
+demo: env
+	@$(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
+
+test: env
+	@$(BIN)/python -m pytest
+
+check: env
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+	@$(BIN)/snakefmt --check Snakefile workflow
+	@$(BIN)/snakemake --lint
+	@$(BIN)/finetune-study config-docs --check
+
+format: env
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+	@$(BIN)/snakefmt --quiet Snakefile workflow
+	@$(BIN)/finetune-study config-docs
+
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip install --quiet $(TORCH_FROM) $(TORCH)
+	@build/lock/bin/python -m pip install --quiet '.[$(EXTRAS)]'
+	@{ echo "# Versions of the demo's and the tests' environment; made by 'make lock'."; \
+	   build/lock/bin/python -m pip freeze --exclude finetune-study | sed 's/+cpu$$//'; } > $(LOCK)
+
+clean:
+	rm -rf $(VENV) build .snakemake logs

@@ -1,0 +1,25 @@
+"""Who may know whom."""
+
+import subprocess
+import sys
+
+import pytest
+
+TORCH = ("torch", "transformers", "peft", "deepspeed", "datasets")
+WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
+
+
+@pytest.mark.parametrize(
+    ("modules", "strangers"),
+    [
+        ("launch", (*TORCH, *WORKFLOW, "polars", "altair")),
+        ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
+        ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
+        ("config, plan, study, techniques", (*TORCH, *WORKFLOW, "altair")),
+    ],
+)
+def test_modules_do_not_know(modules: str, strangers: tuple[str, ...]) -> None:
+    names = ", ".join(f"finetune_study.{name.strip()}" for name in modules.split(","))
+    code = f"import {names}, sys; print([name for name in {strangers!r} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,212 @@
+from pathlib import Path
+from typing import Any
+
+import handmade
+import polars as pl
+import pytest
+
+from finetune_study import outcome
+from finetune_study.errors import RecordError
+from finetune_study.outcome import GIB
+from finetune_study.paths import Results
+from finetune_study.record import Ending, Record
+from finetune_study.run import Run
+
+CPU = handmade.study()
+FULL, LORA = handmade.runs(CPU)["full", 1], handmade.runs(CPU)["lora", 1]
+TWO_GPUS = handmade.study(
+    hardware={"a100": {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0}},
+    grid=[{"targets": "tiny", "hardware": "a100", "recipes": "full", "sequence_length": 256, "num_gpus": 2}],
+)
+ON_TWO = handmade.runs(TWO_GPUS)["full", 1]
+
+
+def with_ranks(run: Run, *ranks: dict[str, Any], status: Any = "completed", device: str = "CPU") -> Record:
+    return Record(
+        run=run,
+        ending=Ending(status=status),
+        duration_seconds=1800.0,
+        environment=handmade.environment(device=device),
+        ranks=list(ranks),
+    )
+
+
+def test_a_row_has_exactly_the_columns() -> None:
+    assert set(outcome.row(handmade.completed(FULL, 1.0))) == set(outcome.COLUMNS)
+    assert set(outcome.row(handmade.unsupported(FULL, "no"))) == set(outcome.COLUMNS)
+    assert all(meaning.endswith(".") for _, meaning in outcome.COLUMNS.values())
+
+
+def test_identity_of_a_run() -> None:
+    row = outcome.row(handmade.completed(LORA, 1.0))
+    assert (row["run_id"], row["target"], row["hardware"], row["recipe"]) == (LORA.run_id, "tiny", "cpu", "lora")
+    assert (row["num_gpus"], row["sequence_length"], row["repeat"]) == (1, 128, 1)
+    assert (row["per_device_train_batch_size"], row["gradient_accumulation_steps"]) == (1, 8)
+    assert row["effective_batch_size"] == 8
+    assert row["techniques"] == "fp32+sdpa+lora+adamw_torch"
+    assert row["command"] == f"python -m finetune_study.launch results/runs/{LORA.run_id}/run.yaml"
+
+
+def test_step_times_and_rates_of_one_rank() -> None:
+    row = outcome.row(handmade.completed(FULL, 2.0, 1.0, 4.0))
+    assert row["step_time_seconds_samples"] == [2.0, 1.0, 4.0]
+    assert row["untimed_step_time_seconds_samples"] == [9.0]
+    assert (row["step_time_seconds_median"], row["step_time_seconds_min"], row["step_time_seconds_max"]) == (
+        2.0,
+        1.0,
+        4.0,
+    )
+    # 8 sequences of 128 positions in 2 s.
+    assert row["samples_per_second"] == 4.0
+    assert row["tokens_per_second"] == row["tokens_per_second_per_gpu"] == 512.0
+    # 1000 real tokens and 900 loss tokens a step; 3 steps in 7 s.
+    assert row["real_tokens_per_second"] == pytest.approx(3000 / 7)
+    assert row["loss_tokens_per_second"] == pytest.approx(2700 / 7)
+    assert row["num_timed_steps"] == 3
+    assert row["num_skipped_steps"] == 0
+
+
+def test_losses_and_parameters() -> None:
+    row = outcome.row(handmade.completed(FULL, 1.0, 1.0, 1.0))
+    assert row["train_loss_first"] == 3.0
+    assert row["train_loss_last"] == pytest.approx(2.7)
+    assert (row["eval_loss_before"], row["eval_loss_after"]) == (3.5, 2.5)
+    assert (row["trainable_parameters"], row["total_parameters"]) == (10, 100)
+
+
+def test_time_and_money() -> None:
+    row = outcome.row(handmade.completed(FULL, 2.0, 2.0, 2.0), price=3.6)
+    assert row["gpu_hours"] == pytest.approx(0.01)  # 36 s on one device
+    assert row["epoch_hours"] == pytest.approx(100 / 3600)  # 400 sequences: 50 steps of 2 s
+    assert row["cost_usd_per_epoch"] == pytest.approx(0.1)
+    assert outcome.row(handmade.completed(FULL, 2.0))["cost_usd_per_epoch"] is None
+
+
+def test_a_step_is_as_slow_as_its_slowest_rank() -> None:
+    fast = {"steps": handmade.steps(1.0, 3.0, 2.0), "startup_seconds": 5.0, "load_seconds": 2.0}
+    slow = {"steps": handmade.steps(2.0, 2.0, 5.0), "startup_seconds": 7.0, "load_seconds": 1.0}
+    row = outcome.row(with_ranks(ON_TWO, fast, slow), price=2.0)
+    assert row["step_time_seconds_samples"] == [2.0, 3.0, 5.0]
+    assert row["step_time_seconds_median"] == 3.0
+    assert row["tokens_per_second"] == pytest.approx(8 * 256 / 3)
+    assert row["tokens_per_second_per_gpu"] == pytest.approx(8 * 256 / 6)
+    assert row["real_tokens_per_second"] == pytest.approx(2 * 3000 / 10)  # tokens of both ranks
+    assert (row["startup_seconds"], row["load_seconds"]) == (7.0, 2.0)
+    assert row["gpu_hours"] == pytest.approx(1.0)  # half an hour of two devices
+    assert row["cost_usd_per_epoch"] == pytest.approx(2.0 * 2 * row["epoch_hours"])
+
+
+def test_memory_is_of_the_largest_rank_and_host_memory_of_all() -> None:
+    memory = [
+        {"peak_allocated_bytes": 3 * GIB, "peak_reserved_bytes": 5 * GIB, "peak_device_used_bytes": 6 * GIB},
+        {"peak_allocated_bytes": 4 * GIB, "peak_reserved_bytes": 4 * GIB, "peak_device_used_bytes": 7 * GIB},
+    ]
+    ranks = [{"memory": {**one, "peak_rss_bytes": 2 * GIB}} for one in memory]
+    row = outcome.row(with_ranks(ON_TWO, *ranks))
+    assert row["peak_memory_allocated_gib"] == 4.0
+    assert row["peak_memory_reserved_gib"] == 5.0
+    assert row["peak_device_used_gib"] == 7.0
+    assert row["peak_host_rss_gib"] == 4.0
+
+
+def test_a_sum_that_lacks_a_rank_is_not_known() -> None:
+    row = outcome.row(with_ranks(ON_TWO, {"memory": {"peak_rss_bytes": GIB}}, {"memory": {}}))
+    assert row["peak_host_rss_gib"] is None
+
+
+def test_model_flops_utilization_by_hand() -> None:
+    """Two A100 with a bf16 peak of 312 TFLOP/s each: 124.8 TFLOP in a step of 2 s is 10 % of them."""
+    rank = {"steps": handmade.steps(2.0, 2.0), "compute_dtype": "bfloat16", "model_flops_per_step": 62.4e12}
+    row = outcome.row(with_ranks(ON_TWO, rank, rank, device="NVIDIA A100-SXM4-80GB"))
+    assert row["model_flops_per_step"] == pytest.approx(124.8e12)
+    assert row["mfu_percent"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("Unknown GPU", "bfloat16"), ("NVIDIA A100-SXM4-80GB", None)])
+def test_no_utilization_without_a_known_peak(device: str, dtype: str | None) -> None:
+    rank = {"steps": handmade.steps(2.0), "compute_dtype": dtype, "model_flops_per_step": 1e12}
+    row = outcome.row(with_ranks(ON_TWO, rank, rank, device=device))
+    assert row["mfu_percent"] is None
+    assert row["model_flops_per_step"] == 2e12
+
+
+def test_energy_per_timed_step_is_of_all_devices() -> None:
+    rank = {"steps": handmade.steps(2.0, 2.0), "energy_joules": 300.0}
+    assert outcome.row(with_ranks(ON_TWO, rank, rank))["energy_joules_per_step"] == 300.0
+    assert outcome.row(handmade.completed(FULL, 1.0))["energy_joules_per_step"] is None
+
+
+def test_skipped_steps_are_counted_and_never_timed() -> None:
+    steps = handmade.steps(2.0, 2.0)
+    skipped = {**steps[0], "stepped": False, "seconds": 100.0}
+    row = outcome.row(with_ranks(FULL, {"steps": [skipped, skipped, *steps]}))
+    assert row["num_skipped_steps"] == 2
+    assert row["num_timed_steps"] == 2
+    assert row["untimed_step_time_seconds_samples"] == [9.0]
+    assert row["step_time_seconds_median"] == 2.0
+
+
+def test_a_timeout_keeps_the_steps_that_all_ranks_finished() -> None:
+    cut_off = {"steps": handmade.steps(2.0)}
+    row = outcome.row(with_ranks(ON_TWO, {"steps": handmade.steps(1.0, 1.0)}, cut_off, status="timeout"))
+    assert row["status"] == "timeout"
+    assert row["step_time_seconds_samples"] == [2.0]
+    assert row["num_timed_steps"] == 1
+
+
+def test_untimed_steps_alone_give_no_step_time() -> None:
+    row = outcome.row(with_ranks(FULL, {"steps": handmade.steps()}, status="timeout"))
+    assert row["num_timed_steps"] == 0
+    assert row["untimed_step_time_seconds_samples"] == [9.0]
+    assert row["step_time_seconds_median"] is None
+    assert row["train_loss_first"] == 3.0
+
+
+def test_out_of_memory_before_the_first_step() -> None:
+    row = outcome.row(handmade.out_of_memory(FULL, asked=GIB // 2, held=2 * GIB))
+    assert (row["status"], row["oom_phase"], row["oom_step"], row["oom_rank"]) == ("device_oom", "backward", 1, 0)
+    assert (row["oom_requested_gib"], row["oom_held_gib"]) == (0.5, 2.0)
+    assert row["num_timed_steps"] is None
+    assert row["train_loss_first"] is None
+    assert row["memory_budget_gib"] == 1.0
+
+
+def test_unsupported_has_its_reason_and_no_number() -> None:
+    row = outcome.row(handmade.unsupported(FULL, "no bf16 here"))
+    assert (row["status"], row["reason"]) == ("unsupported", "no bf16 here")
+    for name in ("step_time_seconds_median", "peak_device_used_gib", "gpu_hours", "host", "software_sha256"):
+        assert row[name] is None
+
+
+def test_environment_of_a_row() -> None:
+    row = outcome.row(handmade.completed(FULL, 1.0))
+    assert (row["torch_version"], row["transformers_version"], row["deepspeed_version"]) == (
+        "2.13.0",
+        "5.23.0",
+        "0.19.8",
+    )
+    assert (row["gpu_name"], row["host"], row["model_source"]) == ("Some CPU @ 2.5GHz", "node-1", "random weights")
+    assert row["software_sha256"] == "a" * 64
+    assert row["data_sha256"] == "d" * 64
+
+
+def test_collect_takes_the_runs_that_have_a_record(tmp_path: Path) -> None:
+    results = handmade.write(tmp_path, handmade.completed(LORA, 1.0), handmade.failure(FULL))
+    results.run(LORA.run_id).prior.write_text('{"predicted_peak_memory_allocated_gib": 0.75}')
+    frame = outcome.collect(results, [FULL.run_id, LORA.run_id], CPU.hardware)
+    assert frame.schema == outcome.SCHEMA
+    assert frame["run_id"].to_list() == [LORA.run_id]
+    assert frame["predicted_peak_memory_allocated_gib"].to_list() == [0.75]
+    assert frame["step_time_seconds_samples"].dtype == pl.List(pl.Float64)
+
+
+def test_collect_of_nothing_has_the_columns(tmp_path: Path) -> None:
+    assert outcome.collect(Results(tmp_path), [FULL.run_id], CPU.hardware).schema == outcome.SCHEMA
+
+
+def test_collect_stops_at_a_damaged_record(tmp_path: Path) -> None:
+    results = handmade.write(tmp_path, handmade.completed(LORA, 1.0))
+    path = results.run(LORA.run_id).record
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(RecordError, match=r"record\.json is damaged"):
+        outcome.collect(results, [LORA.run_id], CPU.hardware)

@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import handmade
+import polars as pl
+import pytest
+
+from finetune_study import outcome, recommend
+from finetune_study.config import Config
+from finetune_study.recommend import Recommendation
+from finetune_study.record import Failure, Record
+
+
+def repeats(number: int, **changes: Any) -> Config:
+    return handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": number}, **changes)
+
+
+def timed(study: Config, **seconds: tuple[float, ...]) -> list[Record]:
+    """Completed repeats of each recipe, with these step times."""
+    runs = handmade.runs(study)
+    return [
+        handmade.completed(runs[recipe, repeat], value, value, value)
+        for recipe, values in seconds.items()
+        for repeat, value in enumerate(values, start=1)
+    ]
+
+
+def the_only(study: Config, root: Path, *documents: Record | Failure) -> Recommendation:
+    (one,) = recommend.recommend(handmade.compared(study, root, *documents))
+    return one
+
+
+def test_three_repeats_that_do_not_overlap_are_ranked(tmp_path: Path) -> None:
+    study = repeats(3)
+    one = the_only(study, tmp_path, *timed(study, full=(2.0, 2.1, 2.2), lora=(1.0, 1.1, 1.05)))
+    assert (one.verdict, one.recipe, one.tied_with) == ("ranked", "lora", [])
+    assert one.reason == (
+        "lora 1.05 s a step (3 runs, 1.00 to 1.10); full 2.10 s a step (3 runs, 2.00 to 2.20). "
+        "The spreads over repeats do not overlap."
+    )
+
+
+def test_overlapping_spreads_are_a_tie(tmp_path: Path) -> None:
+    study = repeats(3)
+    one = the_only(study, tmp_path, *timed(study, full=(1.0, 1.1, 1.2), lora=(0.95, 1.0, 1.05)))
+    assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
+
+
+def test_eight_per_cent_on_one_repeat_is_too_few_data(tmp_path: Path) -> None:
+    study = repeats(1)
+    one = the_only(study, tmp_path, *timed(study, full=(1.08,), lora=(1.0,)))
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert one.reason.endswith("A ranking needs 3 runs of each.")
+
+
+def test_one_recipe_with_two_repeats_is_too_few_data_for_all(tmp_path: Path) -> None:
+    study = repeats(3)
+    one = the_only(study, tmp_path, *timed(study, full=(9.0, 9.0), lora=(1.0, 1.0, 1.0)))
+    assert one.verdict == "too_few_data"
+
+
+def test_the_only_one_that_fits(tmp_path: Path) -> None:
+    study = repeats(1)
+    runs = handmade.runs(study)
+    one = the_only(study, tmp_path, handmade.out_of_memory(runs["full", 1]), *timed(study, lora=(1.0,)))
+    assert (one.verdict, one.recipe) == ("only_one_fits", "lora")
+    assert "full (device_oom)" in one.reason
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_rival_without_an_outcome_leaves_it_open(tmp_path: Path, failed: bool) -> None:
+    study = repeats(1)
+    failure = [handmade.failure(handmade.runs(study)["full", 1])] if failed else []
+    one = the_only(study, tmp_path, *failure, *timed(study, lora=(1.0,)))
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert ("full (failed)" if failed else "full (not_run)") in one.reason
+
+
+def test_a_recipe_that_ran_out_of_memory_once_does_not_fit(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    lora = timed(study, lora=(1.0, 1.0, 1.0))[:2]
+    records = [*lora, handmade.out_of_memory(runs["lora", 3]), *timed(study, full=(2.0, 2.0, 2.0))]
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe) == ("only_one_fits", "full")
+    assert "lora (2 completed, 1 device_oom)" in one.reason
+
+
+def test_nothing_fits(tmp_path: Path) -> None:
+    study = repeats(1)
+    runs = handmade.runs(study)
+    records = [handmade.out_of_memory(runs["full", 1]), handmade.unsupported(runs["lora", 1], "no such kernel")]
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe) == ("nothing_fits", None)
+    assert one.reason == "Nothing fits: full (device_oom), lora (unsupported)."
+
+
+def test_no_data_yet(tmp_path: Path) -> None:
+    study = repeats(1)
+    one = the_only(study, tmp_path, handmade.out_of_memory(handmade.runs(study)["full", 1]))
+    assert (one.verdict, one.recipe) == ("no_data", None)
+
+
+def test_differing_software_is_never_ranked(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    other = [handmade.completed(runs["lora", n], 1.0, software="b" * 64) for n in (1, 2, 3)]
+    one = the_only(study, tmp_path, *timed(study, full=(2.0, 2.0, 2.0)), *other)
+    assert (one.verdict, one.recipe) == ("not_comparable", None)
+
+
+def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+    study = repeats(1, grid=[{**block, "per_device_train_batch_size": [1, 2, 4]}])
+    seconds = {("full", 1): 2.0, ("full", 2): 1.5, ("lora", 1): 1.8, ("lora", 2): 1.6, ("lora", 4): 1.9}
+    records = []
+    for planned in handmade.planned(study):
+        time = seconds.get((planned.run.recipe, planned.run.per_device_train_batch_size))
+        records.append(handmade.completed(planned.run, time) if time else handmade.out_of_memory(planned.run))
+    one = the_only(study, tmp_path, *records)
+    assert (one.recipe, one.per_device_train_batch_size) == ("full", 2)
+    assert {e.recipe: e.per_device_train_batch_size for e in one.evidence} == {"full": 2, "lora": 2}
+
+
+def test_one_recommendation_per_setting(tmp_path: Path) -> None:
+    grid = [{"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": [128, 512]}]
+    study = repeats(1, grid=grid)
+    found = recommend.recommend(handmade.compared(study, tmp_path))
+    assert [one.sequence_length for one in found] == [128, 512]
+    assert {one.verdict for one in found} == {"no_data"}
+
+
+def test_aggregate_writes_both_files_from_the_outcomes(tmp_path: Path) -> None:
+    study = repeats(3)
+    results = handmade.write(tmp_path, *timed(study, full=(2.0, 2.1, 2.2), lora=(1.0, 1.1, 1.05)))
+    planned = handmade.planned(study)
+    outcome.collect(results, [one.run.run_id for one in planned], study.hardware).write_parquet(
+        results.outcomes_parquet
+    )
+    recommend.aggregate(study, planned, results)
+    assert pl.read_parquet(results.comparisons)["step_time_ratio"].to_list() == [1.0, pytest.approx(0.5)]
+    document = json.loads(results.recommendations.read_text())
+    assert document["format"] == 1
+    (one,) = document["recommendations"]
+    assert (one["target"], one["hardware"], one["num_gpus"], one["sequence_length"]) == ("tiny", "cpu", 1, 128)
+    assert (one["verdict"], one["recipe"]) == ("ranked", "lora")
+    assert [e["num_completed"] for e in one["evidence"]] == [3, 3]
+
+
+def test_aggregate_of_a_study_without_outcomes(tmp_path: Path) -> None:
+    study = repeats(1)
+    results = handmade.write(tmp_path)
+    outcome.collect(results, [], study.hardware).write_parquet(results.outcomes_parquet)
+    recommend.aggregate(study, handmade.planned(study), results)
+    assert json.loads(results.recommendations.read_text())["recommendations"][0]["verdict"] == "no_data"
+
+
+def test_every_verdict_has_its_meaning() -> None:
+    verdicts = Recommendation.model_fields["verdict"].annotation
+    assert set(recommend.VERDICTS) == set(verdicts.__args__)  # type: ignore[union-attr]

@@ -1,0 +1,267 @@
+import html.parser
+import re
+from pathlib import Path
+from typing import Any
+
+import handmade
+import polars as pl
+import pytest
+
+from finetune_study import outcome, record, report, table
+from finetune_study.config import Config
+from finetune_study.paths import Results
+from finetune_study.record import Failure, Record
+from finetune_study.report import figures, page, tables
+from finetune_study.report.tables import STATES
+
+STUDY = handmade.study()
+RUNS = handmade.runs(STUDY)
+FULL, LORA = RUNS["full", 1], RUNS["lora", 1]
+ALL_STATES = (
+    "completed", "device_oom", "host_oom", "timeout", "unsupported", "implied_oom", "predicted_oom", "failed", "not_run"
+)  # fmt: skip
+
+
+class Text(html.parser.HTMLParser):
+    """What a reader sees of a page, its tags, and the addresses it names."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self._hidden = 0
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._hidden += tag in ("style", "script")
+        self.addresses += [value or "" for name, value in attrs if name in ("href", "src", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden -= tag in ("style", "script")
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def built(study: Config, root: Path, *documents: Record | Failure) -> str:
+    results = handmade.write(root, *documents)
+    report.build(study, handmade.planned(study), results)
+    return results.report.read_text(encoding="utf-8")
+
+
+def mixed(study: Config = STUDY) -> list[Record | Failure]:
+    runs = handmade.runs(study)
+    return [handmade.completed(runs["lora", 1], 1.0, 1.1, 1.2, used=0.25), handmade.out_of_memory(runs["full", 1])]
+
+
+def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
+    assert tuple(STATES) == (*record.STATUSES, "failed", "not_run") == ALL_STATES
+    assert len({state.words for state in STATES.values()}) == len({s.symbol for s in STATES.values()}) == len(STATES)
+    assert all(state.meaning for state in STATES.values())
+
+
+def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
+    text = Text(built(STUDY, tmp_path, *mixed())).text
+    assert "2 runs: 1 completed, 1 out of memory." in text
+    assert "The fastest recipe that fits is lora." in text
+    assert "in backward, step 1; 0.0625 GiB asked for" not in text
+    assert "in backward, step 1; 64.0 MiB asked for, 0.879 GiB held" in text
+    assert "0.250 of 1.00" in text
+    assert "3.50 → 2.50" in text
+    assert FULL.run_id in text
+    assert LORA.run_id in text
+    assert f"python -m finetune_study.launch results/runs/{FULL.run_id}/run.yaml" in text
+
+
+def test_the_page_defines_every_column_status_and_verdict(tmp_path: Path) -> None:
+    text = Text(built(STUDY, tmp_path)).text
+    for name, (_, meaning) in (outcome.COLUMNS | table.COLUMNS).items():
+        assert name in text
+        assert meaning in text
+    for state in STATES.values():
+        assert state.meaning in text
+
+
+def test_text_of_logs_and_names_is_shown_and_never_executed(tmp_path: Path) -> None:
+    evil = '<script>alert("log")</script><img src=x onerror=alert(1)>'
+    study = handmade.study(report={"title": f"Über 学習 {evil}"})
+    late = handmade.unsupported(LORA, f"reason {evil}")
+    page = built(study, tmp_path, handmade.failure(FULL, cause=f"cause {evil}", log_tail=f"tail {evil}"), late)
+    seen = Text(page)
+    assert seen.tags.count("script") == 1
+    assert "img" not in seen.tags
+    for place in ("Über 学習", "cause", "tail", "reason"):
+        assert f"{place} {evil}" in seen.text
+    assert "script-src 'sha256-" in page
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    page = built(STUDY, tmp_path, *mixed())
+    addresses = Text(page).addresses
+    assert {a for a in addresses if not a.startswith("#")} == {"tables/runs.csv", "tables/comparisons.csv", "figures/"}
+    anchors = {a[1:] for a in addresses if a.startswith("#")}
+    assert anchors <= set(re.findall(r'id="([^"]+)"', page))
+    assert "@import" not in page
+    assert "url(http" not in page
+
+
+def test_files_of_figures_and_tables(tmp_path: Path) -> None:
+    stale = Results(tmp_path).figures / "memory_gone_cpux1.svg"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("<svg/>")
+    built(STUDY, tmp_path, *mixed())
+    found = sorted(path.name for path in Results(tmp_path).figures.iterdir())
+    assert found == [f"{kind}_tiny_cpux1.{ending}" for kind in ("memory", "step_time") for ending in ("png", "svg")]
+    assert (Results(tmp_path).figures / found[0]).read_bytes().startswith(b"\x89PNG")
+    runs = pl.read_csv(tmp_path / "report" / "tables" / "runs.csv")
+    assert runs["state"].to_list() == ["device_oom", "completed"]
+    assert runs["step_time_seconds_samples"].to_list() == [None, "1.0;1.1;1.2"]
+    assert (tmp_path / "report" / "tables" / "comparisons.csv").exists()
+
+
+def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
+    drawn = figures.draw(STUDY, handmade.compared(STUDY, tmp_path, *mixed()))
+    memory, step_time = drawn
+    assert (memory.name, step_time.name) == ("memory_tiny_cpux1", "step_time_tiny_cpux1")
+    for figure in drawn:
+        assert "× out of memory" in figure.svg
+        assert "Context 128" in figure.svg
+    assert "0.250 GiB" in memory.svg
+    assert "1.10 s" in step_time.svg
+    assert memory.caption == "peak_device_used_gib; limit 1.00 GiB"
+
+
+def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
+    (memory, _) = figures.draw(STUDY, handmade.compared(STUDY, tmp_path, *mixed()))
+    inline = page.for_page(memory.svg)
+    assert "var(--bar)" in inline
+    for colour in (figures.INK, figures.MUTED, figures.LINE, figures.BAR, figures.MEMORY, figures.PAPER):
+        assert colour not in inline
+
+
+@pytest.mark.parametrize(
+    ("states", "value", "expected"),
+    [
+        (["completed"], 1.0, "1.00 s"),
+        (["device_oom"], None, "× out of memory"),
+        (["unsupported"] * 3, None, "unsupported"),
+        (["completed", "completed", "device_oom"], 1.0, "1.00 s, × 1 of 3 out of memory"),
+        (["failed", "not_run"], None, "1 of 2 failed, 1 of 2 not run"),
+        (["timeout"], None, "timeout"),
+    ],
+)
+def test_labels_of_a_figure(states: list[str], value: float | None, expected: str) -> None:
+    row: dict[str, Any] = {"states": states, "num_completed": states.count("completed"), "not_compared": None}
+    assert figures.label(row, value, "s") == expected
+
+
+def test_differing_software_is_warned_of(tmp_path: Path) -> None:
+    records = [handmade.completed(FULL, 2.0), handmade.completed(LORA, 1.0, software="b" * 64)]
+    text = Text(built(STUDY, tmp_path, *records)).text
+    assert "Software differs among runs of one setting." in text
+    assert "completed runs had different software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
+    assert "software differs from the baseline's" in text
+    assert "not comparable" in text
+
+
+def test_no_warning_where_software_is_the_same(tmp_path: Path) -> None:
+    assert "Software differs" not in built(STUDY, tmp_path, *mixed())
+
+
+def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:
+    report.build(STUDY, [], Results(tmp_path))
+    text = Text((tmp_path / "report" / "index.html").read_text()).text
+    assert "The study has no runs" in text
+    assert "No run is planned." in text
+
+
+def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
+    text = Text(built(STUDY, tmp_path)).text
+    assert "2 runs: 2 not run." in text
+    assert "No recipe can be recommended yet" in text
+
+
+def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
+    text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
+    assert "2 runs: 2 out of memory. No recipe can be recommended yet" in text
+    assert "Nothing fits: full (device_oom), lora (device_oom)." in text
+
+
+def test_one_run_gives_a_page(tmp_path: Path) -> None:
+    study = handmade.study(
+        grid=[{"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}],
+    )
+    text = Text(built(study, tmp_path, handmade.completed(handmade.runs(study)["full", 1], 2.0))).text
+    assert "1 run: completed. The fastest recipe that fits is full. That is no ranking yet" in text
+
+
+def test_a_gpu_study_shows_allocated_and_reserved_memory(tmp_path: Path) -> None:
+    gpu = handmade.study(
+        hardware={"a100": {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0}},
+        grid=[{"targets": "tiny", "hardware": "a100", "recipes": ["full"], "sequence_length": 128}],
+    )
+    done = handmade.completed(handmade.runs(gpu)["full", 1], 1.0)
+    done.ranks[0]["memory"] = {"peak_allocated_bytes": 3 * 2**30, "peak_reserved_bytes": 5 * 2**30}
+    text = Text(built(gpu, tmp_path, done)).text
+    assert "Peak allocated GiB per GPU" in text
+    assert "Peak reserved GiB per GPU" in text
+    assert "Peak device memory" not in text
+    assert "3.00 5.00" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"state": "completed", "num_skipped_steps": 4}, "4 steps skipped by loss scaling"),
+        ({"state": "completed", "num_skipped_steps": 0}, ""),
+        ({"state": "unsupported", "reason": "no bf16"}, "no bf16"),
+        ({"state": "timeout", "reason": "30 minutes are over.", "num_timed_steps": 2},
+         "30 minutes are over. 2 timed steps are kept."),
+        ({"state": "failed", "failure_cause": "lost node", "attempts": 3}, "lost node (3 tries)"),
+        ({"state": "not_run"}, ""),
+        ({"state": "device_oom", "reason": "nobody knows"}, "nobody knows"),
+        ({"state": "device_oom", "oom_phase": "forward", "oom_rank": 1, "num_gpus": 2, "oom_requested_gib": 2.0,
+          "oom_fragmented": True},
+         "in forward, rank 1; 2.00 GiB asked for; fragmented: more was free than was asked for"),
+    ],
+)  # fmt: skip
+def test_what_happened(changes: dict[str, Any], expected: str) -> None:
+    assert tables.what_happened(dict.fromkeys(outcome.COLUMNS) | {"attempts": 1} | changes) == expected
+
+
+def test_the_summary_for_the_terminal(tmp_path: Path) -> None:
+    study = handmade.study(recipes={"full": [], "lora": ["lora"], "late": ["eager"]}, grid=[
+        {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "late"], "sequence_length": 128}
+    ])  # fmt: skip
+    frame = handmade.frame(study, tmp_path, *mixed(study))
+    lines = tables.summary_text(frame, width=80).splitlines()
+    digests = [run_id.rpartition("-")[2] for run_id in frame["run_id"]]
+    assert lines == [
+        " run                                 status       step time   peak memory",
+        " ────────────────────────────────────────────────────────────────────────",
+        f" tiny_cpux1_s128_b1_full_r1-{digests[0]}   device_oom",
+        f" tiny_cpux1_s128_b1_lora_r1-{digests[1]}   completed       1.10 s     0.250 GiB",
+        f" tiny_cpux1_s128_b1_late_r1-{digests[2]}   not_run",
+        "",
+        "3 runs: 1 completed, 1 out of memory, 1 not run",
+    ]
+
+
+def test_the_summary_has_predictions_only_where_there_is_one(tmp_path: Path) -> None:
+    documents = mixed()
+    assert "predicted" not in tables.summary_text(handmade.frame(STUDY, tmp_path, *documents))
+    Results(tmp_path).run(LORA.run_id).prior.write_text('{"predicted_peak_memory_allocated_gib": 0.3}')
+    text = tables.summary_text(handmade.frame(STUDY, tmp_path))
+    assert "predicted" in text
+    assert "0.300 GiB" in text
+
+
+def test_the_summary_of_an_empty_study(tmp_path: Path) -> None:
+    assert tables.summary_text(handmade.frame(STUDY, tmp_path).clear()) == "no runs\n"
