@@ -9,7 +9,6 @@ import argparse
 import ctypes
 import datetime
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -23,11 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import facts, oom, record, variables
+from finetune_study import data, facts, oom, record, variables
 from finetune_study import run as run_module
 from finetune_study.errors import RecordError, RunFailedError, StudyError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
+from finetune_study.prepared import read_manifest
 from finetune_study.record import Ending, Failure, Record, Status
 from finetune_study.run import Run
 
@@ -143,19 +143,10 @@ class Launch:
         return self._conclude(kills_before)
 
     def _check_prepared(self) -> None:
-        for what, folder in (
-            ("model", self.results.model(self.run.model_key)),
-            ("data", self.results.data(self.run.data_key)),
-        ):
-            if not (folder / MANIFEST).exists():
-                raise RunFailedError(
-                    f"The run's {what} is not prepared",
-                    where=str(folder),
-                    do="run `snakemake` (or `finetune-study prepare` with the run.yaml); "
-                    "a run.yaml outside its study needs --results",
-                )
-
-        available = _manifest(self.results.data(self.run.data_key))["num_train_available"]
+        model_manifest = self._prepared("model", self.results.model(self.run.model_key))
+        data_manifest = self._prepared("data", self.results.data(self.run.data_key))
+        data.check_vocabulary(data_manifest, model_manifest)
+        available = data_manifest["num_train_available"]
         if available < self.run.num_train_samples:
             raise RunFailedError(
                 "The data has too few sequences for the steps of this run",
@@ -164,6 +155,18 @@ class Launch:
                 allowed=f"at least {self.run.num_train_samples}, so that none is seen twice",
                 do="use more data, fewer steps or a smaller effective_batch_size",
             )
+
+    def _prepared(self, what: str, folder: Path) -> dict[str, Any]:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            purged = (folder / MANIFEST).exists()
+            raise RunFailedError(
+                f"The run's {what} is {'no longer whole' if purged else 'not prepared'}",
+                where=str(folder),
+                do=f"{'delete the folder and ' if purged else ''}run `snakemake`, or `finetune-study prepare` with the "
+                "run.yaml; a run.yaml outside its study needs --results",
+            )
+        return manifest
 
     def _start(self, log: TextIO) -> None:
         run, world_size = self.run, self.run.num_gpus
@@ -278,8 +281,8 @@ class Launch:
         environment: dict[str, Any] = {
             "host": socket.gethostname(),
             "variables": self.variables,
-            "model": _manifest(self.results.model(self.run.model_key)),
-            "data": _manifest(self.results.data(self.run.data_key)),
+            "model": read_manifest(self.results.model(self.run.model_key)) or {},
+            "data": read_manifest(self.results.data(self.run.data_key)) or {},
             "command": [sys.executable, "-m", "finetune_study.launch", str(self.run_yaml)],
         }
         ranks = []
@@ -310,11 +313,6 @@ class Launch:
             duration_seconds=time.monotonic() - self.started,
             slurm_job_id=os.environ.get("SLURM_JOB_ID"),
         )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
 
 
 def _tail(path: Path, lines: int) -> list[str]:

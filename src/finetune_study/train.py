@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter
 from finetune_study.measure.phases import Phases
 from finetune_study.paths import Results
 from finetune_study.run import Run
+from finetune_study.sequences import IGNORED
 
 GIB = 2**30
 
@@ -126,7 +126,7 @@ class Rank:
         return model
 
     def _fit(self, arguments: Any, model: Any, results: Results) -> None:
-        from transformers import PrinterCallback, Trainer, default_data_collator
+        from transformers import PrinterCallback, Trainer
 
         from finetune_study import data
         from finetune_study import model as model_module
@@ -140,16 +140,14 @@ class Rank:
         self.facts.tell(model_flops_per_step=model_flops(model, run.sequence_length, sequences))
         uuid = environment.gpu_uuid() if run.hardware.device == "cuda" else None
         energy = EnergyMeter(uuid)
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=train_data, data_collator=default_data_collator, callbacks=[]
-        )
         steps = StepMeter(
             run.protocol.num_untimed_steps,
             run.protocol.num_timed_steps,
             self._synchronize,
-            _skip_detector(trainer),
+            lambda: _was_skipped(trainer),
             self._on_step,
         )
+        trainer = Trainer(model=model, args=arguments, train_dataset=train_data, data_collator=steps.collate)
 
         def on_timing(begins: bool) -> None:
             if begins:
@@ -163,7 +161,7 @@ class Rank:
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
-        model.register_forward_pre_hook(steps.count_tokens, with_kwargs=True)
+        model.register_forward_pre_hook(steps.count)
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
         self.phases.follow_model(model)
         trainer.train()
@@ -285,13 +283,11 @@ def _leave_out_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _skip_detector(trainer: Any) -> Callable[[], bool]:
-    def was_skipped() -> bool:
-        if trainer.deepspeed is not None:
-            return not trainer.deepspeed.was_step_applied()
-        return bool(trainer.accelerator.optimizer_step_was_skipped)
-
-    return was_skipped
+def _was_skipped(trainer: Any) -> bool:
+    """Whether loss scaling threw the last optimizer step away."""
+    if trainer.deepspeed is not None:
+        return not trainer.deepspeed.was_step_applied()
+    return bool(trainer.accelerator.optimizer_step_was_skipped)
 
 
 def _bare_optimizer(trainer: Any) -> Any:
@@ -356,7 +352,7 @@ class _Evaluation:
             optimizer.register_step_post_hook(lambda *_: phases.enter("forward"))
 
     def measure(self, when: str) -> None:
-        if not len(self.eval_data):
+        if self.eval_data is None:
             return
         with self.rank.phases.during("evaluate"):
             self.losses[when] = self._loss()
@@ -365,7 +361,8 @@ class _Evaluation:
 
     def _loss(self) -> float:
         import torch
-        from transformers import default_data_collator
+
+        from finetune_study.measure.steps import collate
 
         model, size = self.trainer.model_wrapped, self.rank.run.per_device_train_batch_size
         model.eval()
@@ -373,8 +370,8 @@ class _Evaluation:
         with torch.no_grad():
             for start in range(0, len(self.eval_data), size):
                 rows = [self.eval_data[i] for i in range(start, min(start + size, len(self.eval_data)))]
-                batch = {k: v.to(self.trainer.args.device) for k, v in default_data_collator(rows).items()}
-                predicted = int((batch["labels"][:, 1:] != -100).sum())
+                batch = {k: v.to(self.trainer.args.device) for k, v in collate(rows).items()}
+                predicted = int((batch["labels"] != IGNORED).sum())
                 total += float(model(**batch).loss) * predicted
                 count += predicted
         model.train()

@@ -1,10 +1,22 @@
 """Time of optimizer steps, their tokens and their loss."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
+
+from finetune_study.sequences import IGNORED
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A micro-batch of sequences, as the model takes it."""
+    batch: dict[str, Any] = default_data_collator(rows)
+    if "position_ids" in batch:
+        # Packed examples are told apart by their positions, as long as no mask speaks for the whole sequence.
+        del batch["attention_mask"]
+    return batch
 
 
 class StepMeter(TrainerCallback):
@@ -33,18 +45,25 @@ class StepMeter(TrainerCallback):
         self._synchronize, self._was_skipped, self._on_step = synchronize, was_skipped, on_step
         self._since: float | None = None
         self._entry: dict[str, Any] = {}
-        self._real_tokens: list[Any] = []
-        self._loss_tokens: list[Any] = []
+        self._counts: deque[tuple[int, int]] = deque()
+        self._real_tokens = 0
+        self._loss_tokens = 0
         self._num_stepped = 0
         self.on_timing: Callable[[bool], None] = lambda _: None
         """Called with True when timing starts and with False when it ends."""
 
-    def count_tokens(self, _: Any, __: Any, inputs: dict[str, Any]) -> None:
-        """A forward pre-hook (with keywords) of the model: sums stay on the device until the step is over."""
-        if self._since is not None:
-            self._real_tokens.append(inputs["attention_mask"].sum())
-            # The model predicts each position from those before it: the first one's label is not used.
-            self._loss_tokens.append((inputs["labels"][:, 1:] != -100).sum())
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A micro-batch, its tokens counted while they are still in the host's memory."""
+        real = sum(int(row["attention_mask"].sum()) for row in rows)
+        self._counts.append((real, sum(int((row["labels"] != IGNORED).sum()) for row in rows)))
+        return collate(rows)
+
+    def count(self, *_: Any) -> None:
+        """A forward pre-hook of the model: batches are fetched ahead, so tokens count when their batch is used."""
+        if self._since is not None and self._counts:
+            real, loss = self._counts.popleft()
+            self._real_tokens += real
+            self._loss_tokens += loss
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._since is None:
@@ -64,11 +83,11 @@ class StepMeter(TrainerCallback):
             "seconds": now - self._since,
             "stepped": stepped,
             "timed": timed,
-            "real_tokens": sum(int(count) for count in self._real_tokens),
-            "loss_tokens": sum(int(count) for count in self._loss_tokens),
+            "real_tokens": self._real_tokens,
+            "loss_tokens": self._loss_tokens,
         }
         self._num_stepped += stepped
-        self._real_tokens, self._loss_tokens = [], []
+        self._real_tokens, self._loss_tokens = 0, 0
         if stepped and self._num_stepped == self._untimed:
             self.on_timing(True)
         if self._num_stepped == self._untimed + self._timed:
