@@ -51,7 +51,7 @@ check: env
 format: env
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/snakefmt --quiet Snakefile workflow
+	@$(BIN)/snakefmt Snakefile workflow
 	@$(BIN)/finetune-study config-docs
 
 lock:

@@ -31,7 +31,13 @@ rule all:
     default_target: True
     input:
         RESULTS.report,
+        # Asked for by name: a record that somebody deleted would not be missed by a report that is newer.
+        get_records,
+
+
+onstart:
+    print(STUDY.summary(), file=sys.stderr)
 
 
 onerror:
-    print_partial_report()
+    report_what_there_is()

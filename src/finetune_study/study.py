@@ -272,3 +272,21 @@ def report_what_there_is(study: Study) -> None:
         results.report,
     ):
         os.utime(path, (1, 1))
+
+
+def describe_failures(study: Study) -> str:
+    """Runs without an outcome after a call of Snakemake: cause, log, and what happens next."""
+    lines: list[str] = []
+    for run_id in study.planned:
+        paths = study.results.run(run_id)
+        if paths.failure.exists() and not paths.record.exists():
+            try:
+                failure = record.read_failure(paths.failure)
+            except RecordError as error:
+                lines.append(str(error))
+                continue
+            left = study.config.protocol.max_attempts - failure.attempt
+            fate = f"tried again by the next call, {left} more at most" if left > 0 else "given up; see failure.json"
+            lines.append(f"{run_id} failed ({fate})\n  cause: {failure.cause}\n  log:   {failure.log}")
+    lines.append(f"The report shows what there is: {study.results.report}")
+    return "\n".join(lines)

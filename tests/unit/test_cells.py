@@ -1,12 +1,12 @@
 from pathlib import Path
 
-import handmade
 import polars as pl
 import pytest
 
 from finetune_study import cells as cells_module
 from finetune_study import outcome
 from finetune_study.paths import Results
+from tests.unit import handmade
 
 STUDY = handmade.study()
 RUNS = handmade.runs(STUDY)

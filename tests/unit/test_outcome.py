@@ -1,7 +1,6 @@
 from pathlib import Path
 from typing import Any
 
-import handmade
 import polars as pl
 import pytest
 
@@ -11,6 +10,7 @@ from finetune_study.outcome import GIB
 from finetune_study.paths import Results
 from finetune_study.record import Ending, Record
 from finetune_study.run import Run
+from tests.unit import handmade
 
 CPU = handmade.study()
 FULL, LORA = handmade.runs(CPU)["full", 1], handmade.runs(CPU)["lora", 1]

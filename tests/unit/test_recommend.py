@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import handmade
 import polars as pl
 import pytest
 
@@ -10,6 +9,7 @@ from finetune_study import outcome, recommend
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.record import Failure, Record
+from tests.unit import handmade
 
 
 def repeats(number: int, **changes: Any) -> Config:

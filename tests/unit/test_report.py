@@ -3,7 +3,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import handmade
 import polars as pl
 import pytest
 
@@ -13,6 +12,7 @@ from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import figures, page, tables
 from finetune_study.report.tables import STATES
+from tests.unit import handmade
 
 STUDY = handmade.study()
 RUNS = handmade.runs(STUDY)

@@ -1,9 +1,9 @@
 from pathlib import Path
 
-import handmade
 import pytest
 
 from finetune_study import table
+from tests.unit import handmade
 
 THRICE = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3})
 ONCE = handmade.study()

@@ -65,3 +65,9 @@ def get_remeasured(wildcards):
             "  do: snakemake --cores all remeasure --config remeasure='<run_id or pattern>'"
         )
     return [RESULTS.run(run_id).record for run_id in STUDY.remeasured]
+
+
+def report_what_there_is():
+    """After failures: the report of what there is, and which runs have no outcome."""
+    study_module.report_what_there_is(STUDY)
+    print(study_module.describe_failures(STUDY), file=sys.stderr)

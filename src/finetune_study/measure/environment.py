@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import site
 import socket
 import subprocess
 import sys
@@ -19,9 +20,11 @@ LOCK_COPY = "finetune-study.lock"
 
 
 def installed_packages() -> list[str]:
-    """`name==version` of every package of this Python, sorted."""
-    found = {f"{d.metadata['Name']}=={d.version}".lower() for d in importlib.metadata.distributions()}
-    return sorted(found - {name for name in found if name.startswith("finetune-study==")})
+    """`name==version` of every package of this Python, sorted; this project's own version is told by its commit."""
+    # Not along sys.path: importing setuptools adds its private copies of packages there.
+    folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    found = {f"{d.metadata['Name']}=={d.version}".lower() for d in importlib.metadata.distributions(path=folders)}
+    return sorted(name for name in found if not name.startswith("finetune-study=="))
 
 
 def _version(package: str) -> str | None:

@@ -1,0 +1,34 @@
+"""Studies to run: one that is measured, one that is fresh."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_study import TINY_STUDY
+from tests.workflow.workplace import Workplace
+
+
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """The tiny study, run by Snakemake for real, once for all tests; take `measured` to change it."""
+    place = Workplace(tmp_path_factory.mktemp("measured"))
+    place.write(copy.deepcopy(TINY_STUDY))
+    answer = place.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    return place
+
+
+@pytest.fixture
+def measured(measured_once: Workplace, tmp_path: Path) -> Workplace:
+    """A copy of the measured study."""
+    return measured_once.copy(tmp_path / "study")
+
+
+@pytest.fixture
+def fresh(raw: dict[str, Any], tmp_path: Path) -> Workplace:
+    """The tiny study, nothing run."""
+    place = Workplace(tmp_path / "study")
+    place.write(raw)
+    return place

@@ -1,0 +1,163 @@
+"""A study from its configuration to its report, and what a user meets on the way."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from finetune_study.outcome import COLUMNS
+from tests.workflow.workplace import Workplace
+
+
+def test_measured_study_has_its_files(measured_once: Workplace) -> None:
+    results = measured_once.results
+    outcomes = pl.read_parquet(results / "outcomes.parquet")
+    assert outcomes.columns == list(COLUMNS)
+    assert outcomes["status"].to_list() == ["completed", "completed"]
+    assert outcomes["step_time_seconds_median"].min() > 0  # type: ignore[operator]
+    assert pl.read_csv(results / "outcomes.csv")["run_id"].to_list() == outcomes["run_id"].to_list()
+    assert pl.read_parquet(results / "comparisons.parquet").height == 2
+    assert json.loads((results / "recommendations.json").read_text())
+    page = (results / "report" / "index.html").read_text()
+    assert all(run_id in page for run_id in outcomes["run_id"])
+
+
+def test_run_ends_with_record_or_failure_never_both(measured_once: Workplace) -> None:
+    for folder in measured_once.run_folders():
+        assert (folder / "record.json").exists()
+        assert not (folder / "failure.json").exists()
+        assert not (folder / "ranks").exists()
+
+
+def test_unsupported_run_is_a_row_without_training(measured: Workplace) -> None:
+    raw = measured.read()
+    raw["recipes"]["flash"] = ["flash_attention_2"]
+    raw["grid"][0]["recipes"] = ["full", "lora", "flash"]
+    measured.write(raw)
+    assert "finetune" not in measured.planned()
+    assert measured.snakemake().returncode == 0
+    outcomes = pl.read_csv(measured.results / "outcomes.csv")
+    row = outcomes.filter(pl.col("status") == "unsupported")
+    assert "CUDA kernels alone" in row["reason"][0]
+    assert measured.planned() == {}
+
+
+def test_failed_run_is_reported_and_alone_runs_again(measured: Workplace) -> None:
+    untouched = measured.record("_full_").read_bytes()
+    raw = measured.read()
+    raw["recipes"]["broken"] = {"lora": {"target_modules": ["no_such_layer"]}}
+    raw["grid"][0]["recipes"] = ["full", "lora", "broken"]
+    measured.write(raw)
+    answer = measured.snakemake()
+    assert answer.returncode != 0
+    (folder,) = (folder for folder in measured.run_folders() if "broken" in folder.name)
+    assert "no_such_layer" in answer.stdout
+    assert str(Path("results") / "runs" / folder.name / "launch.log") in answer.stdout
+    assert not (folder / "record.json").exists()
+    page = (measured.results / "report" / "index.html").read_text()
+    assert folder.name in page
+    assert "no_such_layer" in page
+    assert measured.record("_full_").read_bytes() == untouched
+    assert measured.planned()["finetune"] == 1
+    # Taken out of the study again, it is gone from the tables and the page, too.
+    raw["grid"][0]["recipes"] = ["full", "lora"]
+    measured.write(raw)
+    assert measured.snakemake().returncode == 0
+    assert folder.name not in (measured.results / "report" / "index.html").read_text()
+
+
+def test_remeasured_run_keeps_its_old_record(measured: Workplace) -> None:
+    record = measured.record("_lora_")
+    before, other = record.read_text(), measured.record("_full_").read_bytes()
+    answer = measured.snakemake("remeasure", "--config", "remeasure=*_lora_*")
+    assert answer.returncode == 0, answer.stdout
+    assert record.read_text() != before
+    assert (record.parent / "superseded" / "record-1.json").read_text() == before
+    assert measured.record("_full_").read_bytes() == other
+    assert measured.planned() == {}
+
+
+def test_truncated_record_stops_everything_and_changes_nothing(measured: Workplace) -> None:
+    record = measured.record("_lora_")
+    record.write_text(record.read_text()[:100])
+    os.utime(record)
+    answer = measured.snakemake()
+    assert answer.returncode != 0
+    assert "1 record(s) are cut off; nothing was changed" in answer.stdout
+    assert "restore the file from a backup, or delete it" in answer.stdout
+    assert "Traceback" not in answer.stdout
+    assert len(record.read_text()) == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: raw["protocol"].update(num_timd_steps=3), "unknown key (did you mean `num_timed_steps`"),
+        (lambda raw: raw["recipes"].update(x=["zero2", "zero3"]), "contradict each other"),
+        (lambda raw: raw["recipes"].update(x=["lorra"]), "unknown technique `lorra` (did you mean lora"),
+        (lambda raw: raw["training"].update(learning_rate=-1), "greater than 0; given: -1"),
+        (
+            lambda raw: raw["models"].update(tiny={"name_or_path": "./no/such/model"}),
+            "A model's folder is missing or holds no config.json",
+        ),
+        (lambda raw: raw["data"].update(dataset="no/such/file.jsonl"), "The data file is missing"),
+    ],
+    ids=["key", "contradiction", "technique", "negative", "model", "data"],
+)
+def test_bad_configuration_is_one_message_before_anything_runs(fresh: Workplace, change: object, words: str) -> None:
+    raw = fresh.read()
+    change(raw)  # type: ignore[operator]
+    fresh.write(raw)
+    answer = fresh.snakemake()
+    assert answer.returncode != 0
+    assert words in answer.stdout
+    assert "Traceback" not in answer.stdout
+    assert not fresh.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "empty"),
+        ('{"dialogue": "A: hi"}\n', "summary"),
+        ('{"dialogue": "A: hi", "summary": "x"}\n{broken\n', "line 2"),
+    ],
+    ids=["empty", "column missing", "not JSON"],
+)
+def test_bad_data_file_is_one_message_before_any_training(fresh: Workplace, content: str, words: str) -> None:
+    raw = fresh.read()
+    raw["data"]["dataset"] = "data.jsonl"
+    (fresh.folder / "data.jsonl").write_text(content)
+    fresh.write(raw)
+    answer = fresh.snakemake()
+    assert answer.returncode != 0
+    assert words in answer.stdout
+    assert "Traceback" not in answer.stdout
+    assert not list((fresh.results / "runs").glob("*/launch.log"))
+
+
+def test_dialogue_longer_than_the_context_is_named(fresh: Workplace) -> None:
+    raw = fresh.read()
+    raw["data"]["overlong"] = "error"
+    fresh.write(raw)
+    answer = fresh.snakemake()
+    assert answer.returncode != 0
+    for word in ("64", "overlong", "truncate"):
+        assert word in answer.stdout
+    assert not list((fresh.results / "runs").glob("*/launch.log"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a read-only file system")
+def test_read_only_results_folder_is_one_message(fresh: Workplace) -> None:
+    fresh.results.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(fresh.results)], check=True)
+    try:
+        answer = fresh.snakemake()
+    finally:
+        subprocess.run(["umount", str(fresh.results)], check=True)
+    assert answer.returncode != 0
+    assert "The results folder can't be written to" in answer.stdout
+    assert "Traceback" not in answer.stdout

@@ -1,0 +1,170 @@
+"""Nothing but its own deletion or `remeasure` runs a recorded run again: dry runs that count rules."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workflow.workplace import REPOSITORY, Workplace
+
+REPORTING = {"extract_metrics": 1, "aggregate": 1, "report": 1}
+
+
+def edit(place: Workplace, change: Callable[[dict[str, Any]], object]) -> None:
+    raw = place.read()
+    change(raw)
+    place.write(raw)
+
+
+def test_fresh_study_runs_every_stage(fresh: Workplace) -> None:
+    assert fresh.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
+
+
+def test_second_call_does_nothing(measured: Workplace) -> None:
+    assert measured.planned() == {}
+
+
+def test_comment_changes_nothing(measured: Workplace) -> None:
+    measured.config.write_text("# a thought\n" + measured.config.read_text())
+    assert measured.planned() == {}
+
+
+def test_price_is_a_matter_of_the_tables(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw["hardware"]["cpu"].update(price_usd_per_gpu_hour=9.0))
+    assert measured.planned() == REPORTING
+
+
+def test_title_is_a_matter_of_the_page(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw.update(report={"title": "Another"}))
+    assert measured.planned() == {"report": 1}
+
+
+def test_baseline_is_a_matter_of_the_comparisons(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw.update(report={"baseline": "lora"}))
+    assert measured.planned() == {"aggregate": 1, "report": 1}
+
+
+def test_new_metric_is_derived_from_the_records(measured: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import finetune_study.outcome as o; o.METRICS_VERSION += 1")
+    assert measured.planned(PYTHONPATH=str(tmp_path)) == REPORTING
+
+
+def test_new_code_of_the_workflow_and_the_library_runs_nothing_again(measured: Workplace, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "workflow", tmp_path / "workflow")
+    shutil.copytree(REPOSITORY / "profiles", tmp_path / "profiles")
+    shutil.copy(REPOSITORY / "Snakefile", tmp_path)
+    for script in (tmp_path / "workflow" / "scripts").iterdir():
+        script.write_text(script.read_text() + "\n# a newer version\n")
+    rule = tmp_path / "workflow" / "rules" / "finetune.smk"
+    rule.write_text(rule.read_text().replace("-m finetune_study.launch", "-X dev -m finetune_study.launch"))
+    assert "finetune" not in measured.planned(snakefile=tmp_path / "Snakefile")
+
+
+def test_new_versions_of_the_software_run_nothing_again(measured: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as m; old = m.version; m.version = lambda name: '99.0' if name in"
+        " ('torch', 'transformers', 'deepspeed', 'finetune-study') else old(name)"
+    )
+    edit(measured, lambda raw: raw["hardware"]["cpu"].update(software={"python": "/opt/newer/bin/python"}))
+    assert measured.planned(PYTHONPATH=str(tmp_path)) == {}
+
+
+@pytest.mark.parametrize("what", ["prepared/models", "prepared/data", "prepared"])
+def test_purged_model_and_data_are_not_missed(measured: Workplace, what: str) -> None:
+    shutil.rmtree(measured.results / what)
+    assert measured.planned() == {}
+
+
+def test_purged_run_yaml_is_not_missed(measured: Workplace) -> None:
+    for folder in measured.run_folders():
+        (folder / "run.yaml").unlink()
+    assert measured.planned() == {}
+
+
+@pytest.mark.parametrize("age_seconds", [0, -(10**6)], ids=["all new", "records far older"])
+def test_lost_modification_times_measure_nothing(measured: Workplace, age_seconds: int) -> None:
+    now = time.time()
+    for path in sorted(measured.results.rglob("*")):
+        os.utime(path, (now, now))
+    for folder in measured.run_folders():
+        os.utime(folder / "record.json", (now + age_seconds,) * 2)
+        os.utime(folder / "run.yaml", (now + 10, now + 10))
+    assert "finetune" not in measured.planned()
+
+
+def test_lost_notes_of_snakemake_measure_nothing(measured: Workplace) -> None:
+    shutil.rmtree(measured.folder / ".snakemake")
+    assert "finetune" not in measured.planned()
+
+
+def test_run_added_beside_them_runs_alone_even_without_its_model(measured: Workplace) -> None:
+    shutil.rmtree(measured.results / "prepared")
+    edit(measured, lambda raw: raw["grid"][0].update(sequence_length=[64, 96], recipes="lora"))
+    raw = measured.read()
+    raw["grid"].append(raw["grid"][0] | {"sequence_length": 64, "recipes": "full"})
+    measured.write(raw)
+    assert measured.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+
+
+def test_new_model_runs_its_own_runs(measured: Workplace) -> None:
+    raw = measured.read()
+    raw["models"]["other"] = {**raw["models"]["tiny"]}
+    raw["models"]["other"]["architecture"] = raw["models"]["tiny"]["architecture"] | {"num_hidden_layers": 1}
+    raw["grid"][0]["targets"] = ["tiny", "other"]
+    measured.write(raw)
+    counts = measured.planned()
+    assert counts["finetune"] == 2
+    assert counts["prepare_model"] == 1
+
+
+def test_changed_technique_setting_runs_what_it_touches(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw["recipes"]["lora"]["lora"].update(r=8))
+    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
+
+
+def test_run_taken_away_leaves_the_tables(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw["grid"][0].update(recipes="full"))
+    assert measured.planned() == {"plan": 1, **REPORTING}
+
+
+def test_deleted_record_is_measured_again(measured: Workplace) -> None:
+    measured.record("_lora_").unlink()
+    assert measured.planned() == {"finetune": 1, **REPORTING}
+
+
+def test_higher_time_limit_runs_nothing_again(measured: Workplace) -> None:
+    edit(measured, lambda raw: raw["protocol"].update(time_limit_minutes=50))
+    assert measured.planned() == {}
+
+
+def test_remeasure_takes_what_it_is_told(measured: Workplace) -> None:
+    counts = measured.planned("remeasure", "--config", "remeasure=*_lora_*")
+    assert counts == {"request_remeasure": 1, "finetune": 1, **REPORTING}
+
+
+def test_remeasure_without_a_pattern_says_how(measured: Workplace) -> None:
+    answer = measured.snakemake("remeasure")
+    assert answer.returncode != 0
+    assert "remeasure='<run_id or pattern>'" in answer.stdout
+
+
+def test_remeasure_of_an_unknown_run_says_what_is_allowed(measured: Workplace) -> None:
+    answer = measured.snakemake("--dry-run", "remeasure", "--config", "remeasure=nothing*")
+    assert answer.returncode != 0
+    assert "No run of the study fits" in answer.stdout
+    assert "tiny_cpux1_s64_b1_full" in answer.stdout
+
+
+def test_run_that_failed_too_often_is_left_alone(measured: Workplace) -> None:
+    record = measured.record("_lora_")
+    record.unlink()
+    failure = {"run_id": record.parent.name, "attempt": 3, "cause": "a bug", "log": "x"}
+    (record.parent / "failure.json").write_text(json.dumps(failure))
+    assert "finetune" not in measured.planned()
+    (record.parent / "failure.json").write_text(json.dumps(failure | {"attempt": 2}))
+    assert measured.planned()["finetune"] == 1
