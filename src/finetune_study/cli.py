@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from finetune_study import config as config_module
 from finetune_study import study as study_module
-from finetune_study.errors import ConfigError, StudyError
+from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.study import Study
 
@@ -29,20 +29,14 @@ RESULTS = Path("results")
 
 
 def _open(config: Path, results: Path) -> Study:
-    try:
-        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("The configuration can't be read", where=str(config), given=error) from None
-    if not isinstance(raw, dict):
-        raise ConfigError("The configuration is not a mapping", where=str(config), given=type(raw).__name__)
-    return study_module.open_study(raw, Results(results))
+    return study_module.open_study(config_module.read(config), Results(results), str(config))
 
 
 @app.command()
 def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
     """List every run of the study, and what became of it."""
     study = _open(config, results)
-    table = Table("run", "state", "techniques")
+    table = Table(Column("run", overflow="fold"), "state", "techniques")
     for run_id, planned in study.planned.items():
         state = (
             "measured" if run_id in study.recorded

@@ -44,7 +44,7 @@ def _as_recipe(value: object) -> object:
         return {name: {} for name in value} if all(isinstance(name, str) for name in value) else value
     if isinstance(value, dict):
         return {name: settings or {} for name, settings in value.items()}
-    return value
+    return {} if value is None else value
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -116,8 +116,6 @@ class Hardware(Section):
     """Variables that this place needs (for example `NCCL_SOCKET_IFNAME`); nothing else of them reaches a run."""
     software: Software = Software()
     """The Python that training uses there."""
-    partition: str | None = None
-    """SLURM partition."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
     """US dollars for one GPU for one hour; null: costs are given in GPU-hours alone."""
 
@@ -320,11 +318,11 @@ def parse(raw: Mapping[str, Any], where: str = "config") -> Config:
         ) from None
 
 
-def load(path: Path) -> Config:
-    """The typed configuration of a YAML file.
+def read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
 
     Raises:
-        ConfigError: when the file is missing, is not YAML, or does not validate.
+        ConfigError: when the file is missing, is not YAML, or is no mapping.
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -334,4 +332,13 @@ def load(path: Path) -> Config:
         raise ConfigError("The configuration is not YAML", where=str(path), given=error) from None
     if not isinstance(raw, dict):
         raise ConfigError("The configuration is not a mapping", where=str(path), given=type(raw).__name__)
-    return parse(raw, str(path))
+    return raw
+
+
+def load(path: Path) -> Config:
+    """The typed configuration of a YAML file.
+
+    Raises:
+        ConfigError: when the file can't be read, or does not validate.
+    """
+    return parse(read(path), str(path))

@@ -142,8 +142,16 @@ def _from_hub(data: Data) -> Examples:
             given=f"{data.dataset}, revision {data.revision or 'newest'}: {first_line(error)}",
             do="check name, revision and network (HF_HUB_OFFLINE=1 uses the cache); or use a file, or `generated`",
         ) from None
-    rows = ((f"row {number}", row) for number, row in enumerate(table, start=1))
-    return _checked(rows, data.dataset, facts)
+    whole = [(f"row {number}", row) for number, row in enumerate(table, start=1) if not _lacks_text(row)]
+    facts["num_empty_left_out"] = len(table) - len(whole)
+    if facts["num_empty_left_out"]:
+        say(f"data: {facts['num_empty_left_out']} of {len(table)} rows have no dialogue or no summary and are left out")
+    return _checked(whole, data.dataset, facts)
+
+
+def _lacks_text(row: dict[str, Any]) -> bool:
+    """Public data sets have such rows, and a user can't mend them; in a user's own file they are errors."""
+    return any(name in row and not str(row[name] or "").strip() for name in COLUMNS)
 
 
 def _load_split(name: str, facts: dict[str, Any]) -> Any:

@@ -176,9 +176,7 @@ class Launch:
         for number in range(world_size):
             cores = variables.cores_of_rank(number, world_size)
             self.variables = variables.set_for(run, run.hardware.threads_per_gpu or len(cores))
-            distributed = world_size > 1 or any(
-                t.deepspeed(run.hardware.device) for t in run.parsed_techniques.values()
-            )
+            distributed = world_size > 1 or any(t.is_deepspeed for t in run.parsed_techniques.values())
             environment = (
                 variables.passed_on(os.environ)
                 | self.variables

@@ -21,10 +21,9 @@ def load(run: Run, folder: Path) -> Any:
 
     ZeRO-3 shards the weights while they are made when its `TrainingArguments` exist before this call.
     """
-    names = frozenset(run.techniques)
     arguments: dict[str, Any] = {}
     for technique in run.parsed_techniques.values():
-        arguments |= technique.load_arguments(names)
+        arguments |= technique.load_arguments(run.parsed_techniques)
     if run.model.weights == "random":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with _seeded_initialisation(run.seed):

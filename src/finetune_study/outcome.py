@@ -15,7 +15,7 @@ from finetune_study.record import Record, read_record
 from finetune_study.run import Run
 
 METRICS_VERSION = 1
-"""Raise it when a column's meaning changes: outcomes are derived anew from the records, no run is repeated."""
+"""Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
 
@@ -97,6 +97,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "slurm_job_id": (pl.String, "SLURM job, where there was one."),
     "attempt": (pl.Int64, "Which try it was."),
     "command": (pl.String, "Repeats the run."),
+    "settings": (pl.String, "Everything that defines the run, as JSON: the contents of its run.yaml."),
 }
 """Columns of outcomes.parquet: type and meaning."""
 
@@ -171,6 +172,7 @@ def run_columns(run: Run) -> dict[str, Any]:
         "repeat": run.repeat,
         "memory_budget_gib": run.hardware.memory_budget_gib,
         "command": f"python -m finetune_study.launch results/runs/{run.run_id}/run.yaml",
+        "settings": json.dumps(run.model_dump(mode="json"), ensure_ascii=False),
     }
 
 

@@ -26,7 +26,7 @@ VERDICTS: dict[Verdict, str] = {
     "tie": "Fastest by median, but its spread over repeats overlaps with another recipe's.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe.",
     "only_one_fits": "All other recipes were tried and did not complete.",
-    "not_comparable": "Runs with different software are not compared; measure them again with one.",
+    "not_comparable": "Runs with different software, weights or data are not compared; measure them again.",
     "nothing_fits": "Every recipe was tried and none completed.",
     "no_data": "No recipe has completed, and some have no outcome yet.",
 }
@@ -47,7 +47,7 @@ class Evidence(Section):
     step_time_seconds_max: float | None
     peak_memory_column: str | None
     peak_memory_gib_median: float | None
-    software_sha256: list[str | None]
+    provenance: list[str]
 
     @property
     def fits(self) -> bool:
@@ -128,9 +128,9 @@ def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str]:
         if pending:
             return "no_data", [], f"Nothing completed yet: {_endings(others)}."
         return "nothing_fits", [], f"Nothing fits: {_endings(others)}."
-    if len({digest for one in fitting for digest in one.software_sha256}) > 1:
+    if len({digest for one in fitting for digest in one.provenance}) > 1:
         names = ", ".join(one.recipe for one in fitting)
-        return "not_comparable", [], f"{names} completed, but not all with the same software.{beside}"
+        return "not_comparable", [], f"{names} completed, but not all with the same software, weights and data.{beside}"
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
     if not rivals:
         if pending or not others:

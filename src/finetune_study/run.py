@@ -25,7 +25,7 @@ def digest(value: object, length: int = 6) -> str:
 
 
 class RunHardware(Section):
-    """The part of a hardware entry that changes a measurement; prices, partitions and paths of software do not."""
+    """The part of a hardware entry that changes a measurement; prices and paths of software do not."""
 
     name: str
     device: str

@@ -25,6 +25,9 @@ REMEASURE = "remeasure"
 """Key of `snakemake --config`: patterns of run_ids whose records are set aside and measured again."""
 
 
+SNAKEMAKE_CONFIG = "config/config.yaml, with what --configfile and --config add"
+
+
 @dataclass(frozen=True)
 class Study:
     """Configuration, plan and results of a study."""
@@ -116,7 +119,8 @@ class Study:
     @property
     def data_files(self) -> list[str]:
         """The data set, where it is a file."""
-        return [self.config.data.dataset] if Path(self.config.data.dataset).is_file() else []
+        path = Path(self.config.data.dataset).expanduser()
+        return [str(path)] if path.is_file() else []
 
     @property
     def plan_digest(self) -> str:
@@ -138,12 +142,13 @@ class Study:
         return ", ".join(parts)
 
 
-def open_study(raw: Mapping[str, Any], results: Results) -> Study:
+def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG) -> Study:
     """The study of a configuration, checked as far as it can be before anything runs.
 
     Args:
         raw: the configuration as YAML or Snakemake gives it.
         results: its results folder.
+        where: what to call the configuration in a message.
 
     Raises:
         ConfigError: for a configuration that does not hold together.
@@ -151,7 +156,7 @@ def open_study(raw: Mapping[str, Any], results: Results) -> Study:
     """
     settings = dict(raw)
     patterns = str(settings.pop(REMEASURE, "") or "")
-    config = config_module.parse(settings, "config/config.yaml (and --configfile, --config)")
+    config = config_module.parse(settings, where)
     planned = {one.run.run_id: one for one in plan_module.plan(config)}
     _check_writable(results)
     _check_records(results, planned)
@@ -205,7 +210,7 @@ def _check_files(config: Config) -> None:
     used = {name for block in config.grid for name in block.targets}
     for name in sorted(used):
         path = config.models[name].name_or_path
-        if path is not None and _is_path(path) and not (Path(path) / "config.json").exists():
+        if path is not None and _is_path(path) and not (Path(path).expanduser() / "config.json").exists():
             raise ConfigError(
                 "A model's folder is missing or holds no config.json",
                 where=f"models.{name}.name_or_path",
@@ -213,7 +218,7 @@ def _check_files(config: Config) -> None:
                 allowed="a folder with config.json, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`",
             )
     dataset = config.data.dataset
-    if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).is_file():
+    if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).expanduser().is_file():
         raise ConfigError(
             "The data file is missing",
             where="data.dataset",
@@ -226,7 +231,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or Path(name).is_dir()
 
 
 def write_plan(study: Study) -> None:

@@ -26,7 +26,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "peak_memory_gib_median": (pl.Float64, "Median over the repeats of their peak memory, GiB."),
     "peak_memory_gib_min": (pl.Float64, "Smallest peak memory of a repeat, GiB."),
     "peak_memory_gib_max": (pl.Float64, "Largest peak memory of a repeat, GiB."),
-    "software_sha256": (pl.List(pl.String), "Digests of the software that the completed repeats ran with."),
+    "provenance": (pl.List(pl.String), "Software, weights and data of the completed repeats, one entry per kind."),
     "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch."),
     "step_time_ratio": (pl.Float64, "Step time over the baseline's: below 1 is faster."),
     "peak_memory_ratio": (pl.Float64, "Peak memory over the baseline's: below 1 is less."),
@@ -53,6 +53,12 @@ def peak_memory() -> pl.Expr:
     return pl.coalesce("peak_memory_allocated_gib", "peak_device_used_gib")
 
 
+def provenance() -> pl.Expr:
+    """What must be equal for numbers to be compared: software, source of the weights, data."""
+    parts = ("software_sha256", "model_source", "data_sha256")
+    return pl.concat_str([pl.col(name).fill_null("unknown") for name in parts], separator=" ")
+
+
 def show(value: float | None, unit: str = "") -> str:
     """A number for a reader: three significant digits, and nothing where it is not known."""
     if value is None:
@@ -64,8 +70,8 @@ def show(value: float | None, unit: str = "") -> str:
 def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     """One row per configuration, in the order of the cells.
 
-    Numbers of runs with different software are never brought together: repeats that differ in it have no statistics,
-    and a recipe whose software is not its baseline's has no ratio; `not_compared` says so.
+    Numbers of runs with different software, weights or data are never brought together: repeats that differ in them
+    have no statistics, and a recipe that differs in them from its baseline has no ratio; `not_compared` says so.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
@@ -75,7 +81,7 @@ def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     keys = [*SETTING, "per_device_train_batch_size"]
     reference = rows.filter(pl.col("recipe") == baseline).select(
         *keys,
-        pl.col("num_completed", "software_sha256", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
+        pl.col("num_completed", "provenance", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
     )
     rows = rows.with_columns(baseline=pl.lit(baseline, pl.String)).join(
         reference, on=keys, how="left", maintain_order="left"
@@ -98,7 +104,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         num_repeats=pl.len(),
         num_completed=completed.sum(),
         states=pl.col("state"),
-        software_sha256=pl.col("software_sha256").filter(completed).unique(maintain_order=True),
+        provenance=provenance().filter(completed).unique(maintain_order=True),
         step_time_seconds_median=step_time.median(),
         step_time_seconds_min=step_time.min(),
         step_time_seconds_max=step_time.max(),
@@ -110,24 +116,24 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         .when(memory.is_not_null().any())
         .then(pl.lit("peak_device_used_gib")),
     )
-    one_software = pl.col("software_sha256").list.len() <= 1
-    return rows.with_columns(pl.when(one_software).then(pl.col(name)).alias(name) for name in _MEASURES)
+    one_kind = pl.col("provenance").list.len() <= 1
+    return rows.with_columns(pl.when(one_kind).then(pl.col(name)).alias(name) for name in _MEASURES)
 
 
 def _why_not_compared() -> pl.Expr:
-    own, theirs = pl.col("software_sha256"), pl.col("baseline_software_sha256")
-    same_software = own.list.first().eq_missing(theirs.list.first()) & (theirs.list.len() == 1)
+    own, theirs = pl.col("provenance"), pl.col("baseline_provenance")
+    same_provenance = own.list.first().eq_missing(theirs.list.first()) & (theirs.list.len() == 1)
     return (
         pl.when(pl.col("num_completed") == 0)
         .then(None)
         .when(own.list.len() > 1)
-        .then(pl.lit("software differs between its repeats"))
+        .then(pl.lit("software, weights or data differ between its repeats"))
         .when(pl.col("baseline_num_completed").is_null())
         .then(pl.lit("the baseline is not planned here"))
         .when(pl.col("baseline_num_completed") == 0)
         .then(pl.lit("the baseline has no completed run here"))
-        .when(~same_software)
-        .then(pl.lit("software differs from the baseline's"))
+        .when(~same_provenance)
+        .then(pl.lit("software, weights or data differ from the baseline's"))
         .otherwise(None)
     )
 

@@ -147,7 +147,13 @@ class Rank:
             lambda: _was_skipped(trainer),
             self._on_step,
         )
-        trainer = Trainer(model=model, args=arguments, train_dataset=train_data, data_collator=steps.collate)
+
+        class StudyTrainer(Trainer):
+            def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+                # max_steps leaves room for skipped steps; the schedule is that of the steps that count.
+                return super().create_scheduler(run.num_steps, optimizer)
+
+        trainer = StudyTrainer(model=model, args=arguments, train_dataset=train_data, data_collator=steps.collate)
 
         def on_timing(begins: bool) -> None:
             if begins:
@@ -183,7 +189,7 @@ class Rank:
 
     def tell_out_of_memory(self, found: oom.OutOfMemory) -> None:
         """Writes down which memory ran out, and where."""
-        held = self.memory.held_bytes()
+        held = self.memory.held_bytes_when_refused(found.bytes_requested)
         self.memory.lift_budget()
         on_device = found.on_device or self.run.hardware.memory_budget_gib is not None
         facts: dict[str, Any] = {

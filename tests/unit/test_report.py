@@ -165,14 +165,14 @@ def test_labels_of_a_figure(states: list[str], value: float | None, expected: st
 def test_differing_software_is_warned_of(tmp_path: Path) -> None:
     records = [handmade.completed(FULL, 2.0), handmade.completed(LORA, 1.0, software="b" * 64)]
     text = Text(built(STUDY, tmp_path, *records)).text
-    assert "Software differs among runs of one setting." in text
-    assert "completed runs had different software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
-    assert "software differs from the baseline's" in text
+    assert "Software, weights or data differ among runs of one setting." in text
+    assert "completed runs differ in software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
+    assert "software, weights or data differ from the baseline's" in text
     assert "not comparable" in text
 
 
 def test_no_warning_where_software_is_the_same(tmp_path: Path) -> None:
-    assert "Software differs" not in built(STUDY, tmp_path, *mixed())
+    assert "differ among runs" not in built(STUDY, tmp_path, *mixed())
 
 
 def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:

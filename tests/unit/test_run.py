@@ -18,14 +18,14 @@ def test_golden_run_ids(raw: Raw) -> None:
     assert run_ids(raw) == GOLDEN
 
 
-GOLDEN = ["tiny_cpux1_s64_b1_full_r1-000000", "tiny_cpux1_s64_b1_lora_r1-000000"]
+GOLDEN = ["tiny_cpux1_s64_b1_full_r1-032722", "tiny_cpux1_s64_b1_lora_r1-9b8401"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda raw: raw["hardware"]["cpu"].update(price_usd_per_gpu_hour=3.0),
-        lambda raw: raw["hardware"]["cpu"].update(partition="long", software={"python": "/opt/python"}, max_gpus=7),
+        lambda raw: raw["hardware"]["cpu"].update(software={"python": "/opt/python"}, max_gpus=7),
         lambda raw: raw.update(report={"title": "Another title", "baseline": "lora"}),
         lambda raw: raw["protocol"].update(time_limit_minutes=99, max_attempts=9, memory_snapshot=True),
         lambda raw: raw["models"].update(other=raw["models"]["tiny"]),

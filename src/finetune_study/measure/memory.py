@@ -44,6 +44,9 @@ class MemoryMeter(Protocol):
     def held_bytes(self) -> int:
         """Device memory in use now."""
 
+    def held_bytes_when_refused(self, requested: int | None) -> int:
+        """Device memory in use when an allocation failed; the error has freed some of it since."""
+
     def lift_budget(self) -> None:
         """Lets an OOM be written down."""
 
@@ -79,6 +82,12 @@ class DataMemoryMeter:
 
     def held_bytes(self) -> int:
         return data_memory_bytes() - self._baseline
+
+    def held_bytes_when_refused(self, requested: int | None) -> int:
+        if self._budget is None or requested is None:
+            return self.held_bytes()
+        # The kernel refuses what does not fit into the rest of the budget.
+        return max(self.held_bytes(), self._budget - requested)
 
     def lift_budget(self) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, self._limits)
@@ -130,6 +139,9 @@ class CudaMemoryMeter:
         import torch
 
         return int(torch.cuda.memory_allocated())
+
+    def held_bytes_when_refused(self, requested: int | None) -> int:
+        return self.held_bytes()
 
     def lift_budget(self) -> None:
         """A GPU has no budget of ours."""

@@ -78,7 +78,7 @@ def render(
         what_happened=tables.what_happened,
         config=config,
         environments=_environments(cells),
-        mixed_software=mixed_software(cells),
+        mixed_provenance=mixed_provenance(cells),
         sources=_sources(cells),
         definitions={name: meaning for name, (_, meaning) in COLUMNS.items()},
         comparison_definitions={name: meaning for name, (_, meaning) in table.COLUMNS.items()},
@@ -126,13 +126,14 @@ def for_page(svg: str) -> str:
     return re.sub(r"^<\?xml[^>]*>\s*", "", svg)
 
 
-def mixed_software(cells: pl.DataFrame) -> list[dict[str, Any]]:
-    """Settings whose completed runs had different software, with the digests."""
+def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:
+    """Settings whose completed runs differ in software, weights or data, with what each of them was."""
     completed = cells.filter(pl.col("state") == "completed")
-    digests = completed.group_by(SETTING, maintain_order=True).agg(
-        pl.col("software_sha256").unique(maintain_order=True)
+    seen = completed.group_by(SETTING, maintain_order=True).agg(
+        pl.col("software_sha256", "model_source", "data_sha256").fill_null("unknown").unique(maintain_order=True),
+        differs=table.provenance().n_unique() > 1,
     )
-    return digests.filter(pl.col("software_sha256").list.len() > 1).to_dicts()
+    return seen.filter("differs").to_dicts()
 
 
 def _settings(comparisons: pl.DataFrame) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

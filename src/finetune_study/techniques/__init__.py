@@ -59,7 +59,7 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
         try:
             parsed[name] = ALL[name].model_validate(dict(settings))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
+            problems = "; ".join(_explain(problem, list(ALL[name].model_fields)) for problem in error.errors())
             raise ConfigError(
                 f"settings of `{name}`: {problems}",
                 given=dict(settings),
@@ -72,6 +72,14 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
         if technique.needs and not technique.needs & parsed.keys():
             raise ConfigError(f"`{name}` means nothing without one of {', '.join(sorted(technique.needs))}")
     return dict(sorted(parsed.items(), key=lambda item: ORDER.index(item[1].kind)))
+
+
+def _explain(problem: Any, settings: list[str]) -> str:
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}"
+    close = difflib.get_close_matches(place, settings, n=2, cutoff=0.5)
+    return f"{place}: unknown setting" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 
 def complete(recipe: Mapping[str, Mapping[str, Any]], hardware: "Hardware", num_gpus: int) -> Techniques:
@@ -96,6 +104,5 @@ def complete(recipe: Mapping[str, Mapping[str, Any]], hardware: "Hardware", num_
 
 def why_not(recipe: Techniques, hardware: "Hardware") -> str | None:
     """Why a recipe can't run on some hardware; None when nothing speaks against it."""
-    names = frozenset(recipe)
-    reasons = (technique.why_not(hardware, names) for technique in recipe.values())
+    reasons = (technique.why_not(hardware, recipe) for technique in recipe.values())
     return next((reason for reason in reasons if reason), None)

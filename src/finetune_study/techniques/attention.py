@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.base import Kind, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -14,7 +14,7 @@ FLASH_ATTENTION_2_COMPUTE_CAPABILITY = 8.0
 class _Attention(Technique):
     kind: ClassVar[Kind] = "attention"
 
-    def load_arguments(self, recipe: frozenset[str]) -> dict[str, Any]:
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"attn_implementation": self.name}
 
 
@@ -43,7 +43,7 @@ class FlashAttention2(_Attention):
     effect: ClassVar[str] = "memory linear in the context, faster at long contexts; little below 1024 tokens"
     source: ClassVar[str] = "Dao, arXiv 2307.08691"
 
-    def why_not(self, hardware: "Hardware", recipe: frozenset[str]) -> str | None:
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability = hardware.compute_capability
         needed = FLASH_ATTENTION_2_COMPUTE_CAPABILITY
         if hardware.device == "cpu":

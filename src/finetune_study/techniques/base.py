@@ -1,5 +1,6 @@
 """What every technique says of itself, and where it takes hold of a run."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from finetune_study.section import Section
@@ -25,16 +26,20 @@ class Technique(Section):
     """What it is an alternative to."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """It means nothing without one of these."""
+    freezes_weights: ClassVar[bool] = False
+    """The model's own weights are not trained, and can be held in 16 bit."""
+    is_deepspeed: ClassVar[bool] = False
+    """DeepSpeed's engine runs the steps."""
     effect: ClassVar[str]
     """What it is expected to do to memory, speed and quality, in one line."""
     source: ClassVar[str]
     """Where it comes from."""
 
-    def why_not(self, hardware: "Hardware", recipe: frozenset[str]) -> str | None:
+    def why_not(self, hardware: "Hardware", recipe: "Recipe") -> str | None:
         """Why it can't run on this hardware beside the other techniques of the recipe; None when it can."""
         return None
 
-    def load_arguments(self, recipe: frozenset[str]) -> dict[str, Any]:
+    def load_arguments(self, recipe: "Recipe") -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` and `from_config`; dtypes are names."""
         return {}
 
@@ -49,3 +54,7 @@ class Technique(Section):
     def wrap(self, model: Any) -> Any:
         """The model to train, made of the model that was loaded."""
         return model
+
+
+Recipe = Mapping[str, Technique]
+"""A recipe, parsed: technique by name, in the order of application."""

@@ -12,6 +12,7 @@ class Lora(Technique):
 
     name: ClassVar[str] = "lora"
     kind: ClassVar[Kind] = "peft"
+    freezes_weights: ClassVar[bool] = True
     effect: ClassVar[str] = "gradients and optimizer states for a few per cent of the weights; about as fast, or faster"
     source: ClassVar[str] = "Hu et al., arXiv 2106.09685"
 

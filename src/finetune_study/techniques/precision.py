@@ -2,13 +2,11 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.base import Kind, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
 
-DEEPSPEED = frozenset({"zero1", "zero2", "zero3"})
-FREEZES_WEIGHTS = frozenset({"lora"})
 BF16_COMPUTE_CAPABILITY = 8.0
 """Ampere; earlier GPUs have no bf16 matrix units (CUDA C++ programming guide, table of arithmetic throughput)."""
 
@@ -21,7 +19,7 @@ class Fp32(Technique):
     effect: ClassVar[str] = "the reference: 4 bytes for every weight, gradient and activation"
     source: ClassVar[str] = "IEEE 754"
 
-    def load_arguments(self, recipe: frozenset[str]) -> dict[str, Any]:
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "float32"}
 
 
@@ -36,14 +34,14 @@ class Bf16(Technique):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights as they are loaded; `auto`: float32 where they are trained, bfloat16 where PEFT freezes them."""
 
-    def why_not(self, hardware: "Hardware", recipe: frozenset[str]) -> str | None:
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability = hardware.compute_capability
         if hardware.device == "cuda" and capability is not None and capability < BF16_COMPUTE_CAPABILITY:
             return f"bf16 needs compute capability {BF16_COMPUTE_CAPABILITY}; this GPU has {capability}: use fp16"
         return None
 
-    def load_arguments(self, recipe: frozenset[str]) -> dict[str, Any]:
-        auto = "bfloat16" if recipe & FREEZES_WEIGHTS else "float32"
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        auto = "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"
         return {"dtype": auto if self.dtype == "auto" else self.dtype}
 
     def training_arguments(self) -> dict[str, Any]:
@@ -63,13 +61,13 @@ class Fp16(Technique):
     dtype: Literal["auto", "float32", "float16"] = "auto"
     """Of the weights as they are loaded; `auto`: float32 where they are trained, float16 where PEFT freezes them."""
 
-    def why_not(self, hardware: "Hardware", recipe: frozenset[str]) -> str | None:
-        if hardware.device == "cpu" and not recipe & DEEPSPEED:
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if hardware.device == "cpu" and not any(t.is_deepspeed for t in recipe.values()):
             return "fp16 on a CPU is silently left out by transformers (activations stay in fp32): use bf16 or fp32"
         return None
 
-    def load_arguments(self, recipe: frozenset[str]) -> dict[str, Any]:
-        auto = "float16" if recipe & FREEZES_WEIGHTS else "float32"
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        auto = "float16" if any(t.freezes_weights for t in recipe.values()) else "float32"
         return {"dtype": auto if self.dtype == "auto" else self.dtype}
 
     def training_arguments(self) -> dict[str, Any]:

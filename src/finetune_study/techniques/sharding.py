@@ -21,12 +21,14 @@ class Ddp(Technique):
 
 
 BucketSize = PositiveInt | Literal["auto"]
-"""Elements; `auto` follows the model's width, as transformers' DeepSpeed integration fills it in. DeepSpeed's own default,
-5e8, makes a buffer of 1 to 2 GB however small the model is."""
+"""Elements; `auto` follows the model's width, as transformers' DeepSpeed integration fills it in.
+
+DeepSpeed's own default, 5e8, makes a buffer of 1 to 2 GB however small the model is."""
 
 
 class _Zero(Technique):
     kind: ClassVar[Kind] = "sharding"
+    is_deepspeed: ClassVar[bool] = True
     stage: ClassVar[int]
     source: ClassVar[str] = "Rajbhandari et al., arXiv 1910.02054"
 

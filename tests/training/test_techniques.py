@@ -1,0 +1,215 @@
+"""Techniques change memory and speed, not what is learned: variants of a run have its losses."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_study import data, model
+from finetune_study.sequences import IGNORED
+from tests.training.lab import EFFECTIVE_BATCH, NUM_EVAL, STEPS, Ended, Lab, write_dialogues
+
+pytestmark = pytest.mark.training
+
+FP32_TOLERANCE = 1e-4
+"""Relative: the same sums in another order. In four steps the loss falls by a quarter."""
+BF16_TOLERANCE = 2e-2
+"""Relative: 8 bits of mantissa, and Adam's first steps go by the sign of tiny gradients too."""
+FP16_TOLERANCE = 5e-3
+"""Relative: 11 bits of mantissa."""
+
+LORA = {"lora": {"r": 4, "lora_alpha": 16}}
+LARGE_GRADIENTS = {"initializer_range": 0.5}
+"""Of weights so large that their scaled gradients overflow float16 in the first steps."""
+
+
+def assert_same_losses(variant: Ended, reference: Ended, tolerance: float) -> None:
+    assert len(variant.losses) == len(reference.losses) == STEPS
+    assert variant.losses[0] == pytest.approx(reference.losses[0], rel=min(tolerance, 1e-3))
+    assert variant.losses == pytest.approx(reference.losses, rel=tolerance)
+    assert variant.eval_losses == pytest.approx(reference.eval_losses, rel=tolerance)
+
+
+def test_the_plain_run_learns(lab: Lab) -> None:
+    plain = lab.train()
+    assert plain.losses[0] == pytest.approx(math.log(384), rel=0.05)  # knows nothing yet
+    assert plain.losses[-1] < 0.8 * plain.losses[0]
+    assert plain.eval_losses[1] < 0.8 * plain.eval_losses[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        pytest.param({}, {"micro_batch": 1}, id="accumulation of 4"),
+        pytest.param({}, {"micro_batch": 4}, id="no accumulation"),
+        pytest.param({"gradient_checkpointing": {}}, {}, id="gradient_checkpointing"),
+        pytest.param({"eager": {}}, {}, id="eager"),
+        pytest.param({}, {"num_gpus": 2}, id="ddp"),
+        pytest.param({}, {"num_gpus": 2, "micro_batch": 1}, id="ddp, accumulation of 2"),
+        pytest.param({"zero1": {}}, {"num_gpus": 2}, id="zero1"),
+        pytest.param({"zero2": {}}, {"num_gpus": 2, "micro_batch": 1}, id="zero2, accumulation of 2"),
+        pytest.param({"zero3": {}}, {"num_gpus": 2}, id="zero3"),
+        pytest.param({"zero2": {}, "offload_optimizer": {}}, {"num_gpus": 2}, id="zero2 + offload_optimizer"),
+    ],
+)
+def test_a_variant_of_full_fine_tuning_has_its_losses(
+    lab: Lab, recipe: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    variant = lab.train(recipe, **settings)
+    assert_same_losses(variant, lab.train(), FP32_TOLERANCE)
+    assert variant.record.run.training.effective_batch_size == EFFECTIVE_BATCH
+    assert len(variant.record.ranks) == settings.get("num_gpus", 1)
+    assert {rank["total_parameters"] for rank in variant.record.ranks} == {lab.train().first_rank["total_parameters"]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_gpus"),
+    [
+        pytest.param({"gradient_checkpointing": {}}, 1, id="gradient_checkpointing"),
+        pytest.param({"zero2": {}}, 2, id="zero2"),
+        pytest.param({"zero3": {}}, 2, id="zero3"),
+    ],
+)
+def test_a_variant_of_lora_has_its_losses(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
+    assert_same_losses(lab.train(recipe | LORA, num_gpus=num_gpus), lab.train(LORA), FP32_TOLERANCE)
+
+
+def test_lora_begins_where_full_fine_tuning_does_and_goes_its_own_way(lab: Lab) -> None:
+    lora, full = lab.train(LORA), lab.train()
+    assert lora.losses[0] == pytest.approx(full.losses[0], rel=FP32_TOLERANCE)
+    assert lora.eval_losses[0] == pytest.approx(full.eval_losses[0], rel=FP32_TOLERANCE)
+    assert abs(lora.losses[-1] - full.losses[-1]) > 0.05
+    assert lora.eval_losses[1] < lora.eval_losses[0]
+
+
+def test_the_attention_that_was_asked_for_is_used(lab: Lab) -> None:
+    assert lab.train().row["attention_implementation"] == "sdpa"
+    assert lab.train({"eager": {}}).row["attention_implementation"] == "eager"
+
+
+def test_parameters_counted_by_hand(lab: Lab) -> None:
+    attention = 64 * 64 + 64 * 32 + 64 * 32 + 64 * 64  # q, k and v of two heads, o
+    full = 384 * 64 + 2 * (attention + 3 * 64 * 128 + 2 * 64) + 64
+    lora = 2 * 4 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64) + 3 * (64 + 128))
+    counts = ("trainable_parameters", "total_parameters")
+    assert [lab.train().row[name] for name in counts] == [full, full]
+    assert [lab.train(LORA).row[name] for name in counts] == [lora, full + lora]
+    assert [lab.train(LORA | {"zero3": {}}, num_gpus=2).row[name] for name in counts] == [lora, full + lora]
+
+
+def test_parameters_counted_by_peft(lab: Lab) -> None:
+    run = lab.train(LORA).record.run
+    adapted = run.parsed_techniques["lora"].wrap(model.load(run, lab.results.model(run.model_key)))
+    row = lab.train(LORA).row
+    assert adapted.get_nb_trainable_parameters() == (row["trainable_parameters"], row["total_parameters"])
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_fp32_computes_in_float32(lab: Lab) -> None:
+    assert lab.train().first_rank["compute_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_gpus"), [pytest.param({}, 1, id="alone"), pytest.param({"zero2": {}}, 2, id="zero2")]
+)
+def test_bf16_computes_in_bfloat16(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
+    half = lab.train(recipe | {"bf16": {}}, num_gpus=num_gpus)
+    assert half.first_rank["compute_dtype"] == "bfloat16"
+    assert half.first_rank["optimizer_state_dtypes"] == ["float32"]
+    assert half.losses != lab.train().losses
+    assert_same_losses(half, lab.train(), BF16_TOLERANCE)
+
+
+def test_bf16_adds_to_frozen_weights_in_bfloat16(lab: Lab) -> None:
+    half = lab.train(LORA | {"bf16": {}})
+    assert half.first_rank["compute_dtype"] == "bfloat16"
+    assert_same_losses(half, lab.train(LORA), BF16_TOLERANCE)
+
+
+def test_fp16_without_deepspeed_is_unsupported_on_a_cpu(lab: Lab) -> None:
+    reason = lab.plan({"fp16": {}}).unsupported
+    assert reason is not None
+    assert "activations stay in fp32" in reason
+
+
+@pytest.mark.parametrize(
+    ("recipe", "num_gpus"), [pytest.param({"zero2": {}}, 1, id="zero2"), pytest.param({"zero3": {}}, 2, id="zero3")]
+)
+def test_fp16_under_deepspeed_computes_in_float16(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
+    """The twin in fp32 reads the same data, of which fp16 needs more than it: for steps that may be skipped."""
+    half = lab.train(recipe | {"fp16": {}}, num_gpus=num_gpus, data={"dataset": lab.plenty})
+    assert half.first_rank["compute_dtype"] == "float16"
+    assert half.first_rank["optimizer_state_dtypes"] == ["float32"]
+    assert half.row["num_skipped_steps"] == 0
+    whole = lab.train(data={"dataset": lab.plenty})
+    assert half.losses != whole.losses
+    assert_same_losses(half, whole, FP16_TOLERANCE)
+
+
+def test_steps_that_loss_scaling_skips_are_counted_and_not_timed(lab: Lab) -> None:
+    half = lab.train({"fp16": {}, "zero2": {}}, architecture=LARGE_GRADIENTS, data={"dataset": lab.plenty})
+    steps = half.first_rank["steps"]
+    skipped = [step for step in steps if not step["stepped"]]
+    assert skipped == steps[: len(skipped)] != []
+    assert not any(step["timed"] for step in skipped)
+    assert sum(step["stepped"] for step in steps) == STEPS
+    row = half.row
+    assert row["num_skipped_steps"] == len(skipped)
+    assert row["num_timed_steps"] == len(row["step_time_seconds_samples"]) == STEPS - 1
+    assert len(row["untimed_step_time_seconds_samples"]) == 1
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(lab: Lab) -> Ended:
+    return lab.train({"packing": {}}, data={"dataset": lab.plenty})
+
+
+def test_packing_fills_the_context(lab: Lab, packed: Ended) -> None:
+    padded = lab.train(data={"dataset": lab.plenty})
+    tokens = [sum(s["real_tokens"] for s in run.first_rank["steps"]) for run in (padded, packed)]
+    assert tokens[1] > 1.5 * tokens[0]
+    assert tokens[1] <= STEPS * EFFECTIVE_BATCH * 256
+    assert packed.losses[0] == pytest.approx(padded.losses[0], rel=0.02)
+    assert packed.losses[-1] < 0.8 * packed.losses[0]
+
+
+def test_real_tokens_per_second_are_those_of_the_timed_steps(packed: Ended) -> None:
+    timed = packed.first_rank["steps"][1:]
+    expected = sum(s["real_tokens"] for s in timed) / sum(s["seconds"] for s in timed)
+    assert packed.row["real_tokens_per_second"] == pytest.approx(expected)
+
+
+def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
+    """Held-out loss of packed sequences equals that of their examples, each alone in a sequence of its own."""
+    import torch
+
+    lab = Lab(tmp_path)
+    many = write_dialogues(tmp_path / "many.jsonl", 100)
+    # Weights so large that attention matters before anything was learned.
+    packed = lab.train({"packing": {}}, architecture=LARGE_GRADIENTS, data={"dataset": many})
+    run = packed.record.run
+    net = model.load(run, lab.results.model(run.model_key)).eval()
+    rows = data.load(lab.results.data(run.data_key))[1]
+    alone, together, count, examples = 0.0, 0.0, 0, 0
+
+    def loss(**inputs: Any) -> float:
+        predicted = int((inputs["labels"] != IGNORED).sum())
+        return float(net(**{k: v[None] for k, v in inputs.items()}).loss) * predicted if predicted else 0.0
+
+    with torch.no_grad():
+        for row in rows:
+            count += int((row["labels"] != IGNORED).sum())
+            together += loss(input_ids=row["input_ids"], labels=row["labels"])
+            starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["position_ids"])]
+            for begin, end in zip(starts, starts[1:], strict=False):
+                examples += 1
+                alone += loss(input_ids=row["input_ids"][begin:end], labels=row["labels"][begin:end])
+    assert examples > 2 * NUM_EVAL
+    assert packed.eval_losses[0] == pytest.approx(alone / count, rel=FP32_TOLERANCE)
+    assert abs(together - alone) / alone > 10 * FP32_TOLERANCE
