@@ -80,8 +80,8 @@ class Study:
 
     @property
     def expected(self) -> list[str]:
-        """Runs that have an outcome when everything goes well."""
-        return [run_id for run_id in self.planned if run_id not in self.given_up]
+        """Runs that training gives an outcome when everything goes well; the plan sees to those it can't."""
+        return [i for i, planned in self.planned.items() if planned.unsupported is None and i not in self.given_up]
 
     @property
     def pending_pattern(self) -> str:
@@ -124,8 +124,18 @@ class Study:
 
     @property
     def plan_digest(self) -> str:
-        """Changes when a run is added or taken away."""
-        return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
+        """Changes when a run is added or taken away, or when something is missing that the plan has written."""
+        runs = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
+        return run_module.digest([runs, self._lost()], 16)
+
+    def _lost(self) -> list[str]:
+        """Runs of the last plan whose run.yaml is gone although they are to be trained, or whose record is gone."""
+        try:
+            written = {one["run_id"] for one in json.loads(self.results.plan.read_text(encoding="utf-8"))["runs"]}
+        except (OSError, ValueError):
+            return []
+        lost = [run_id for run_id in self.pending if not self.results.run(run_id).run_yaml.exists()]
+        return [run_id for run_id in (*lost, *self.unsupported) if run_id in written]
 
     @property
     def prices(self) -> dict[str, float | None]:
@@ -167,7 +177,8 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
 def _select(patterns: str, planned: Mapping[str, PlannedRun]) -> tuple[str, ...]:
     chosen: list[str] = []
     for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        matched = fnmatch.filter(planned, pattern)
+        trainable = [run_id for run_id, one in planned.items() if one.unsupported is None]
+        matched = fnmatch.filter(trainable, pattern)
         if not matched:
             raise ConfigError(
                 "No run of the study fits what is to be measured again",
@@ -237,7 +248,8 @@ def _is_path(name: str) -> bool:
 def write_plan(study: Study) -> None:
     """Writes plan.json, run.yaml of every run to be trained, and the record of every run that can't run here."""
     for run_id in (*study.pending, *study.unsupported):
-        record.write_atomically(study.results.run(run_id).run_yaml, run_module.dump(study.run(run_id)))
+        if not (path := study.results.run(run_id).run_yaml).exists():
+            record.write_atomically(path, run_module.dump(study.run(run_id)))
     for run_id in study.unsupported:
         ending = Ending(status="unsupported", reason=study.planned[run_id].unsupported)
         record.write_record(study.results.run(run_id), Record(run=study.run(run_id), ending=ending))

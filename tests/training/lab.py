@@ -90,7 +90,7 @@ class Ended:
 
     def peak(self) -> int:
         """Most device memory of a rank, bytes."""
-        return max(rank["memory"]["peak_device_used_bytes"] for rank in self.record.ranks)
+        return max(int(rank["memory"]["peak_device_used_bytes"]) for rank in self.record.ranks)
 
 
 class Lab:

@@ -86,6 +86,13 @@ def test_purged_run_yaml_is_not_missed(measured: Workplace) -> None:
     assert measured.planned() == {}
 
 
+def test_purged_run_yaml_of_a_run_to_come_is_written_anew(measured: Workplace) -> None:
+    record = measured.record("_lora_")
+    record.unlink()
+    (record.parent / "run.yaml").unlink()
+    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
+
+
 @pytest.mark.parametrize("age_seconds", [0, -(10**6)], ids=["all new", "records far older"])
 def test_lost_modification_times_measure_nothing(measured: Workplace, age_seconds: int) -> None:
     now = time.time()
@@ -130,6 +137,15 @@ def test_changed_technique_setting_runs_what_it_touches(measured: Workplace) -> 
 def test_run_taken_away_leaves_the_tables(measured: Workplace) -> None:
     edit(measured, lambda raw: raw["grid"][0].update(recipes="full"))
     assert measured.planned() == {"plan": 1, **REPORTING}
+
+
+def test_deleted_record_of_an_unsupported_run_is_written_anew(fresh: Workplace) -> None:
+    edit(fresh, lambda raw: raw["recipes"].update(full=["flash_attention_2"]))
+    edit(fresh, lambda raw: raw["grid"][0].update(recipes="full"))
+    assert fresh.snakemake().returncode == 0
+    assert fresh.planned() == {}
+    fresh.record("_full_").unlink()
+    assert fresh.planned() == {"plan": 1, **REPORTING}
 
 
 def test_deleted_record_is_measured_again(measured: Workplace) -> None:

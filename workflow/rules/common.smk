@@ -18,13 +18,8 @@ except StudyError as error:
     raise WorkflowError(str(error)) from None
 
 
-def get_run_files(wildcards):
-    """run.yaml of every run that may be started; a run that is measured needs none."""
-    return [RESULTS.run(run_id).run_yaml for run_id in STUDY.pending]
-
-
 def get_records(wildcards):
-    """Records of all runs but those that failed too often."""
+    """Records of all runs but those that can't run here and those that failed too often."""
     return [RESULTS.run(run_id).record for run_id in STUDY.expected]
 
 
@@ -46,6 +41,10 @@ def get_tokenizer_of_data(wildcards):
 def get_data_file(wildcards):
     """The data set, where it is a file of the user's."""
     return STUDY.data_files
+
+
+def get_run_file(wildcards):
+    return RESULTS.run(wildcards.run_id).run_yaml
 
 
 def get_python(wildcards):

@@ -3,7 +3,7 @@
 
 rule finetune:
     input:
-        run=ancient(RESULTS.run("{run_id}").run_yaml),
+        plan=ancient(RESULTS.plan),
         model=ancient(get_model_of_run),
         data=ancient(get_data_of_run),
         request=get_request,
@@ -19,10 +19,12 @@ rule finetune:
     threads: workflow.cores
     params:
         python=get_python,
+        run=get_run_file,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
         memory_snapshot=(
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
         ),
     shell:
-        "{params.python} -m finetune_study.launch {input.run} --if-needed"
+        "rm -f {input.request};"
+        " {params.python} -m finetune_study.launch {params.run} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} {params.memory_snapshot}"

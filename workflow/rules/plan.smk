@@ -1,11 +1,10 @@
-# From the configuration to run.yaml, one batch job; runs that can't run here get their record at once.
+# From the configuration to run.yaml of every run, one batch job; runs that can't run here get their record at once.
+# plan.json is its only declared output: Snakemake compares every file it looks for with every output of a rule.
 
 
 rule plan:
     output:
-        plan=RESULTS.plan,
-        runs=[RESULTS.run(run_id).run_yaml for run_id in STUDY.pending],
-        unsupported=[RESULTS.run(run_id).record for run_id in STUDY.unsupported],
+        RESULTS.plan,
     log:
         "logs/plan.log",
     localrule: True

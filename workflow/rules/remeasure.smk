@@ -3,7 +3,7 @@
 
 rule request_remeasure:
     output:
-        temp(RESULTS.run("{run_id}").request),
+        RESULTS.run("{run_id}").request,
     log:
         "logs/request_remeasure/{run_id}.log",
     localrule: True
