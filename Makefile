@@ -29,7 +29,7 @@ $(INSTALLED): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; name another with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: could not make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
-	@$(PIP) install --quiet --requirement $(LOCK)
+	@$(PIP) install --quiet --use-pep517 --requirement $(LOCK)
 	@$(PIP) install --quiet --no-deps --editable .
 	@cp $(LOCK) $@
 

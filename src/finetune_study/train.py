@@ -21,6 +21,7 @@ from typing import Any
 
 from finetune_study import oom
 from finetune_study import run as run_module
+from finetune_study.errors import RunFailedError
 from finetune_study.facts import Facts
 from finetune_study.measure import environment
 from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter
@@ -74,6 +75,7 @@ class Rank:
             Exception: whatever torch and the libraries raise; `main` writes it down.
         """
         run = self.run
+        self._check_device()
         self.say(f"{run.run_id}: starting on {run.hardware.name} x {self.world_size}")
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(run, scratch)
@@ -87,6 +89,27 @@ class Rank:
             model = self._model(results)
             self.facts.tell(load_seconds=time.perf_counter() - started)
             self._fit(arguments, model, results)
+
+    def _check_device(self) -> None:
+        """Before anything is measured: the device is there, and is the one that the study says.
+
+        Raises:
+            RunFailedError: otherwise; no number is recorded under a wrong name.
+        """
+        import torch
+
+        asked = self.run.hardware
+        if asked.device != "cuda":
+            return
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        if found is None or (asked.gpu is not None and found != asked.gpu):
+            raise RunFailedError(
+                "This is not the GPU that the run asks for",
+                where=f"hardware.{asked.name}.gpu",
+                given=found or f"no GPU that torch {torch.__version__} can use",
+                allowed=asked.gpu or "any CUDA device",
+                do="run it where that GPU is, or write the name as the driver reports it into the config",
+            )
 
     def _warm_up(self, arguments: Any) -> None:
         """Everything that takes memory once and for all and is not the model's: threads, process group, context."""

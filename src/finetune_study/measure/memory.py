@@ -163,11 +163,10 @@ class CudaMemoryMeter:
     def _look(self, phase: str) -> None:
         import torch
 
-        free, total = torch.cuda.mem_get_info()
-        for peaks, now in (
-            (self._allocated, torch.cuda.max_memory_allocated()),
-            (self._reserved, torch.cuda.max_memory_reserved()),
-            (self._used, total - free),
-        ):
-            peaks[phase] = max(peaks.get(phase, 0), now)
+        self._allocated[phase] = max(self._allocated.get(phase, 0), torch.cuda.max_memory_allocated())
+        self._reserved[phase] = max(self._reserved.get(phase, 0), torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
+        if phase in ("load", "optimizer"):
+            # Asking the driver takes longer, and the allocator gives nothing back within a step.
+            free, total = torch.cuda.mem_get_info()
+            self._used[phase] = max(self._used.get(phase, 0), total - free)
