@@ -112,9 +112,12 @@ class Rank:
             )
 
     def _warm_up(self, arguments: Any) -> None:
-        """Everything that takes memory once and for all and is not the model's: threads, process group, context."""
+        """All that takes memory once and is not the model's: libraries, threads, process group, context."""
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
         import torch
         import transformers
+        from transformers import Trainer  # noqa: F401
 
         transformers.set_seed(self.run.seed)
         transformers.utils.logging.disable_progress_bar()
