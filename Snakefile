@@ -33,6 +33,7 @@ rule all:
         RESULTS.report,
         # Asked for by name: a record that somebody deleted would not be missed by a report that is newer.
         get_records,
+        STUDY.lost_files,
 
 
 onstart:

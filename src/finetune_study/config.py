@@ -111,7 +111,7 @@ class Hardware(Section):
     max_gpus: PositiveInt = 8
     """Devices that one run may use."""
     threads_per_gpu: PositiveInt | None = None
-    """CPU threads of each process. Default: the cores given to the run, shared out."""
+    """CPU threads of each process. Default: the cores that the run may use, shared out."""
     environment: dict[str, str] = {}
     """Variables that this place needs (for example `NCCL_SOCKET_IFNAME`); nothing else of them reaches a run."""
     software: Software = Software()
@@ -180,17 +180,17 @@ class Protocol(Section):
 class GridBlock(Section):
     """A cross product of axes; each axis is one value or a list. The study is the union of its blocks."""
 
-    targets: Annotated[list[str], BeforeValidator(_as_list)]
+    targets: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
     """Names under `models`."""
-    hardware: Annotated[list[str], BeforeValidator(_as_list)]
+    hardware: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
     """Names under `hardware`."""
-    recipes: Annotated[list[str], BeforeValidator(_as_list)]
+    recipes: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
     """Names under `recipes`."""
-    num_gpus: Annotated[list[PositiveInt], BeforeValidator(_as_list)] = [1]
+    num_gpus: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
     """Devices of a run."""
-    sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list)]
+    sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)]
     """Context length in tokens; every sequence has exactly this length."""
-    per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list)] = [1]
+    per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
     """Micro-batch: sequences per device and forward pass."""
 
 

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Verdict:
     ending: Ending | None = None
     cause: str = ""
     traceback: str | None = None
+    interrupted: bool = False
 
 
 class Launch:
@@ -115,31 +117,34 @@ class Launch:
             return 0
 
     def execute(self) -> Verdict:
-        """Runs to the end, and writes record.json or failure.json."""
-        with self.paths.log.open("w", encoding="utf-8") as log:
-            try:
-                verdict = self._supervise(log)
-            except StudyError as error:
-                verdict = Verdict(cause=str(error))
-            log.flush()
-        if verdict.ending is not None:
-            record.write_record(self.paths, self._record(verdict.ending))
-        else:
-            record.write_failure(self.paths, self._failure(verdict))
-        shutil.rmtree(self.paths.scratch, ignore_errors=True)
+        """Runs to the end, and writes record.json or failure.json; signals wait until that is done."""
+        with _blocked_signals():
+            with self.paths.log.open("w", encoding="utf-8") as log:
+                try:
+                    verdict = self._supervise(log)
+                except StudyError as error:
+                    verdict = Verdict(cause=str(error))
+                except Exception as error:
+                    verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            if verdict.ending is not None:
+                record.write_record(self.paths, self._record(verdict.ending))
+            else:
+                record.write_failure(self.paths, self._failure(verdict))
+            shutil.rmtree(self.paths.scratch, ignore_errors=True)
         return verdict
 
     def _supervise(self, log: TextIO) -> Verdict:
         self._check_prepared()
         kills_before = cgroup.oom_kills()
-        with _blocked_signals():
+        try:
             self._start(log)
             stopped_by = self._wait()
+        finally:
             self._end_all()
         if stopped_by == "timeout":
             return Verdict(ending=Ending(status="timeout", reason=f"time limit of {self.time_limit:g} s reached"))
         if stopped_by is not None:
-            return Verdict(cause=f"ended from outside by {stopped_by}")
+            return Verdict(cause=f"ended from outside by {stopped_by}", interrupted=True)
         return self._conclude(kills_before)
 
     def _check_prepared(self) -> None:
@@ -175,7 +180,7 @@ class Launch:
         port = _free_port()
         for number in range(world_size):
             cores = variables.cores_of_rank(number, world_size)
-            self.variables = variables.set_for(run, run.hardware.threads_per_gpu or len(cores))
+            self.variables = variables.set_for(run, run.hardware.threads_per_gpu or len(cores), os.environ)
             distributed = world_size > 1 or any(t.is_deepspeed for t in run.parsed_techniques.values())
             environment = (
                 variables.passed_on(os.environ)
@@ -302,7 +307,8 @@ class Launch:
     def _failure(self, verdict: Verdict) -> Failure:
         return Failure(
             run_id=self.run.run_id,
-            attempt=self.attempt,
+            attempt=self.attempt - verdict.interrupted,
+            interrupted=verdict.interrupted,
             cause=verdict.cause,
             traceback=verdict.traceback,
             log=str(self.paths.log),
@@ -348,6 +354,8 @@ def _blocked_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        while signal.sigtimedwait(STOPS, 0) is not None:
+            pass  # they asked for the end, and this is the end
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

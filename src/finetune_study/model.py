@@ -62,7 +62,7 @@ def _seeded_initialisation(seed: int) -> Iterator[None]:
 
 
 def compute_dtype_probe(model: Any, tell: Any) -> None:
-    """Calls `tell` with the number format of the first linear layer's output in the first training forward pass."""
+    """Calls `tell` with the number format of the first linear layer's output in the first forward pass."""
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
 
     def once(module: Any, inputs: Any, output: torch.Tensor) -> None:

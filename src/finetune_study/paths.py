@@ -45,10 +45,13 @@ class RunPaths:
         """Records that a ``remeasure`` replaced."""
         return self.folder / "superseded"
 
-    @property
-    def request(self) -> Path:
-        """Asks for the run to be measured again; there while that happens."""
-        return self.folder / "remeasure.request"
+    def request(self, number: int) -> Path:
+        """Asks for the run to be measured again, for the `number`th time; gone when that begins."""
+        return self.folder / f"remeasure-{number}.request"
+
+    def superseded_record(self, number: int) -> Path:
+        """The record that the `number`th request replaced."""
+        return self.superseded / f"record-{number}.json"
 
     @property
     def scratch(self) -> Path:

@@ -74,6 +74,9 @@ class Failure(Section):
     format: int = FORMAT
     run_id: str
     attempt: int
+    """Failures so far, this one included; interruptions are not counted."""
+    interrupted: bool = False
+    """A signal from outside ended it: a Ctrl-C, a scheduler; not the run's fault."""
     cause: str
     """In a sentence."""
     traceback: str | None = None
@@ -106,7 +109,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _to_json(document: Section) -> str:
-    return json.dumps(document.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(document.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_record(paths: RunPaths, record: Record) -> None:
@@ -157,9 +160,16 @@ def _read(path: Path, kind: type[Document]) -> Document:
         raise RecordError(
             f"{path.name} is damaged",
             where=str(path),
-            given=str(error).splitlines()[0],
+            given=_first_problem(error),
             do="restore it from a backup, or delete it to measure this run again",
         ) from None
+
+
+def _first_problem(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return str(error).splitlines()[0]
 
 
 def looks_whole(path: Path) -> bool:

@@ -149,10 +149,19 @@ def load(path: Path) -> Run:
         RecordError: when the file is missing or does not hold a run.
     """
     try:
-        return Run.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        run = Run.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecordError("The run can't be read", where=str(path), given=error.strerror) from None
     except (yaml.YAMLError, ValidationError) as error:
         raise RecordError(
             "The file does not hold a run", where=str(path), given=error, do="delete it: the plan writes it anew"
         ) from None
+    expected = make(**{name: getattr(run, name) for name in Run.model_fields if name != "run_id"}).run_id
+    if expected != run.run_id:
+        raise RecordError(
+            "The settings of this run are not those of its run_id",
+            where=str(path),
+            given=f"settings of {expected} under the name {run.run_id}",
+            do="delete this file, the plan writes it anew; other settings in the config make another run",
+        )
+    return run

@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from finetune_study import record
 from finetune_study import run as run_module
 from finetune_study.config import Config, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
-from finetune_study.paths import Results
+from finetune_study.paths import Results, RunPaths
 from finetune_study.plan import PlannedRun
 from finetune_study.record import Ending, Record
 from finetune_study.run import Run
@@ -42,10 +43,25 @@ class Study:
     @cached_property
     def recorded(self) -> frozenset[str]:
         """Runs that have an outcome and keep it."""
+        asked_again = {*self.remeasured, *self._supported_by_now}
+        return frozenset(i for i in self.planned if i not in asked_again and self.results.run(i).record.exists())
+
+    @cached_property
+    def _last_plan(self) -> dict[str, str | None]:
+        """What plan.json says: why each run could not run here, None for those that could."""
+        try:
+            written = json.loads(self.results.plan.read_text(encoding="utf-8"))["runs"]
+            return {one["run_id"]: one["unsupported"] for one in written}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    @cached_property
+    def _supported_by_now(self) -> frozenset[str]:
+        """Runs whose record says that they can't run here, which the plan no longer says."""
         return frozenset(
             run_id
-            for run_id in self.planned
-            if run_id not in self.remeasured and self.results.run(run_id).record.exists()
+            for run_id, reason in self._last_plan.items()
+            if reason and run_id in self.planned and self.planned[run_id].unsupported is None
         )
 
     @cached_property
@@ -114,7 +130,8 @@ class Study:
 
     def python(self, run_id: str) -> str | None:
         """Interpreter that trains this run; None: the one that runs Snakemake."""
-        return self.config.hardware[self.run(run_id).hardware.name].software.python
+        python = self.config.hardware[self.run(run_id).hardware.name].software.python
+        return None if python is None else str(Path(python).expanduser())
 
     @property
     def data_files(self) -> list[str]:
@@ -124,18 +141,15 @@ class Study:
 
     @property
     def plan_digest(self) -> str:
-        """Changes when a run is added or taken away, or when something is missing that the plan has written."""
-        runs = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
-        return run_module.digest([runs, self._lost()], 16)
+        """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
+        return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
 
-    def _lost(self) -> list[str]:
-        """Runs of the last plan whose run.yaml is gone although they are to be trained, or whose record is gone."""
-        try:
-            written = {one["run_id"] for one in json.loads(self.results.plan.read_text(encoding="utf-8"))["runs"]}
-        except (OSError, ValueError):
-            return []
-        lost = [run_id for run_id in self.pending if not self.results.run(run_id).run_yaml.exists()]
-        return [run_id for run_id in (*lost, *self.unsupported) if run_id in written]
+    @property
+    def lost_files(self) -> list[Path]:
+        """What the last plan wrote and is gone: run.yaml of runs to train, records of those that can't run here."""
+        lost = [self.results.run(i).run_yaml for i in self.pending if i in self._last_plan]
+        lost += [self.results.run(i).record for i in self.unsupported if i in self._last_plan]
+        return [path for path in lost if not path.exists()]
 
     @property
     def prices(self) -> dict[str, float | None]:
@@ -228,6 +242,15 @@ def _check_files(config: Config) -> None:
                 given=path,
                 allowed="a folder with config.json, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`",
             )
+    for name in sorted({name for block in config.grid for name in block.hardware}):
+        python = config.hardware[name].software.python
+        if python is not None and shutil.which(Path(python).expanduser()) is None:
+            raise ConfigError(
+                "There is no such interpreter",
+                where=f"hardware.{name}.software.python",
+                given=python,
+                allowed="the path of a Python in which finetune-study is installed; null: the one that runs Snakemake",
+            )
     dataset = config.data.dataset
     if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).expanduser().is_file():
         raise ConfigError(
@@ -247,24 +270,49 @@ def _is_path(name: str) -> bool:
 
 def write_plan(study: Study) -> None:
     """Writes plan.json, run.yaml of every run to be trained, and the record of every run that can't run here."""
-    for run_id in (*study.pending, *study.unsupported):
-        if not (path := study.results.run(run_id).run_yaml).exists():
-            record.write_atomically(path, run_module.dump(study.run(run_id)))
-    for run_id in study.unsupported:
-        ending = Ending(status="unsupported", reason=study.planned[run_id].unsupported)
-        record.write_record(study.results.run(run_id), Record(run=study.run(run_id), ending=ending))
+    for run_id, planned in study.planned.items():
+        paths = study.results.run(run_id)
+        if planned.unsupported:
+            _write_unsupported(paths, planned)
+        elif run_id not in study.recorded:
+            if _is_unsupported(paths):
+                set_aside(paths, request_number(paths))
+            _write_run_yaml(paths, planned.run)
     runs = [{"run_id": run_id, "unsupported": planned.unsupported} for run_id, planned in study.planned.items()]
     record.write_atomically(study.results.plan, json.dumps({"runs": runs}, indent=1) + "\n")
 
 
-def set_aside(results: Results, run_id: str) -> None:
-    """Moves a run's record and failure out of the way; a record is never lost."""
-    paths = results.run(run_id)
+def _write_run_yaml(paths: RunPaths, run: Run) -> None:
+    text = run_module.dump(run)
+    if not paths.run_yaml.exists() or paths.run_yaml.read_text(encoding="utf-8") != text:
+        record.write_atomically(paths.run_yaml, text)
+
+
+def _write_unsupported(paths: RunPaths, planned: PlannedRun) -> None:
+    """Says why a run can't run here; what was measured when it could is kept."""
+    if paths.record.exists() and not _is_unsupported(paths):
+        return
+    _write_run_yaml(paths, planned.run)
+    ending = Ending(status="unsupported", reason=planned.unsupported)
+    record.write_record(paths, Record(run=planned.run, ending=ending))
+
+
+def _is_unsupported(paths: RunPaths) -> bool:
+    return paths.record.exists() and record.read_record(paths.record).ending.status == "unsupported"
+
+
+def request_number(paths: RunPaths) -> int:
+    """Number of the request to measure a run again: of the one that is there, else one that never was."""
+    waiting = [int(path.stem.split("-")[1]) for path in paths.folder.glob("remeasure-*.request")]
+    replaced = [int(path.stem.split("-")[1]) for path in paths.superseded.glob("record-*.json")]
+    return max(waiting, default=max(replaced, default=0) + 1)
+
+
+def set_aside(paths: RunPaths, number: int) -> None:
+    """Moves a run's record out of the way and forgets its failures; a record is never lost."""
     if paths.record.exists():
         paths.superseded.mkdir(parents=True, exist_ok=True)
-        number = len(list(paths.superseded.iterdir())) + 1
-        # A copy: Snakemake removes the output of the rule that is about to run.
-        record.write_atomically(paths.superseded / f"record-{number}.json", paths.record.read_text(encoding="utf-8"))
+        paths.record.rename(paths.superseded_record(number))
     paths.failure.unlink(missing_ok=True)
 
 
@@ -276,11 +324,11 @@ def report_what_there_is(study: Study) -> None:
     """
     from finetune_study import outcome, recommend, report
 
-    planned = list(study.planned.values())
-    outcome.write(study.results, study.planned, study.config.hardware)
-    recommend.aggregate(study.config, planned, study.results)
-    report.build(study.config, planned, study.results)
-    results = study.results
+    planned, results = list(study.planned.values()), study.results
+    readable = [run_id for run_id in study.planned if _is_readable(results.run(run_id))]
+    outcome.write(results, readable, study.config.hardware)
+    recommend.aggregate(study.config, planned, results)
+    report.build(study.config, planned, results)
     for path in (
         results.outcomes_parquet,
         results.outcomes_csv,
@@ -289,6 +337,15 @@ def report_what_there_is(study: Study) -> None:
         results.report,
     ):
         os.utime(path, (1, 1))
+
+
+def _is_readable(paths: RunPaths) -> bool:
+    """Whether a run has a record that is not damaged; the page names those that are."""
+    try:
+        record.read_record(paths.record)
+    except RecordError:
+        return False
+    return True
 
 
 def describe_failures(study: Study) -> str:

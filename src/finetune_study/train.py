@@ -79,6 +79,8 @@ class Rank:
         self.say(f"{run.run_id}: starting on {run.hardware.name} x {self.world_size}")
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(run, scratch)
+            assert arguments.n_gpu <= 1, "one process drives one device"
+            assert arguments.world_size == run.num_gpus == self.world_size
             self._warm_up(arguments)
             self.memory.start()
             self.facts.tell(startup_seconds=_seconds_since_start(), device_ready=True)
@@ -197,6 +199,12 @@ class Rank:
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
         self.phases.follow_model(model)
         trainer.train()
+        if steps.num_stepped < run.num_steps:
+            raise RunFailedError(
+                "Too many steps changed nothing: loss scaling skipped them",
+                given=f"{steps.num_stepped} of {run.num_steps} steps",
+                do="use bf16, a lower learning_rate, or weights that fit the range of fp16",
+            )
         self.facts.tell(
             memory=self.memory.report(),
             energy_joules=energy.joules,
@@ -209,14 +217,15 @@ class Rank:
         self.facts.tell(memory=self.memory.report())
         kind = "timed" if entry["timed"] else "untimed" if entry["stepped"] else "skipped by loss scaling"
         self.say(
-            f"step {entry['step']} of {self.run.num_steps}: {entry['seconds']:.3f} s ({kind}), loss {entry['loss']:.4f}"
+            f"step {entry['step']} of {self.run.num_steps}: "
+            f"{entry['seconds']:.3f} s ({kind}), loss {_show(entry['loss'])}"
         )
         self.step = entry["step"] + 1
 
     def tell_out_of_memory(self, found: oom.OutOfMemory) -> None:
         """Writes down which memory ran out, and where."""
-        held = self.memory.held_bytes_when_refused(found.bytes_requested)
         self.memory.lift_budget()
+        held = found.bytes_allocated or self.memory.held_bytes_when_refused(found.bytes_requested)
         on_device = found.on_device or self.run.hardware.memory_budget_gib is not None
         facts: dict[str, Any] = {
             "reason": found.message.splitlines()[0],
@@ -233,15 +242,17 @@ class Rank:
     def _allocator_facts(self, found: oom.OutOfMemory) -> dict[str, Any]:
         import torch
 
-        reserved = torch.cuda.memory_reserved()
-        unused = reserved - torch.cuda.memory_allocated()
         if self.memory_snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(self.memory_snapshot))
         return {
-            "bytes_reserved": reserved,
-            "fragmented": None if found.bytes_requested is None else unused > found.bytes_requested,
+            "bytes_reserved": found.bytes_reserved,
+            "fragmented": found.fragmented,
             "allocator_summary": torch.cuda.memory_summary(abbreviated=True),
         }
+
+
+def _show(loss: float | None) -> str:
+    return "not a number" if loss is None else f"{loss:.4f}"
 
 
 def _seconds_since_start() -> float:
@@ -273,6 +284,7 @@ def training_arguments(run: Run, output_dir: str) -> Any:
         "dataloader_pin_memory": not on_cpu,
         "dataloader_num_workers": 0,
         "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would write 0 for a loss that is not a number
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
@@ -355,7 +367,7 @@ class _Evaluation:
 
     def __init__(self, rank: Rank, trainer: Any, eval_data: Any) -> None:
         self.rank, self.trainer, self.eval_data = rank, trainer, eval_data
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float | None] = {}
 
     def callback(self) -> Any:
         from transformers import TrainerCallback
@@ -384,12 +396,14 @@ class _Evaluation:
             optimizer.register_step_post_hook(lambda *_: phases.enter("forward"))
 
     def measure(self, when: str) -> None:
+        from finetune_study.measure.steps import finite
+
         if self.eval_data is None:
             return
         with self.rank.phases.during("evaluate"):
-            self.losses[when] = self._loss()
+            self.losses[when] = finite(self._loss())
         self.rank.facts.tell(evaluations=self.losses)
-        self.rank.say(f"held-out loss {when} training: {self.losses[when]:.4f}")
+        self.rank.say(f"held-out loss {when} training: {_show(self.losses[when])}")
 
     def _loss(self) -> float:
         import torch

@@ -24,12 +24,13 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k in PASSED or k.startswith(PASSED_PREFIXES)}
 
 
-def set_for(run: Run, threads: int) -> dict[str, str]:
+def set_for(run: Run, threads: int, environment: Mapping[str, str]) -> dict[str, str]:
     """What is set for all ranks of a run; the config's `environment` has the last word.
 
     Args:
         run: decides about the device and the hardware's own variables.
         threads: CPU threads of each rank.
+        environment: the supervisor's own, which says what devices it was allotted.
     """
     on_cpu = run.hardware.device == "cpu"
     common = {
@@ -49,8 +50,18 @@ def set_for(run: Run, threads: int) -> dict[str, str]:
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "DS_ACCELERATOR": "cpu" if on_cpu else "cuda",
     }
-    device = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"} if on_cpu else {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    device = CPU_ONLY if on_cpu else _gpus_of(run, environment)
     return common | device | run.hardware.environment
+
+
+CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def _gpus_of(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
+    """As many of the allotted GPUs as the run asks for: transformers spreads one process over all that it sees."""
+    allotted = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    chosen = allotted[: run.num_gpus] if allotted != [""] else [str(number) for number in range(run.num_gpus)]
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
 
 
 def for_rank(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ def test_what_a_user_planted_does_not_pass() -> None:
 def test_hardware_has_the_last_word(raw: dict[str, Any]) -> None:
     raw["hardware"]["cpu"]["environment"] = {"GLOO_SOCKET_IFNAME": "eth7"}
     run = plan.plan(config.parse(raw))[0].run
-    chosen = variables.set_for(run, threads=2)
+    chosen = variables.set_for(run, threads=2, environment={})
     assert chosen["GLOO_SOCKET_IFNAME"] == "eth7"
     assert chosen["OMP_NUM_THREADS"] == "2"
     assert chosen["DS_ACCELERATOR"] == "cpu"

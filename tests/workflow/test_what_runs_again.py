@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_new_versions_of_the_software_run_nothing_again(measured: Workplace, tmp
         "import importlib.metadata as m; old = m.version; m.version = lambda name: '99.0' if name in"
         " ('torch', 'transformers', 'deepspeed', 'finetune-study') else old(name)"
     )
-    edit(measured, lambda raw: raw["hardware"]["cpu"].update(software={"python": "/opt/newer/bin/python"}))
+    edit(measured, lambda raw: raw["hardware"]["cpu"].update(software={"python": sys.executable}))
     assert measured.planned(PYTHONPATH=str(tmp_path)) == {}
 
 
@@ -146,6 +147,20 @@ def test_deleted_record_of_an_unsupported_run_is_written_anew(fresh: Workplace) 
     assert fresh.planned() == {}
     fresh.record("_full_").unlink()
     assert fresh.planned() == {"plan": 1, **REPORTING}
+    assert fresh.snakemake().returncode == 0
+    assert fresh.planned() == {}
+
+
+def test_run_that_can_run_by_now_is_run(fresh: Workplace) -> None:
+    edit(fresh, lambda raw: raw["hardware"]["cpu"].update(max_gpus=1))
+    edit(fresh, lambda raw: raw["grid"][0].update(recipes="full", num_gpus=2))
+    assert fresh.snakemake().returncode == 0
+    assert "has 1 for a run" in fresh.record("_full_").read_text()
+    edit(fresh, lambda raw: raw["hardware"]["cpu"].update(max_gpus=2))
+    assert fresh.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    assert fresh.snakemake("plan").returncode == 0
+    assert not fresh.record("_full_").exists()
+    assert fresh.planned()["finetune"] == 1
 
 
 def test_deleted_record_is_measured_again(measured: Workplace) -> None:

@@ -54,7 +54,10 @@ def get_python(wildcards):
 
 def get_request(wildcards):
     """The request to measure this run again, if there is one."""
-    return [RESULTS.run(i).request for i in STUDY.remeasured if i == wildcards.run_id]
+    if wildcards.run_id not in STUDY.remeasured:
+        return []
+    paths = RESULTS.run(wildcards.run_id)
+    return paths.request(study_module.request_number(paths))
 
 
 def get_remeasured(wildcards):

@@ -8,7 +8,8 @@ rule finetune:
         data=ancient(get_data_of_run),
         request=get_request,
     output:
-        RESULTS.run("{run_id}").record,
+        # update(): a record that came by another way since the start is not deleted, and launch leaves it as it is.
+        update(RESULTS.run("{run_id}").record),
     log:
         RESULTS.run("{run_id}").log,
     wildcard_constraints:
@@ -25,6 +26,6 @@ rule finetune:
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
         ),
     shell:
-        "rm -f {input.request};"
-        " {params.python} -m finetune_study.launch {params.run} --if-needed"
+        "rm -f {input.request:q};"
+        " {params.python:q} -m finetune_study.launch {params.run:q} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} {params.memory_snapshot}"

@@ -1,10 +1,12 @@
 # From the configuration to run.yaml of every run, one batch job; runs that can't run here get their record at once.
-# plan.json is its only declared output: Snakemake compares every file it looks for with every output of a rule.
+# Declared are plan.json and what was lost alone: Snakemake compares every file it looks for with every output of a
+# rule. update(): nothing is deleted before the plan is written.
 
 
 rule plan:
     output:
-        RESULTS.plan,
+        plan=update(RESULTS.plan),
+        lost=update(STUDY.lost_files),
     log:
         "logs/plan.log",
     localrule: True

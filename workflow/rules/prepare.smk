@@ -6,6 +6,8 @@ rule prepare_model:
         RESULTS.model("{model_key}") / "manifest.json",
     log:
         "logs/prepare_model/{model_key}.log",
+    # Bad data are found before a device is held.
+    priority: 10
     localrule: True
     conda:
         "../../envs/controller.yaml"
@@ -21,6 +23,8 @@ rule prepare_data:
         RESULTS.data("{data_key}") / "manifest.json",
     log:
         "logs/prepare_data/{data_key}.log",
+    # Bad data are found before a device is held.
+    priority: 10
     localrule: True
     conda:
         "../../envs/controller.yaml"

@@ -3,9 +3,11 @@
 
 rule request_remeasure:
     output:
-        RESULTS.run("{run_id}").request,
+        RESULTS.run("{run_id}").request("{number}"),
     log:
-        "logs/request_remeasure/{run_id}.log",
+        "logs/request_remeasure/{run_id}-{number}.log",
+    wildcard_constraints:
+        number=r"\d+",
     localrule: True
     conda:
         "../../envs/controller.yaml"
@@ -17,3 +19,4 @@ rule remeasure:
     input:
         get_remeasured,
         RESULTS.report,
+        STUDY.lost_files,

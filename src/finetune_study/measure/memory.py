@@ -151,6 +151,7 @@ class CudaMemoryMeter:
 
     def report(self) -> dict[str, Any]:
         self._look(self._phases.current)
+        self._ask_driver(self._phases.current)
         return {
             "peak_allocated_bytes": _training_peak(self._allocated),
             "peak_reserved_bytes": _training_peak(self._reserved),
@@ -167,6 +168,11 @@ class CudaMemoryMeter:
         self._reserved[phase] = max(self._reserved.get(phase, 0), torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
         if phase in ("load", "optimizer"):
-            # Asking the driver takes longer, and the allocator gives nothing back within a step.
-            free, total = torch.cuda.mem_get_info()
-            self._used[phase] = max(self._used.get(phase, 0), total - free)
+            self._ask_driver(phase)
+
+    def _ask_driver(self, phase: str) -> None:
+        """Once a step is enough: what the allocator took it seldom gives back, and asking takes long."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        self._used[phase] = max(self._used.get(phase, 0), total - free)

@@ -27,6 +27,8 @@ def peak_tflops(device_name: str | None, dtype: str | None) -> float | None:
     """Dense peak of one device in TFLOP/s; None when the device or its rate for the format is not known."""
     if device_name is None or dtype is None:
         return None
+    if any(word in device_name for word in ("MIG", "NVL")):
+        return None  # a slice of a GPU, or a variant whose rates are not in the table
     words = device_name.replace("Tesla ", "").removeprefix("NVIDIA ")
     for part, rates in PEAK_TFLOPS.items():
         if words == part or words.startswith((f"{part}-", f"{part} ")):

@@ -1,5 +1,6 @@
 """Time of optimizer steps, their tokens and their loss."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +9,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, default_data_collator
 
 from finetune_study.sequences import IGNORED
+
+
+def finite(loss: float) -> float | None:
+    """The loss, or None where training diverged: JSON has no word for what is not a number."""
+    return loss if math.isfinite(loss) else None
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -48,7 +54,7 @@ class StepMeter(TrainerCallback):
         self._counts: deque[tuple[int, int]] = deque()
         self._real_tokens = 0
         self._loss_tokens = 0
-        self._num_stepped = 0
+        self.num_stepped = 0
         self.on_timing: Callable[[bool], None] = lambda _: None
         """Called with True when timing starts and with False when it ends."""
 
@@ -77,7 +83,7 @@ class StepMeter(TrainerCallback):
         self._synchronize()
         now = time.perf_counter()
         stepped = not self._was_skipped()
-        timed = stepped and self._num_stepped >= self._untimed
+        timed = stepped and self.num_stepped >= self._untimed
         self._entry = {
             "step": state.global_step,
             "seconds": now - self._since,
@@ -86,11 +92,11 @@ class StepMeter(TrainerCallback):
             "real_tokens": self._real_tokens,
             "loss_tokens": self._loss_tokens,
         }
-        self._num_stepped += stepped
+        self.num_stepped += stepped
         self._real_tokens, self._loss_tokens = 0, 0
-        if stepped and self._num_stepped == self._untimed:
+        if stepped and self.num_stepped == self._untimed:
             self.on_timing(True)
-        if self._num_stepped == self._untimed + self._timed:
+        if self.num_stepped == self._untimed + self._timed:
             self.on_timing(False)
             control.should_training_stop = True
         self._since = time.perf_counter()
@@ -104,5 +110,5 @@ class StepMeter(TrainerCallback):
         **_: Any,
     ) -> None:
         if self._entry and logs and "loss" in logs:
-            self._on_step({**self._entry, "loss": float(logs["loss"])})
+            self._on_step({**self._entry, "loss": finite(float(logs["loss"]))})
             self._entry = {}

@@ -50,7 +50,10 @@ STATES: dict[str, State] = {
         "predicted out of memory", "≈", "memory", "The forecast is beyond the device by the margin asked; not trained."
     ),
     "failed": State(
-        "failed", "!", "problem", "The last try left no outcome (a bug, a lost node); the next call tries again."
+        "failed",
+        "!",
+        "problem",
+        "The last try left no outcome (a bug, a lost node); the next call tries again, until max_attempts.",
     ),
     "not_run": State("not run", "○", "none", "There was no try yet."),
 }

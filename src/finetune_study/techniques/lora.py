@@ -1,8 +1,8 @@
 """Low-rank adaptation, by peft."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt
 
 from finetune_study.techniques.base import Kind, Technique
 
@@ -20,7 +20,7 @@ class Lora(Technique):
     """Rank of the update."""
     lora_alpha: PositiveInt = 8
     """The update is scaled by lora_alpha / r."""
-    lora_dropout: NonNegativeFloat = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the update."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the layers that get an update, or `all-linear`: all but the output layer."""
