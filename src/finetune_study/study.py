@@ -43,7 +43,7 @@ class Study:
     @cached_property
     def recorded(self) -> frozenset[str]:
         """Runs that have an outcome and keep it."""
-        asked_again = {*self.remeasured, *self._supported_by_now}
+        asked_again = {*self.remeasured, *self.supported_by_now}
         return frozenset(i for i in self.planned if i not in asked_again and self.results.run(i).record.exists())
 
     @cached_property
@@ -56,7 +56,7 @@ class Study:
             return {}
 
     @cached_property
-    def _supported_by_now(self) -> frozenset[str]:
+    def supported_by_now(self) -> frozenset[str]:
         """Runs whose record says that they can't run here, which the plan no longer says."""
         return frozenset(
             run_id

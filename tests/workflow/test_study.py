@@ -125,7 +125,7 @@ def test_bad_configuration_is_one_message_before_anything_runs(fresh: Workplace,
     [
         ("", "empty"),
         ('{"dialogue": "A: hi"}\n', "summary"),
-        ('{"dialogue": "A: hi", "summary": "x"}\n{broken\n', "line 2"),
+        ('{"dialogue": "A: hi", "summary": "x"}\n{broken\n', "Line 2 of the data file is not JSON"),
     ],
     ids=["empty", "column missing", "not JSON"],
 )

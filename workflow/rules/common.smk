@@ -60,6 +60,12 @@ def get_request(wildcards):
     return paths.request(study_module.request_number(paths))
 
 
+def get_plan(wildcards):
+    """The plan; a new one is a reason to run only where it takes away a record that said that the run can't run."""
+    plan = str(RESULTS.plan)
+    return plan if wildcards.run_id in STUDY.supported_by_now else ancient(plan)
+
+
 def get_remeasured(wildcards):
     if not STUDY.remeasured:
         raise WorkflowError(

@@ -3,7 +3,7 @@
 
 rule finetune:
     input:
-        plan=ancient(RESULTS.plan),
+        plan=get_plan,
         model=ancient(get_model_of_run),
         data=ancient(get_data_of_run),
         request=get_request,
