@@ -96,6 +96,12 @@ def test_name_that_is_not_defined(raw: Raw, axis: str, name: str) -> None:
     assert "did you mean" in refusal(raw)
 
 
+@pytest.mark.parametrize("axis", ["targets", "hardware", "recipes", "sequence_length", "num_gpus"])
+def test_empty_axis_is_refused(raw: Raw, axis: str) -> None:
+    raw["grid"][0][axis] = []
+    assert f"grid.0.{axis}: Value should have at least 1 item" in refusal(raw)
+
+
 def test_model_needs_exactly_one_source(raw: Raw) -> None:
     raw["models"]["tiny"]["name_or_path"] = "somewhere"
     assert "either `name_or_path` or `architecture`" in refusal(raw)

@@ -56,3 +56,18 @@ def test_an_oom_behind_another_error_is_found() -> None:
     error = ValueError("could not load")
     error.__cause__ = MemoryError()
     assert oom.recognise(error) is not None
+
+
+@pytest.mark.parametrize(("unused", "fragmented"), [("2.00 GiB", True), ("512.00 MiB", False)])
+def test_fragmentation_is_read_from_the_allocators_own_words(unused: str, fragmented: bool) -> None:
+    words = f"{CUDA} Of the allocated memory 70.00 GiB is allocated by PyTorch, and {unused} is reserved by PyTorch but"
+    found = oom.recognise(OutOfMemoryError(f"{words} unallocated. If reserved memory is large, try ..."))
+    assert found is not None
+    assert found.bytes_allocated == 70 * 2**30
+    assert found.fragmented is fragmented
+
+
+def test_fragmentation_is_not_guessed() -> None:
+    found = oom.recognise(OutOfMemoryError(CUDA))
+    assert found is not None
+    assert found.fragmented is None

@@ -27,6 +27,8 @@ def test_names_as_drivers_write_them(name: str, dtype: str, peak: float) -> None
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
+        ("NVIDIA H100 NVL", "bfloat16"),  # another clock, another rate
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bfloat16"),  # a slice
         ("NVIDIA L40", "bfloat16"),  # neither an L4 nor an L40S
         ("NVIDIA A10", "bfloat16"),
         ("NVIDIA A1000", "bfloat16"),

@@ -107,3 +107,11 @@ def test_repeats_have_seeds_of_their_own(raw: Raw) -> None:
     raw["protocol"]["repeats"] = 3
     seeds = [one.run.seed for one in plan.plan(config.parse(raw)) if one.run.recipe == "full"]
     assert seeds == [42, 43, 44]
+
+
+def test_edited_run_yaml_is_refused(raw: Raw, tmp_path: Path) -> None:
+    one = plan.plan(config.parse(raw))[0].run
+    path = tmp_path / "run.yaml"
+    path.write_text(run.dump(one).replace("learning_rate: 0.0004", "learning_rate: 0.5"), encoding="utf-8")
+    with pytest.raises(RecordError, match="are not those of its run_id"):
+        run.load(path)

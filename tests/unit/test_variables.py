@@ -1,5 +1,7 @@
 from typing import Any
 
+import pytest
+
 from finetune_study import config, plan, variables
 
 
@@ -36,3 +38,16 @@ def test_ranks_share_the_cores_without_overlap() -> None:
         assert not set(first) & set(second)
         assert len(first) == len(second) == len(cores) // 2
     assert variables.cores_of_rank(3, 10 * len(cores)) == cores
+
+
+@pytest.mark.parametrize(
+    ("allotted", "num_gpus", "seen"),
+    [({}, 1, "0"), ({}, 2, "0,1"), ({"CUDA_VISIBLE_DEVICES": "5,3,7"}, 2, "5,3")],
+)
+def test_run_sees_as_many_gpus_as_it_asks_for(
+    raw: dict[str, Any], allotted: dict[str, str], num_gpus: int, seen: str
+) -> None:
+    raw["hardware"]["cpu"]["device"] = "cuda"
+    raw["grid"][0]["num_gpus"] = num_gpus
+    run = plan.plan(config.parse(raw))[0].run
+    assert variables.set_for(run, threads=1, environment=allotted)["CUDA_VISIBLE_DEVICES"] == seen
