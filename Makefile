@@ -14,6 +14,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := envs/local.lock
+PLUGIN := src/snakemake_executor_plugin_submitit
 INSTALLED := $(VENV)/finetune-study.lock
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(or $(shell sed -n "s/^\(torch==.*\)/\1/p" $(LOCK)),torch==2.13.0)
@@ -24,13 +25,13 @@ EXTRAS := controller,training,development
 
 env: $(INSTALLED)
 
-$(INSTALLED): $(LOCK) pyproject.toml
+$(INSTALLED): $(LOCK) pyproject.toml $(PLUGIN)/pyproject.toml
 	@echo "make: installing the environment into $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; name another with PYTHON=..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "make: could not make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	@$(PIP) install --quiet $(TORCH_FROM) $(TORCH)
 	@$(PIP) install --quiet --use-pep517 --requirement $(LOCK)
-	@$(PIP) install --quiet --no-deps --editable .
+	@$(PIP) install --quiet --no-deps --editable . --editable $(PLUGIN)
 	@cp $(LOCK) $@
 
 demo: env
@@ -57,9 +58,9 @@ format: env
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
 	@build/lock/bin/python -m pip install --quiet $(TORCH_FROM) $(TORCH)
-	@build/lock/bin/python -m pip install --quiet '.[$(EXTRAS)]'
+	@build/lock/bin/python -m pip install --quiet '.[$(EXTRAS)]' ./$(PLUGIN)
 	@{ echo "# Versions of the demo's and the tests' environment; made by 'make lock'."; \
-	   build/lock/bin/python -m pip freeze --exclude finetune-study | sed 's/+cpu$$//'; } > $(LOCK)
+	   build/lock/bin/python -m pip freeze --exclude finetune-study --exclude snakemake-executor-plugin-submitit | sed 's/+cpu$$//'; } > $(LOCK)
 
 clean:
 	rm -rf $(VENV) build .snakemake logs

@@ -1,0 +1,216 @@
+"""Between Snakemake and the driver: Snakemake's jobs become work, ends of work become Snakemake's."""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections.abc import AsyncGenerator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snakemake_interface_common.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
+
+from snakemake_executor_plugin_submitit.resources import extra_options, sbatch_options
+
+if TYPE_CHECKING:
+    from snakemake_executor_plugin_submitit.driver import Driver, Task, Work
+
+SECONDS_BETWEEN_ROUNDS = 1.0
+"""A round without news costs one look at one folder."""
+
+LONGEST_NAME = 200
+"""Characters of a job's name; SLURM's accounting keeps up to 255 on common database settings."""
+
+
+class Executor(RemoteExecutor):
+    """`snakemake --executor submitit`."""
+
+    driver: "Driver | None" = None
+    """Set when everything is ready: the thread that asks for it is started before."""
+
+    def __post_init__(self) -> None:
+        # Snakemake imports every plugin that is installed, in jobs too; what only this one needs is imported here.
+        import shutil
+
+        from snakemake_executor_plugin_submitit.driver import Driver
+        from snakemake_executor_plugin_submitit.ledger import Ledger, LedgerInUseError
+        from snakemake_executor_plugin_submitit.slurm import Slurm
+
+        missing = [
+            command for command in ("sbatch", "srun", "sacct", "squeue", "scancel") if shutil.which(command) is None
+        ]
+        if missing:
+            raise WorkflowError(
+                f"SLURM's commands are not there: {', '.join(missing)}. "
+                "Run this where jobs are submitted (a login node)."
+            )
+        if SharedFSUsage.INPUT_OUTPUT not in self.workflow.storage_settings.shared_fs_usage:
+            raise WorkflowError(
+                "The executor `submitit` needs a file system that driver and nodes share "
+                "(--shared-fs-usage input-output)."
+            )
+        folder = Path(self.workflow.persistence.aux_path).absolute() / "submitit"
+        try:
+            ledger = Ledger(folder)
+        except LedgerInUseError as user:
+            raise WorkflowError(
+                f"Another Snakemake drives the jobs of this folder: {user} ({folder / 'lock'}). "
+                "Wait for it, or end it; its jobs go on, and this command takes them over then."
+            ) from None
+        settings = self.workflow.executor_settings
+        latency_wait = int(self.workflow.execution_settings.latency_wait)
+        self.driver = Driver(ledger, Slurm(), settings, self, latency_wait)
+
+    def additional_general_args(self) -> str:
+        # A profile may name this executor; inside a job, jobs run where they are.
+        return "--executor local"
+
+    def run_job(self, job: Any) -> None:
+        from snakemake_executor_plugin_submitit.driver import Task
+
+        assert self.driver is not None
+        work = self._work(job)
+        if work.is_direct and not self.driver.goes_on(work):
+            self.workflow.async_run(job.prepare())  # what Snakemake does in the job, where there is one
+        info = SubmittedJobInfo(job)
+        task = Task(work, info)
+        info.aux = {"task": task}
+        self.driver.add(task)
+        self.report_job_submission(info)
+
+    def _work(self, job: Any) -> "Work":
+        from snakemake.io import is_flagged
+
+        from snakemake_executor_plugin_submitit.driver import Work
+
+        outputs = [str(path) for path in job.output]
+        direct = not job.is_group() and self._runs_directly(job)
+        command, shell = self._direct_command(job) if direct else (self.format_job_exec(job), "/bin/bash")
+        options = sbatch_options(job.resources, job.threads)
+        if clusters := options.get("clusters"):
+            assert self.driver is not None
+            self.driver.slurm.clusters.update(str(clusters).split(","))
+        return Work(
+            key=_digest(sorted(outputs) or [job.name, *_wildcards(job).items()]),
+            digest=_digest(self._definition(job)),
+            name=_job_name(job),
+            command=command,
+            shell=shell,
+            workdir=Path.cwd(),
+            options=options,
+            extra=extra_options(job.resources),
+            is_direct=direct,
+            inputs=[str(path) for path in job.input] if direct else [],
+            removed=[path for path in job.output if not is_flagged(path, "update")] if direct else [],
+            outputs=outputs,
+            exports=_exports(job) if direct else {},
+            description={
+                "rule": job.name,
+                "wildcards": _wildcards(job),
+                "input": [str(path) for path in job.input],
+                "output": outputs,
+                "log": [str(path) for path in job.log],
+            },
+        )
+
+    def _definition(self, job: Any) -> Any:
+        """What makes a job another one although its outputs are the same."""
+        if job.is_group():
+            return sorted(str(rule) for rule in job.rules)
+        params = {name: value for name, value in job.params.items() if isinstance(value, str | int | float | None)}
+        return [job.name, job.shellcmd, params, sorted(str(path) for path in job.input)]
+
+    def _runs_directly(self, job: Any) -> bool:
+        """Whether the job's shell command is all that there is to run, so that no Snakemake is needed on the node."""
+        rule, workflow = job.rule, self.workflow
+        return (
+            not self.workflow.executor_settings.snakemake_in_job
+            and job.shellcmd is not None
+            and "<TBD>" not in job.shellcmd  # a value that is known on the node alone
+            and job.benchmark is None
+            and not (
+                job.is_shadow or job.is_pipe or job.is_service or (workflow.workflow_settings.cache and rule.cache)
+            )
+            and not workflow.deployment_settings.deployment_method
+            and not any(path.is_storage for path in (*job.input, *job.output, *job.log))
+        )
+
+    def _direct_command(self, job: Any) -> tuple[str, str]:
+        """The command as Snakemake's own shell runs it, and that shell."""
+        from snakemake.shell import shell
+
+        executable = job.resources.get("shell_exec") or shell.get_executable() or "/bin/sh"
+        prefix, suffix = shell._get_process_prefix(executable), shell._process_suffix
+        return " ".join((prefix, job.shellcmd, suffix)).strip(), executable
+
+    async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncGenerator[SubmittedJobInfo, None]:
+        """One round of the driver for all jobs together."""
+        if self.driver is not None and active_jobs:
+            self.driver.round()
+        for info in active_jobs:
+            if info.aux["task"].state != "over":
+                yield info
+
+    async def sleep(self) -> None:
+        """Until the next round."""
+        await asyncio.sleep(0.0 if self.driver is not None and self.driver.is_busy else SECONDS_BETWEEN_ROUNDS)
+
+    def cancel_jobs(self, active_jobs: Iterable[SubmittedJobInfo]) -> None:
+        """All jobs of this driver: the list lacks those that are being looked at."""
+        if self.driver is not None:
+            self.driver.cancel()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.driver is not None:
+            self.driver.ledger.release()
+
+    # What the driver tells.
+
+    def success(self, task: "Task") -> None:
+        self.report_job_success(self._named(task))
+
+    def failure(self, task: "Task", message: str, log: Path | None) -> None:
+        self.report_job_error(self._named(task), msg=f"{message}. ", aux_logs=[str(log)] if log else [])
+
+    def say(self, message: str) -> None:
+        self.logger.info(message)
+
+    def warn(self, message: str) -> None:
+        self.logger.warning(message)
+
+    @staticmethod
+    def _named(task: "Task") -> SubmittedJobInfo:
+        info: SubmittedJobInfo = task.info
+        info.external_jobid = task.submission.slurm_id if task.submission else None
+        return info
+
+
+def _wildcards(job: Any) -> dict[str, str]:
+    return {} if job.is_group() else {str(key): str(value) for key, value in job.wildcards_dict.items()}
+
+
+def _job_name(job: Any) -> str:
+    """The resource `job_name`, or rule and wildcards, in characters that no tool of SLURM minds."""
+    name = job.resources.get("job_name") or "_".join([job.name, *_wildcards(job).values()])
+    return re.sub(r"[^\w.,=+@:-]+", "_", str(name))[:LONGEST_NAME]
+
+
+def _exports(job: Any) -> dict[str, str]:
+    """Variables that Snakemake sets for a shell command (snakemake.shell)."""
+    libraries = ("OMP", "GOTO", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMEXPR")
+    exports = {
+        f"{'VECLIB_MAXIMUM_THREADS' if n == 'VECLIB_MAXIMUM' else n + '_NUM_THREADS'}": str(job.threads)
+        for n in libraries
+    }
+    tmpdir = job.resources.get("tmpdir")
+    if tmpdir and "<TBD>" not in str(tmpdir):
+        exports |= dict.fromkeys(("TMPDIR", "TMP", "TEMPDIR", "TEMP"), str(tmpdir))
+    return exports
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:24]

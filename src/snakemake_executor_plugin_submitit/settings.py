@@ -1,0 +1,69 @@
+"""Settings of the executor; each is an option `--submitit-<name>` and a key of a profile."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
+
+
+def _setting(help_text: str) -> dict[str, object]:
+    return {"help": help_text, "env_var": False, "required": False}
+
+
+@dataclass
+class ExecutorSettings(ExecutorSettingsBase):
+    """What a user may set; every field has a default."""
+
+    status_interval: int = field(
+        default=20,
+        metadata=_setting(
+            "Seconds between two questions to SLURM about all jobs. Jobs that end by themselves are noticed within "
+            "about a second without asking."
+        ),
+    )
+    patience_minutes: int = field(
+        default=30,
+        metadata=_setting("How long a SLURM that is busy, restarting or out of reach is asked again."),
+    )
+    lost_after_seconds: int = field(
+        default=180,
+        metadata=_setting("A job that SLURM does not know for so long is lost."),
+    )
+    resubmit_limit: int = field(
+        default=3,
+        metadata=_setting(
+            "How often a job is submitted again, or may be requeued, when its node fails or it is preempted."
+        ),
+    )
+    after_kill: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Command that may turn a kill by the scheduler (OUT_OF_MEMORY, TIMEOUT, DEADLINE) into a result. It gets "
+            "the job as JSON on standard input; when it ends with 0 and the job's outputs exist, the job succeeded."
+        ),
+    )
+    before_submit: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "Command that is asked about jobs before they are submitted, and again while they wait in the queue. It "
+            "gets JSON on standard input and answers with JSON: submit, hold, or resolved (its outputs are there)."
+        ),
+    )
+    before_submit_interval: int = field(
+        default=60,
+        metadata=_setting("Seconds until `before_submit` is asked again about jobs that are held or pending."),
+    )
+    hold_minutes: int = field(
+        default=60,
+        metadata=_setting("A job is held at most so long; when no job is queued or running, none is held."),
+    )
+    snakemake_in_job: bool = field(
+        default=False,
+        metadata=_setting(
+            "Start Snakemake inside every job, also for plain shell rules, whose command is otherwise the job itself."
+        ),
+    )
+    keep_logs: bool = field(
+        default=False,
+        metadata=_setting("Keep scripts and logs of jobs that succeeded; those of others are always kept."),
+    )
