@@ -4,6 +4,9 @@
 #   make test    run the whole suite
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
+#   make bench   measure on the test cluster; PART=driver (and what else lies in benchmarks/)
+#   make slurm-up, make slurm-down
+#                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
 #
 # Where the package index offers torch's CUDA build first, give the index of torch's CPU builds to save several GB:
@@ -21,7 +24,7 @@ TORCH := $(or $(shell sed -n "s/^\(torch==.*\)/\1/p" $(LOCK)),torch==2.13.0)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 EXTRAS := controller,training,development
 
-.PHONY: demo test check format lock env clean
+.PHONY: demo test check bench slurm-up slurm-down format lock env clean
 
 env: $(INSTALLED)
 
@@ -48,6 +51,16 @@ check: env
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint
 	@$(BIN)/finetune-study config-docs --check
+
+PART ?= driver
+bench: env slurm-up
+	@$(BIN)/python benchmarks/$(PART).py --write benchmarks/results
+
+slurm-up:
+	@tests/slurm/cluster.sh up
+
+slurm-down:
+	@tests/slurm/cluster.sh down
 
 format: env
 	@$(BIN)/ruff check --fix .
