@@ -153,8 +153,10 @@ class Driver:
         self._stop = threading.Event()
         self._submitting = Patience(60.0 * settings.patience_minutes)
         self._asking = Patience(60.0 * settings.patience_minutes)
+        self._writing = Patience(60.0 * settings.patience_minutes)
         self._next_question = 0.0
         self._next_hook = 0.0
+        self._seen: set[str] = set()
 
     def add(self, task: Task) -> None:
         """Takes a task on; the next round sees to it."""
@@ -172,10 +174,24 @@ class Driver:
 
     def round(self) -> None:
         """One turn of the loop; never waits for a job."""
+        if self._writing.is_waiting:
+            return
         with self._turn:
-            for step in (self._take_in, self._ask_hook, self._submit_new, self._notice_ends, self._ask_slurm):
-                if not self._stop.is_set():
-                    step()
+            try:
+                for step in (self._take_in, self._ask_hook, self._submit_new, self._notice_ends, self._ask_slurm):
+                    if not self._stop.is_set():
+                        step()
+                self._writing.worked()
+            except OSError as error:
+                # A full quota, a file system that does not answer: nothing is lost by waiting.
+                if self._writing.is_over:
+                    raise
+                pause = self._writing.failed()
+                self.listener.warn(f"{self.ledger.folder}: {error}; going on in {pause:.0f} s")
+
+    def strangers(self) -> list[Submission]:
+        """What earlier calls submitted and this one did not ask for."""
+        return [one for one in self.ledger.open.values() if one.key not in self._seen and one.slurm_id]
 
     def cancel(self) -> None:
         """Cancels everything that was submitted, and takes back what may have been."""
@@ -214,6 +230,7 @@ class Driver:
             except Empty:
                 return taken
             self._tasks[task.work.key] = task
+            self._seen.add(task.work.key)
             taken.append(task)
 
     def _take_in(self) -> None:
@@ -326,7 +343,7 @@ class Driver:
         )
         task.submission, folder = submission, self.ledger.folder_of(submission)
         # After an sbatch whose answer was lost, its job may be there.
-        if self._submitting.is_tried and self._has_come(submission):
+        if submission.slurm_id or (self._submitting.is_tried and self._has_come(submission)):
             self._submitted(task)
             return
         self._write_scripts(task.work, folder, submission)
@@ -452,16 +469,22 @@ class Driver:
                 self._unknown(task, now)
             return
         task.unknown_since = None
-        requeued = task.status is not None and task.status.state not in WAITING and status.state in WAITING
+        has_run = task.failed_at is not None or (task.status is not None and task.status.state not in WAITING)
         task.status = status
         if status.is_active:
-            if requeued:
+            task.adopted = False  # whatever comes now, this call has seen it
+            if has_run and status.state in WAITING and status.is_whole and self._waits(task):
                 self._hurry(task)
+            if self.ledger.ended(task.submission) is None:
+                task.failed_at = None  # it was requeued, and runs again
             if task.failed_at is not None and now - task.failed_at >= UNEXPLAINED_SECONDS:
                 self._conclude_unexplained(task)
             return
         # The job's own word outranks SLURM's; it may have been written while SLURM was asked.
         if (ended := self._notice(task)) is not None and ended.status == 0:
+            return
+        if not status.is_whole and now - (task.failed_at or now) < UNEXPLAINED_SECONDS:
+            task.failed_at = task.failed_at or now
             return
         claimant = self.ledger.claimed_by(task.submission)
         if claimant not in (None, WITHDRAWN, task.submission.slurm_id):
@@ -478,9 +501,21 @@ class Driver:
         else:
             self._fail_as(task, status)
 
-    def _hurry(self, task: Task) -> None:
+    def _waits(self, task: Task) -> bool:
+        """Whether the controller says so too; accounting may lag."""
         assert task.submission is not None
         slurm_id = str(task.submission.slurm_id)
+        try:
+            known = self.slurm.queue([slurm_id])
+        except SlurmError:
+            return False
+        return slurm_id in known and known[slurm_id].state in WAITING
+
+    def _hurry(self, task: Task) -> None:
+        """A job that was requeued: what it said of its end is void, and it need not wait."""
+        assert task.submission is not None
+        slurm_id = str(task.submission.slurm_id)
+        self.ledger.forget_end(task.submission)
         self.listener.say(f"{task.work.name}: SLURM job {slurm_id} was requeued")
         try:
             self.slurm.hurry(slurm_id)
@@ -575,9 +610,10 @@ class Driver:
         )
 
     def _fail_as(self, task: Task, status: JobStatus, more: str = "") -> None:
-        if status.reason is None and (reason := self.slurm.details(status.slurm_id)):
+        if status.reason is None and status.by is None and (reason := self.slurm.details(status.slurm_id)):
             status = JobStatus(**{**status.__dict__, "reason": reason})
-        self._fail(task, f"SLURM job {status.slurm_id}: {status.explanation()}{more}")
+        ended = self.ledger.ended(task.submission) if task.submission else None
+        self._fail(task, f"SLURM job {status.slurm_id}: {status.explanation(ended.status if ended else None)}{more}")
 
     def _fail(self, task: Task, message: str) -> None:
         task.state = "over"

@@ -14,6 +14,7 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from snakemake_executor_plugin_submitit.resources import extra_options, sbatch_options
+from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 
 if TYPE_CHECKING:
     from snakemake_executor_plugin_submitit.driver import Driver, Task, Work
@@ -60,7 +61,7 @@ class Executor(RemoteExecutor):
                 f"Another Snakemake drives the jobs of this folder: {user} ({folder / 'lock'}). "
                 "Wait for it, or end it; its jobs go on, and this command takes them over then."
             ) from None
-        settings = self.workflow.executor_settings
+        settings = self.workflow.executor_settings or ExecutorSettings()
         latency_wait = int(self.workflow.execution_settings.latency_wait)
         self.driver = Driver(ledger, Slurm(), settings, self, latency_wait)
 
@@ -127,7 +128,7 @@ class Executor(RemoteExecutor):
         """Whether the job's shell command is all that there is to run, so that no Snakemake is needed on the node."""
         rule, workflow = job.rule, self.workflow
         return (
-            not self.workflow.executor_settings.snakemake_in_job
+            not (workflow.executor_settings and workflow.executor_settings.snakemake_in_job)
             and job.shellcmd is not None
             and "<TBD>" not in job.shellcmd  # a value that is known on the node alone
             and job.benchmark is None
@@ -166,6 +167,11 @@ class Executor(RemoteExecutor):
     def shutdown(self) -> None:
         super().shutdown()
         if self.driver is not None:
+            if strangers := self.driver.strangers():
+                ids = " ".join(str(one.slurm_id) for one in strangers)
+                self.warn(
+                    f"An earlier call submitted jobs that this one did not ask for; to cancel them: scancel {ids}"
+                )
             self.driver.ledger.release()
 
     # What the driver tells.

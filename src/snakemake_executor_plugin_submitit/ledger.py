@@ -20,6 +20,8 @@ from typing import Any
 
 WITHDRAWN = "withdrawn"
 """In a claim: the driver took the work back before any job began it."""
+CLOSED = "closed"
+"""In a claim: the work is concluded; a job that SLURM starts once more leaves at once."""
 
 
 class LedgerInUseError(Exception):
@@ -139,9 +141,16 @@ class Ledger:
         self._write(event="closed", key=submission.key, token=submission.token, how=how)
         if self.open.get(submission.key) is submission:
             del self.open[submission.key]
-        self._ended_path(submission).unlink(missing_ok=True)
+        self.forget_end(submission)
+        folder = self.folder_of(submission)
         if not keep_files:
-            shutil.rmtree(self.folder_of(submission), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        elif folder.is_dir():
+            (folder / "claim").write_text(CLOSED, encoding="utf-8")
+
+    def forget_end(self, submission: Submission) -> None:
+        """Of a job that runs again, or whose end is noted."""
+        self._ended_path(submission).unlink(missing_ok=True)
 
     def folder_of(self, submission: Submission) -> Path:
         return self.folder / "jobs" / submission.token

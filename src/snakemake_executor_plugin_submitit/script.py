@@ -23,6 +23,7 @@ if ! (set -o noclobber; echo "$id" > {claim}) 2> /dev/null && [ "$(cat {claim})"
     exit {exit_duplicate}
 fi
 
+rm -f {ended}  # what it said before SLURM requeued it
 end() {{
     printf '%s %s %s\\n' "$1" "$id" "$node" > {ended}.tmp && mv -f {ended}.tmp {ended}
     exit "$1"

@@ -85,13 +85,19 @@ class JobStatus:
     requested_memory_mib: float | None = None
     max_rss_mib: float | None = None
     time_limit_minutes: int | None = None
+    is_whole: bool = True
+    """Accounting notes a job piece by piece; until all is there, states and sizes may be wrong."""
 
     @property
     def is_active(self) -> bool:
         return self.state in ACTIVE
 
-    def explanation(self) -> str:
-        """The end in words: state, reason, exit code, node."""
+    def explanation(self, command_status: int | None = None) -> str:
+        """The end in words: state, reason, exit code, node.
+
+        Args:
+            command_status: what the command itself ended with, where that is known; SLURM folds it.
+        """
         state = f"{self.state} by {self.by}" if self.by else self.state
         reason = self.reason or _REASONS.get(self.state)
         if self.state == "OUT_OF_MEMORY" and self.requested_memory_mib:
@@ -101,10 +107,14 @@ class JobStatus:
         if self.state == "TIMEOUT" and self.time_limit_minutes:
             reason = f"the job's time limit of {self.time_limit_minutes} min was reached"
         code, _, signal = (self.exit_code or "").partition(":")
-        if self.state == "FAILED" and not self.reason and code:
-            reason = (
-                f"killed by signal {signal}" if signal not in ("", "0") else f"the command ended with status {code}"
-            )
+        if self.state == "FAILED" and code:
+            reason = f"the command ended with status {code if command_status is None else command_status}"
+            if command_status is None and signal not in ("", "0"):
+                reason = f"killed by signal {signal}"
+            elif command_status is not None and command_status > 128:
+                reason += f", killed by signal {command_status - 128}"
+            if self.reason not in (None, "NonZeroExitCode"):
+                reason += f" ({self.reason})"
         parts = [
             f"SLURM state {state}",
             f"reason: {reason or 'SLURM gives none'}",
@@ -156,7 +166,15 @@ class _Submitter(SlurmExecutor):
         ]
         unset = [word for name in sorted(own) for word in ("--unset", name)]
         environment = ["env", *unset] if unset else []
-        return ["timeout", str(COMMAND_SECONDS), *environment, "sbatch", *self._extra, str(submission_file_path)]
+        return [
+            "timeout",
+            "--foreground",
+            str(COMMAND_SECONDS),
+            *environment,
+            "sbatch",
+            *self._extra,
+            str(submission_file_path),
+        ]
 
 
 def submission_text(folder: Path, options: Mapping[str, Any], command: str) -> str:
@@ -340,6 +358,7 @@ def _status(slurm_id: str, rows: Sequence[Mapping[str, str]]) -> JobStatus:
         requested_memory_mib=_mib(main["ReqMem"]),
         max_rss_mib=max(filter(None, (_mib(row["MaxRSS"]) for row in rows)), default=None),
         time_limit_minutes=int(main["TimelimitRaw"]) if main["TimelimitRaw"].isdigit() else None,
+        is_whole=main["JobIDRaw"] == slurm_id and main["TimelimitRaw"] != "",
     )
 
 
