@@ -8,6 +8,8 @@
 #   make slurm-up, make slurm-down
 #                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
+#   make gpu-env GPU_ENV=<folder> TORCH_INDEX=<url>
+#                an environment for training on GPUs, with the same versions and the CUDA build of torch of that index
 #
 # Where the package index offers torch's CUDA build first, give the index of torch's CPU builds to save several GB:
 #   make demo TORCH_INDEX=<url>
@@ -22,9 +24,11 @@ INSTALLED := $(VENV)/finetune-study.lock
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(or $(shell sed -n "s/^\(torch==.*\)/\1/p" $(LOCK)),torch==2.13.0)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+GPU_ENV ?= .venv-gpu
+GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test check bench slurm-up slurm-down format lock env clean
+.PHONY: demo test check bench slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -74,6 +78,17 @@ lock:
 	@build/lock/bin/python -m pip install --quiet '.[$(EXTRAS)]' ./$(PLUGIN)
 	@{ echo "# Versions of the demo's and the tests' environment; made by 'make lock'."; \
 	   build/lock/bin/python -m pip freeze --exclude finetune-study --exclude snakemake-executor-plugin-submitit | sed 's/+cpu$$//'; } > $(LOCK)
+
+gpu-env: $(GPU_ENV)/finetune-study.lock
+
+$(GPU_ENV)/finetune-study.lock: $(LOCK) pyproject.toml
+	@test -n "$(TORCH_INDEX)" || { echo "make: name the index of torch's builds for your GPUs: TORCH_INDEX=<url>; a V100 needs CUDA 12.6, see envs/README.md"; exit 1; }
+	@echo "make: installing an environment for training into $(GPU_ENV) (several GB)"
+	@$(PYTHON) -m venv $(GPU_ENV)
+	@$(GPU_PYTHON) -m pip install --quiet $(TORCH_FROM) $(TORCH)
+	@$(GPU_PYTHON) -m pip install --quiet --use-pep517 --constraint $(LOCK) --editable '.[training]'
+	@cp $(LOCK) $@
+	@$(GPU_PYTHON) -c 'import torch; print("make: torch", torch.__version__, "for CUDA", torch.version.cuda)'
 
 clean:
 	rm -rf $(VENV) build .snakemake logs

@@ -82,6 +82,14 @@ def prepare(run_yaml: Path, results: ResultsFolder = RESULTS) -> None:
 
 
 @app.command()
+def after_kill(results: ResultsFolder = RESULTS) -> None:
+    """Give a run its outcome after SLURM killed its job; the job comes as JSON on standard input."""
+    from finetune_study.after_kill import after_kill as conclude
+
+    print(conclude(sys.stdin.read(), Results(results)))
+
+
+@app.command()
 def config_docs(
     folder: Annotated[Path, typer.Argument(help="Where the schema and the README go.")] = Path("config"),
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a file is out of step.")] = False,

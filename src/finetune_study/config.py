@@ -91,10 +91,54 @@ class Model(Section):
 
 
 class Software(Section):
-    """The Python that training uses on a hardware entry."""
+    """The Python that training uses on a hardware entry, with this project and its extra `training` installed."""
 
     python: str | None = None
-    """Path of the interpreter. Default: the one that runs Snakemake."""
+    """Interpreter, for example a virtual environment's `bin/python`; with `apptainer`, the one inside the image.
+
+    Default: the one that runs Snakemake; with `modules`, `apptainer` or `conda` the `python` that they bring."""
+    modules: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """Environment modules to load first, in this order (`module load`); they may be combined with all others."""
+    apptainer: str | None = None
+    """Image of Apptainer: a file or an address. The study's folder is bound, and the GPUs are passed on."""
+    apptainer_args: Annotated[list[str], BeforeValidator(_as_list)] = []
+    """More arguments of `apptainer exec`, for example `[--bind, /scratch]`."""
+    conda: str | None = None
+    """Conda environment: a name, or a path (whatever holds a `/`)."""
+
+    @model_validator(mode="after")
+    def _one_environment(self) -> Self:
+        if self.conda is not None and (self.python is not None or self.apptainer is not None):
+            raise ValueError("`conda` brings its own Python: leave out `python` and `apptainer`, or `conda`")
+        if self.apptainer_args and self.apptainer is None:
+            raise ValueError("`apptainer_args` mean nothing without `apptainer`")
+        return self
+
+
+class Slurm(Section):
+    """What is asked of SLURM for a run; read only where Snakemake submits jobs. No part of it makes a new run."""
+
+    partition: str | None = None
+    """Partition (`sinfo`). Null: the cluster's default, as for all that is null here."""
+    account: str | None = None
+    """Account that pays (`sacctmgr show assoc user=$USER`)."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the node must have (`sinfo -o %f`)."""
+    gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
+    """Type of the GPUs as SLURM calls it: `a100` where `sinfo -o %G` prints `gpu:a100:8`. Null: any type."""
+    cpus_per_gpu: PositiveInt = 8
+    """CPUs for each device."""
+    mem_gib_per_gpu: PositiveFloat | None = None
+    """Host memory in GiB for each device; more than that ends a run as `host_oom`."""
+    startup_minutes: NonNegativeFloat = 10.0
+    """Time for what comes before the run's own clock: software from a slow file system, modules, an image."""
+    extra: str | None = None
+    """More options of sbatch, as on its command line, for example `--reservation=gpu-week`."""
+    stand_in: bool = False
+    """This entry plays a GPU that is not there, as on a test cluster: it trains on the CPU, and SLURM's word for type
+    and number of the GPUs is checked instead of the driver's. The record says so."""
 
 
 class Hardware(Section):
@@ -116,8 +160,23 @@ class Hardware(Section):
     """Variables that this place needs (for example `NCCL_SOCKET_IFNAME`); nothing else of them reaches a run."""
     software: Software = Software()
     """The Python that training uses there."""
+    slurm: Slurm = Slurm()
+    """What is asked of SLURM there."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
     """US dollars for one GPU for one hour; null: costs are given in GPU-hours alone."""
+
+    @model_validator(mode="after")
+    def _gpus_are_real_or_declared(self) -> Self:
+        if self.slurm.stand_in and self.device != "cpu":
+            raise ValueError("`slurm.stand_in` trains on the CPU: set `device: cpu`, or leave it out for a real GPU")
+        if self.slurm.stand_in and self.slurm.gpu_model is None:
+            raise ValueError("`slurm.stand_in` needs `slurm.gpu_model`: which GPU does this entry play?")
+        if self.device == "cpu" and self.slurm.gpu_model is not None and not self.slurm.stand_in:
+            raise ValueError(
+                "a run on the CPU asks SLURM for no GPU: leave out `slurm.gpu_model`, or set `device: cuda`; on a test "
+                "cluster without GPUs declare `slurm.stand_in: true`"
+            )
+        return self
 
 
 class Data(Section):

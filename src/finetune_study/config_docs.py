@@ -19,6 +19,7 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("models.<target>.wheel", config.Wheel),
     ("hardware.<name>", config.Hardware),
     ("hardware.<name>.software", config.Software),
+    ("hardware.<name>.slurm", config.Slurm),
     ("grid[]", config.GridBlock),
     ("data", config.Data),
     ("training", config.Training),
@@ -37,15 +38,21 @@ def schema() -> dict[str, Any]:
         recipe["properties"][name] = {"description": (technique.__doc__ or "").splitlines()[0], **settings}
     names = {"type": "array", "items": {"enum": list(techniques.ALL)}}
     whole["properties"]["recipes"]["additionalProperties"] = {"anyOf": [recipe, names]}
-    for block in whole["$defs"]["GridBlock"]["properties"].values():
+    for section in ("GridBlock", "Software"):
+        _allow_one_value(whole["$defs"][section]["properties"])
+    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return whole
+
+
+def _allow_one_value(properties: dict[str, dict[str, Any]]) -> None:
+    """Where a list is meant, one value does as well."""
+    for block in properties.values():
         if block.get("type") == "array":
             alone = block["items"]
             kept = {key: block.pop(key) for key in ("description", "title", "default") if key in block}
             many = dict(block)
             block.clear()
             block |= kept | {"anyOf": [alone, many]}
-    whole["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    return whole
 
 
 def readme() -> str:

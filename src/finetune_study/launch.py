@@ -23,13 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import data, facts, oom, record, variables
+from finetune_study import allocation, data, facts, oom, record, variables
 from finetune_study import run as run_module
-from finetune_study.errors import RecordError, RunFailedError, StudyError
+from finetune_study.allocation import NOTHING_MORE, Asked
+from finetune_study.errors import RunFailedError, StudyError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
-from finetune_study.record import Ending, Failure, Record, Status
+from finetune_study.record import About, Ending, Failure, Record, Status
 from finetune_study.run import Run
 
 GRACE_SECONDS = 10.0
@@ -92,6 +93,7 @@ class Launch:
         paths: RunPaths,
         time_limit_seconds: float | None,
         memory_snapshot: bool,
+        asked: Asked = NOTHING_MORE,
     ) -> None:
         """
         Args:
@@ -101,20 +103,21 @@ class Launch:
             paths: where record or failure, log and facts go.
             time_limit_seconds: the run ends as `timeout` after it; None: never.
             memory_snapshot: keep the CUDA allocator's history of an OOM.
+            asked: what the node must offer beside what the run says.
         """
         self.run, self.run_yaml, self.results, self.paths = run, run_yaml, results, paths
-        self.time_limit, self.memory_snapshot = time_limit_seconds, memory_snapshot
+        self.time_limit, self.memory_snapshot, self.asked = time_limit_seconds, memory_snapshot, asked
         self.started = time.monotonic()
-        self.started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.attempt = self._previous_attempts() + 1
+        self.about = About(
+            attempt=record.previous_attempts(paths) + 1,
+            started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+            environment={
+                "host": socket.gethostname(),
+                "command": [sys.executable, "-m", "finetune_study.launch", str(run_yaml)],
+            },
+        )
         self.ranks: list[Rank] = []
-        self.variables: dict[str, str] = {}
-
-    def _previous_attempts(self) -> int:
-        try:
-            return record.read_failure(self.paths.failure).attempt
-        except RecordError:
-            return 0
 
     def execute(self) -> Verdict:
         """Runs to the end, and writes record.json or failure.json; signals wait until that is done."""
@@ -128,12 +131,14 @@ class Launch:
                     verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             if verdict.ending is not None:
                 record.write_record(self.paths, self._record(verdict.ending))
+                shutil.rmtree(self.paths.scratch, ignore_errors=True)
             else:
+                # What the ranks told stays until the next try: a kill by the scheduler may yet become an outcome.
                 record.write_failure(self.paths, self._failure(verdict))
-            shutil.rmtree(self.paths.scratch, ignore_errors=True)
         return verdict
 
     def _supervise(self, log: TextIO) -> Verdict:
+        self.about.environment["allocation"] = allocation.check(self.run, self.asked, os.environ)
         self._check_prepared()
         kills_before = cgroup.oom_kills()
         try:
@@ -150,6 +155,7 @@ class Launch:
     def _check_prepared(self) -> None:
         model_manifest = self._prepared("model", self.results.model(self.run.model_key))
         data_manifest = self._prepared("data", self.results.data(self.run.data_key))
+        self.about.environment |= {"model": model_manifest, "data": data_manifest}
         data.check_vocabulary(data_manifest, model_manifest)
         available = data_manifest["num_train_available"]
         if available < self.run.num_train_samples:
@@ -178,13 +184,16 @@ class Launch:
         shutil.rmtree(self.paths.scratch, ignore_errors=True)
         self.paths.scratch.mkdir(parents=True)
         port = _free_port()
+        threads = run.hardware.threads_per_gpu or variables.threads_of_rank(world_size, os.environ)
+        chosen = variables.set_for(run, threads, os.environ)
+        self.about.environment["variables"] = chosen
+        record.write_about(self.paths, self.about)
         for number in range(world_size):
-            cores = variables.cores_of_rank(number, world_size)
-            self.variables = variables.set_for(run, run.hardware.threads_per_gpu or len(cores), os.environ)
+            cores = variables.cores_of_rank(number, world_size, os.environ)
             distributed = world_size > 1 or any(t.is_deepspeed for t in run.parsed_techniques.values())
             environment = (
                 variables.passed_on(os.environ)
-                | self.variables
+                | chosen
                 | (variables.for_rank(number, world_size, port) if distributed else {})
             )
             facts_path = self.paths.rank_facts(number)
@@ -281,41 +290,21 @@ class Launch:
         return Verdict(cause=f"rank {rank.number} {how} and left no word")
 
     def _record(self, ending: Ending) -> Record:
-        environment: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "variables": self.variables,
-            "model": read_manifest(self.results.model(self.run.model_key)) or {},
-            "data": read_manifest(self.results.data(self.run.data_key)) or {},
-            "command": [sys.executable, "-m", "finetune_study.launch", str(self.run_yaml)],
-        }
-        ranks = []
-        for rank in self.ranks:
-            environment |= rank.facts.pop("environment", {})
-            rank.facts.pop("ended", None)
-            ranks.append({"rank": rank.number, **rank.facts})
-        return Record(
-            run=self.run,
-            ending=ending,
-            attempt=self.attempt,
-            started_at=self.started_at,
-            duration_seconds=time.monotonic() - self.started,
-            slurm_job_id=os.environ.get("SLURM_JOB_ID"),
-            environment=environment,
-            ranks=ranks,
-        )
+        facts_of_ranks = {rank.number: rank.facts for rank in self.ranks}
+        return record.assemble(self.run, ending, self.about, facts_of_ranks, time.monotonic() - self.started)
 
     def _failure(self, verdict: Verdict) -> Failure:
         return Failure(
             run_id=self.run.run_id,
-            attempt=self.attempt - verdict.interrupted,
+            attempt=self.about.attempt - verdict.interrupted,
             interrupted=verdict.interrupted,
             cause=verdict.cause,
             traceback=verdict.traceback,
             log=str(self.paths.log),
             log_tail="\n".join(_tail(self.paths.log, LOG_TAIL_LINES)),
-            started_at=self.started_at,
+            started_at=self.about.started_at,
             duration_seconds=time.monotonic() - self.started,
-            slurm_job_id=os.environ.get("SLURM_JOB_ID"),
+            slurm_job_id=self.about.slurm_job_id,
         )
 
 
@@ -360,7 +349,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One supervisor per folder; the kernel lets go of the lock when its process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
@@ -386,6 +375,7 @@ def launch(
     if_needed: bool = False,
     time_limit_seconds: float | None = None,
     memory_snapshot: bool = False,
+    asked: Asked = NOTHING_MORE,
 ) -> int:
     """Runs one run to its end and says how it ended.
 
@@ -395,13 +385,14 @@ def launch(
         if_needed: do nothing where there is a record; otherwise such a run is repeated in a folder of its own.
         time_limit_seconds: the run ends as `timeout` after it.
         memory_snapshot: keep the CUDA allocator's history of an OOM.
+        asked: what the node must offer beside what the run says.
 
     Returns:
         Exit status: 0 for an outcome, 1 for a failure.
     """
     run = run_module.load(run_yaml)
     paths = RunPaths(run_yaml.absolute().parent)
-    with _locked(paths.lock):
+    with locked(paths.lock):
         if paths.record.exists():
             if if_needed:
                 print(f"{run.run_id}: measured already, see {paths.record}")
@@ -416,6 +407,7 @@ def launch(
             paths,
             time_limit_seconds,
             memory_snapshot,
+            asked,
         )
         verdict = started.execute()
     if verdict.ending is None:
@@ -426,6 +418,9 @@ def launch(
     return 0
 
 
+ALLOCATION_HELP = f"what the node must offer beside what the run says, as JSON: {', '.join(Asked.model_fields)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m finetune_study.launch", description=__doc__.splitlines()[0])
     parser.add_argument("run_yaml", type=Path, help="the run, as the plan wrote it")
@@ -433,6 +428,7 @@ def main() -> None:
     parser.add_argument("--if-needed", action="store_true", help="do nothing where there is a record")
     parser.add_argument("--time-limit-minutes", type=float, help="end the run as `timeout` after so many minutes")
     parser.add_argument("--memory-snapshot", action="store_true", help="keep the CUDA allocator's history of an OOM")
+    parser.add_argument("--allocation", type=Asked.model_validate_json, default=NOTHING_MORE, help=ALLOCATION_HELP)
     arguments = parser.parse_args()
     try:
         sys.exit(
@@ -442,6 +438,7 @@ def main() -> None:
                 if_needed=arguments.if_needed,
                 time_limit_seconds=None if arguments.time_limit_minutes is None else 60 * arguments.time_limit_minutes,
                 memory_snapshot=arguments.memory_snapshot,
+                asked=arguments.allocation,
             )
         )
     except StudyError as error:

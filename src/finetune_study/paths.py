@@ -55,8 +55,13 @@ class RunPaths:
 
     @property
     def scratch(self) -> Path:
-        """Facts of the ranks of the try that is going on."""
+        """Facts of supervisor and ranks of the try that is going on."""
         return self.folder / "ranks"
+
+    @property
+    def about(self) -> Path:
+        """What the supervisor knew when it started the ranks, for when it can't say so at the end."""
+        return self.scratch / "launch.json"
 
     def rank_facts(self, rank: int) -> Path:
         return self.scratch / f"{rank}.jsonl"

@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -89,7 +91,45 @@ class Failure(Section):
     slurm_job_id: str | None = None
 
 
+@dataclass
+class About:
+    """What is known of a try apart from its ranks."""
+
+    attempt: int
+    started_at: str | None = None
+    slurm_job_id: str | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
 Document = TypeVar("Document", Record, Failure)
+
+
+def assemble(
+    run: Run, ending: Ending, about: About, facts_of_ranks: Mapping[int, dict[str, Any]], duration: float | None
+) -> Record:
+    """The record of a run.
+
+    Args:
+        run: what was done.
+        ending: how it ended.
+        about: what is known of the try.
+        facts_of_ranks: what the ranks told, by their numbers.
+        duration: seconds from the start of the try to its end.
+    """
+    environment, ranks = {**about.environment}, []
+    for number, facts in sorted(facts_of_ranks.items()):
+        environment |= facts.get("environment", {})
+        ranks.append({"rank": number} | {k: v for k, v in facts.items() if k not in ("environment", "ended")})
+    return Record(
+        run=run,
+        ending=ending,
+        attempt=about.attempt,
+        started_at=about.started_at,
+        duration_seconds=duration,
+        slurm_job_id=about.slurm_job_id,
+        environment=environment,
+        ranks=ranks,
+    )
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -140,6 +180,27 @@ def read_failure(path: Path) -> Failure:
         RecordError: when the file is not a whole failure of a known format.
     """
     return _read(path, Failure)
+
+
+def previous_attempts(paths: RunPaths) -> int:
+    """Failures that the run has had so far."""
+    try:
+        return read_failure(paths.failure).attempt
+    except RecordError:
+        return 0
+
+
+def write_about(paths: RunPaths, about: About) -> None:
+    """Keeps what is known of a try beside the facts of its ranks."""
+    write_atomically(paths.about, json.dumps(asdict(about)))
+
+
+def read_about(paths: RunPaths) -> About | None:
+    """What a supervisor that is gone knew of its try; None where there is no such note."""
+    try:
+        return About(**json.loads(paths.about.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _read(path: Path, kind: type[Document]) -> Document:

@@ -4,7 +4,6 @@ import fnmatch
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +12,10 @@ from typing import Any
 
 from finetune_study import config as config_module
 from finetune_study import plan as plan_module
-from finetune_study import record
+from finetune_study import record, slurm, software
 from finetune_study import run as run_module
-from finetune_study.config import Config, Model
+from finetune_study.allocation import Asked
+from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
 from finetune_study.paths import Results, RunPaths
 from finetune_study.plan import PlannedRun
@@ -128,10 +128,21 @@ class Study:
         """A run that reads this data: of all that do, the one that needs most sequences."""
         return max(self._data[data_key], key=lambda run: run.num_train_samples)
 
-    def python(self, run_id: str) -> str | None:
-        """Interpreter that trains this run; None: the one that runs Snakemake."""
-        python = self.config.hardware[self.run(run_id).hardware.name].software.python
-        return None if python is None else str(Path(python).expanduser())
+    def hardware(self, run_id: str) -> Hardware:
+        """The hardware entry of a run, with what is not part of its identity."""
+        return self.config.hardware[self.run(run_id).hardware.name]
+
+    def interpreter(self, run_id: str, default: str) -> str:
+        """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
+        return software.interpreter(self.hardware(run_id).software, default)
+
+    def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
+        """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
+        return slurm.resources(self.run(run_id), self.hardware(run_id), self.config.protocol)
+
+    def allocation(self, run_id: str) -> Asked:
+        """What the node must offer to a run, as far as its run.yaml does not say it."""
+        return Asked.of(self.hardware(run_id))
 
     @property
     def data_files(self) -> list[str]:
@@ -243,14 +254,9 @@ def _check_files(config: Config) -> None:
                 allowed="a folder with config.json, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`",
             )
     for name in sorted({name for block in config.grid for name in block.hardware}):
-        python = config.hardware[name].software.python
-        if python is not None and shutil.which(Path(python).expanduser()) is None:
-            raise ConfigError(
-                "There is no such interpreter",
-                where=f"hardware.{name}.software.python",
-                given=python,
-                allowed="the path of a Python in which finetune-study is installed; null: the one that runs Snakemake",
-            )
+        for key, path in software.missing(config.hardware[name].software).items():
+            what, allowed = MISSING_SOFTWARE[key]
+            raise ConfigError(what, where=f"hardware.{name}.software.{key}", given=path, allowed=allowed)
     dataset = config.data.dataset
     if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).expanduser().is_file():
         raise ConfigError(
@@ -260,6 +266,15 @@ def _check_files(config: Config) -> None:
             allowed=f"an existing {', '.join(DATA_SUFFIXES)} file, a hub id, or `generated`",
         )
 
+
+MISSING_SOFTWARE = {
+    "python": (
+        "There is no such interpreter",
+        "the path of a Python in which finetune-study is installed (`make gpu-env` makes .venv-gpu/bin/python, see "
+        "envs/README.md); null: the one that runs Snakemake",
+    ),
+    "apptainer": ("There is no such image", "an image file of Apptainer, or an address such as `docker://...`"),
+}
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 

@@ -93,24 +93,20 @@ class Rank:
             self._fit(arguments, model, results)
 
     def _check_device(self) -> None:
-        """Before anything is measured: the device is there, and is the one that the study says.
+        """Before anything is measured: torch can use the device; which one it is, the supervisor has seen.
 
         Raises:
-            RunFailedError: otherwise; no number is recorded under a wrong name.
+            RunFailedError: otherwise; nothing is measured on something else.
         """
         import torch
 
-        asked = self.run.hardware
-        if asked.device != "cuda":
-            return
-        found = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        if found is None or (asked.gpu is not None and found != asked.gpu):
+        if self.run.hardware.device == "cuda" and not torch.cuda.is_available():
             raise RunFailedError(
-                "This is not the GPU that the run asks for",
-                where=f"hardware.{asked.name}.gpu",
-                given=found or f"no GPU that torch {torch.__version__} can use",
-                allowed=asked.gpu or "any CUDA device",
-                do="run it where that GPU is, or write the name as the driver reports it into the config",
+                "torch can't use the GPU",
+                where=f"hardware.{self.run.hardware.name}.software",
+                given=f"torch {torch.__version__}, built for CUDA {torch.version.cuda}",
+                allowed="a build for this driver and this GPU; a V100 needs one for CUDA 12.6",
+                do="name a Python with such a build in the entry's `software`; envs/README.md says how to make one",
             )
 
     def _warm_up(self, arguments: Any) -> None:

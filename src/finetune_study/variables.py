@@ -58,10 +58,20 @@ CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def _gpus_of(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
-    """As many of the allotted GPUs as the run asks for: transformers spreads one process over all that it sees."""
-    allotted = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    chosen = allotted[: run.num_gpus] if allotted != [""] else [str(number) for number in range(run.num_gpus)]
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+    visible = ",".join(visible_gpus(run.num_gpus, environment))
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+
+
+def allotted_gpus(environment: Mapping[str, str]) -> list[str] | None:
+    """Numbers or UUIDs of the GPUs that this process was given; None where nobody says."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def visible_gpus(num_gpus: int, environment: Mapping[str, str]) -> list[str]:
+    """As many of the allotted GPUs as a run asks for: transformers spreads one process over all that it sees."""
+    allotted = allotted_gpus(environment)
+    return [str(number) for number in range(num_gpus)] if allotted is None else allotted[:num_gpus]
 
 
 def for_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -76,8 +86,28 @@ def for_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def cores_of_rank(rank: int, world_size: int) -> list[int]:
-    """The rank's share of the cores that this process may use; all of them where there are fewer cores than ranks."""
+def _cores(environment: Mapping[str, str]) -> tuple[list[int], int]:
+    """Cores that this process may use, and how many of them are the run's: SLURM need not bind a job to its own."""
     cores = sorted(os.sched_getaffinity(0))
-    share = len(cores) // world_size
-    return cores[rank * share : (rank + 1) * share] if share else cores
+    return cores, min(len(cores), int(environment.get("SLURM_CPUS_PER_TASK") or len(cores)))
+
+
+def threads_of_rank(world_size: int, environment: Mapping[str, str]) -> int:
+    """How many CPU threads each rank has.
+
+    Args:
+        world_size: how many ranks share the run's cores.
+        environment: the supervisor's own, in which SLURM says how many CPUs it gave.
+    """
+    _, given = _cores(environment)
+    return max(1, given // world_size)
+
+
+def cores_of_rank(rank: int, world_size: int, environment: Mapping[str, str]) -> list[int]:
+    """The rank's share of the cores that this process may use; all of them where there are fewer cores than ranks.
+
+    All of them, too, where SLURM gave fewer CPUs without saying which: another job may have been given the first ones.
+    """
+    cores, given = _cores(environment)
+    share = given // world_size
+    return cores[rank * share : (rank + 1) * share] if share and given == len(cores) else cores

@@ -7,8 +7,8 @@ from typing import Any
 
 from snakemake_interface_common.exceptions import WorkflowError
 
-NAME = re.compile(r"[\w.]+")
-GRES = re.compile(r"[\w]+(:[\w.]+)?(:\d+[TGM]?)?(,[\w]+(:[\w.]+)?(:\d+[TGM]?)?)*")
+NAME = re.compile(r"[\w.-]+")
+GRES = re.compile(r"\w+(:[\w.-]+)?(:\d+[TGM]?)?(,\w+(:[\w.-]+)?(:\d+[TGM]?)?)*")
 
 OURS = {
     "job-name": "job_name", "J": "job_name", "output": None, "o": None, "error": None, "e": None, "parsable": None,

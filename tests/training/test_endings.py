@@ -49,6 +49,7 @@ def test_completed(lab: Lab) -> None:
     assert done.record.ending.model_dump(exclude_none=True) == {"status": "completed"}
     assert f"{done.record.run.run_id}: completed after" in done.output
     assert not done.paths.scratch.exists()
+    assert done.record.environment["allocation"]["by"] == "none"
 
 
 @pytest.mark.parametrize(
@@ -302,6 +303,11 @@ def test_sigterm_ends_the_ranks_and_a_second_launch_is_refused_until_then(going:
     assert out.failure.cause == "ended from outside by SIGTERM"
     assert "step 1 of" in out.failure.log_tail
     assert not is_alive(going.rank)
+    # Kept for finetune_study.after_kill: it may have been SLURM, whose time limit begins with this signal.
+    about = record.read_about(out.paths)
+    assert about is not None
+    assert (about.attempt, about.started_at) == (1, out.failure.started_at)
+    assert rank_facts(out.paths)["steps"]
 
 
 def test_the_ranks_die_with_their_supervisor(going: Going) -> None:
@@ -310,7 +316,7 @@ def test_the_ranks_die_with_their_supervisor(going: Going) -> None:
     wait_for(lambda: not is_alive(going.rank), "the rank is dead")
     assert not going.paths.record.exists()
     assert not going.paths.failure.exists()
-    with supervisor._locked(going.paths.lock):
+    with supervisor.locked(going.paths.lock):
         pass  # the next try is not refused
 
 

@@ -47,7 +47,9 @@ def steps(*seconds: float, untimed: float = 9.0, loss: float = 3.0) -> list[dict
     ]
 
 
-def environment(software: str = "a" * 64, device: str = "Some CPU @ 2.5GHz", host: str = "node-1") -> dict[str, Any]:
+def environment(
+    software: str = "a" * 64, device: str = "Some CPU @ 2.5GHz", host: str = "node-1", lock: str = "e" * 64
+) -> dict[str, Any]:
     return {
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "deepspeed": "0.19.8"},
         "host": host,
@@ -55,6 +57,7 @@ def environment(software: str = "a" * 64, device: str = "Some CPU @ 2.5GHz", hos
         "model": {"source": "random weights"},
         "data": {"sha256": "d" * 64, "num_train_available": 400},
         "software_sha256": software,
+        "lock_sha256": lock,
         "commit": "c" * 40,
     }
 

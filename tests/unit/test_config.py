@@ -137,3 +137,37 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
 def test_shipped_config_is_valid() -> None:
     path = Path(__file__).parents[2] / "config" / "config.yaml"
     assert config.parse(yaml.safe_load(path.read_text(encoding="utf-8"))) == config.load(path)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "words"),
+    [
+        ({"device": "cuda", "slurm": {"stand_in": True, "gpu_model": "a100"}}, "`slurm.stand_in` trains on the CPU"),
+        ({"slurm": {"stand_in": True}}, "`slurm.stand_in` needs `slurm.gpu_model`"),
+        (
+            {"slurm": {"gpu_model": "a100"}},
+            "a run on the CPU asks SLURM for no GPU: leave out `slurm.gpu_model`, or set",
+        ),
+        ({"device": "cuda", "slurm": {"gpu_model": "a100:8"}}, "slurm.gpu_model: String should match pattern"),
+        ({"slurm": {"partitoin": "a100"}}, "slurm.partitoin: unknown key (did you mean `partition`?)"),
+        ({"slurm": {"startup_minutes": -1}}, "slurm.startup_minutes: Input should be greater than or equal to 0"),
+        ({"software": {"conda": "x", "python": "y"}}, "`conda` brings its own Python"),
+        ({"software": {"conda": "x", "apptainer": "y"}}, "`conda` brings its own Python"),
+        ({"software": {"apptainer_args": ["--bind", "/x"]}}, "`apptainer_args` mean nothing without `apptainer`"),
+    ],
+)
+def test_hardware_that_contradicts_itself(raw: Raw, hardware: Raw, words: str) -> None:
+    raw["hardware"]["cpu"] |= hardware
+    message = refusal(raw)
+    assert "hardware.cpu" in message
+    assert words in message
+
+
+def test_stand_in_and_software_that_go_together(raw: Raw) -> None:
+    raw["hardware"]["cpu"] |= {
+        "slurm": {"gpu_model": "a100", "stand_in": True, "partition": "a100"},
+        "software": {"modules": "apptainer/1.3", "apptainer": "/images/x.sif", "python": "/opt/env/bin/python"},
+    }
+    entry = config.parse(raw).hardware["cpu"]
+    assert entry.software.modules == ["apptainer/1.3"]
+    assert entry.slurm.cpus_per_gpu == 8

@@ -12,10 +12,10 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
 @pytest.mark.parametrize(
     ("modules", "strangers"),
     [
-        ("launch", (*TORCH, *WORKFLOW, "polars", "altair")),
+        ("launch, allocation, after_kill", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
         ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
-        ("config, plan, study, techniques", (*TORCH, *WORKFLOW, "altair")),
+        ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),
     ],
 )
 def test_modules_do_not_know(modules: str, strangers: tuple[str, ...]) -> None:

@@ -171,8 +171,23 @@ def test_differing_software_is_warned_of(tmp_path: Path) -> None:
     assert "not comparable" in text
 
 
+@pytest.mark.parametrize("differs", [{"software": "b" * 64}, {"lock": "f" * 64}], ids=["versions", "lock"])
+def test_hardware_with_software_of_its_own_is_warned_of(tmp_path: Path, differs: dict[str, Any]) -> None:
+    """Nothing is compared between hardware entries, but a reader does."""
+    block = {"targets": "tiny", "hardware": ["a100", "v100"], "recipes": "full", "sequence_length": 128}
+    gpus = {"a100": {"memory_gib": 80}, "v100": {"memory_gib": 32}}
+    study = handmade.study(hardware=gpus, grid=[block])
+    a100, v100 = (planned.run for planned in handmade.planned(study))
+    text = Text(built(study, tmp_path, handmade.completed(a100, 1.0), handmade.completed(v100, 2.0, **differs))).text
+    assert "The runs were measured with 2 sets of software." in text
+    assert "a100: versions aaaaaaaaaaaa , lock eeeeeeeeeeee ; v100:" in text
+    assert "differ among runs" not in text
+
+
 def test_no_warning_where_software_is_the_same(tmp_path: Path) -> None:
-    assert "differ among runs" not in built(STUDY, tmp_path, *mixed())
+    page_text = built(STUDY, tmp_path, *mixed())
+    assert "differ among runs" not in page_text
+    assert "sets of software" not in page_text
 
 
 def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:

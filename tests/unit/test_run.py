@@ -26,13 +26,14 @@ GOLDEN = ["tiny_cpux1_s64_b1_full_r1-032722", "tiny_cpux1_s64_b1_lora_r1-9b8401"
     [
         lambda raw: raw["hardware"]["cpu"].update(price_usd_per_gpu_hour=3.0),
         lambda raw: raw["hardware"]["cpu"].update(software={"python": "/opt/python"}, max_gpus=7),
+        lambda raw: raw["hardware"]["cpu"].update(slurm={"partition": "a", "gpu_model": "b", "stand_in": True}),
         lambda raw: raw.update(report={"title": "Another title", "baseline": "lora"}),
         lambda raw: raw["protocol"].update(time_limit_minutes=99, max_attempts=9, memory_snapshot=True),
         lambda raw: raw["models"].update(other=raw["models"]["tiny"]),
         lambda raw: raw["recipes"].update(other={"zero2": {}}),
         lambda raw: raw["recipes"]["full"].update({"sdpa": {}, "fp32": {}}),
     ],
-    ids=["price", "site", "report", "limits", "another model", "another recipe", "a default spelled out"],
+    ids=["price", "site", "slurm", "report", "limits", "another model", "another recipe", "a default spelled out"],
 )
 def test_what_does_not_change_a_measurement_changes_no_run_id(raw: Raw, change: Any) -> None:
     before = run_ids(raw)

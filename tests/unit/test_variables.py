@@ -1,3 +1,4 @@
+import os
 from typing import Any
 
 import pytest
@@ -29,20 +30,45 @@ def test_hardware_has_the_last_word(raw: dict[str, Any]) -> None:
     assert chosen["DS_ACCELERATOR"] == "cpu"
 
 
-def test_ranks_share_the_cores_without_overlap() -> None:
-    import os
+@pytest.fixture
+def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3, 5, 7})
 
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) >= 2:
-        first, second = variables.cores_of_rank(0, 2), variables.cores_of_rank(1, 2)
-        assert not set(first) & set(second)
-        assert len(first) == len(second) == len(cores) // 2
-    assert variables.cores_of_rank(3, 10 * len(cores)) == cores
+
+def share(world_size: int, **environment: str) -> tuple[list[list[int]], int]:
+    """Cores of every rank, and the threads of each."""
+    cores = [variables.cores_of_rank(rank, world_size, environment) for rank in range(world_size)]
+    return cores, variables.threads_of_rank(world_size, environment)
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_ranks_share_the_cores_without_overlap() -> None:
+    assert share(1) == ([[1, 3, 5, 7]], 4)
+    assert share(2) == ([[1, 3], [5, 7]], 2)
+    assert share(3) == ([[1], [3], [5]], 1)
+    assert share(8) == ([[1, 3, 5, 7]] * 8, 1)
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_slurm_says_how_many_cores_are_the_jobs() -> None:
+    # It bound the job to them, or gave more than there are: they are shared out.
+    assert share(2, SLURM_CPUS_PER_TASK="4") == ([[1, 3], [5, 7]], 2)
+    assert share(2, SLURM_CPUS_PER_TASK="16") == ([[1, 3], [5, 7]], 2)
+    # It did not bind the job: nobody knows which are its own.
+    assert share(1, SLURM_CPUS_PER_TASK="2") == ([[1, 3, 5, 7]], 2)
+    assert share(2, SLURM_CPUS_PER_TASK="2") == ([[1, 3, 5, 7]] * 2, 1)
 
 
 @pytest.mark.parametrize(
     ("allotted", "num_gpus", "seen"),
-    [({}, 1, "0"), ({}, 2, "0,1"), ({"CUDA_VISIBLE_DEVICES": "5,3,7"}, 2, "5,3")],
+    [
+        ({}, 1, "0"),
+        ({}, 2, "0,1"),
+        ({"CUDA_VISIBLE_DEVICES": "5,3,7"}, 2, "5,3"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b"}, 2, "GPU-a,GPU-b"),
+        ({"CUDA_VISIBLE_DEVICES": "4"}, 2, "4"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1, ""),
+    ],
 )
 def test_run_sees_as_many_gpus_as_it_asks_for(
     raw: dict[str, Any], allotted: dict[str, str], num_gpus: int, seen: str

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+from snakemake.profiles import ProfileConfigFileParser
 
 from finetune_study.outcome import COLUMNS
-from tests.workflow.workplace import Workplace
+from tests.workflow.workplace import REPOSITORY, Workplace
 
 
 def test_measured_study_has_its_files(measured_once: Workplace) -> None:
@@ -163,3 +166,47 @@ def test_read_only_results_folder_is_one_message(fresh: Workplace) -> None:
     assert answer.returncode != 0
     assert "The results folder can't be written to" in answer.stdout
     assert "Traceback" not in answer.stdout
+
+
+def rules_of(answer: str, rule: str) -> list[str]:
+    """What a dry run prints of each job of a rule."""
+    return [part for part in answer.split("rule ") if part.startswith(f"{rule}:")]
+
+
+@pytest.mark.parametrize("executor", ["submitit", "slurm"])
+def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, executor: str) -> None:
+    raw = fresh.read()
+    asked = {"partition": "a100", "account": "lab", "gpu_model": "a100", "cpus_per_gpu": 3, "stand_in": True}
+    raw["hardware"]["cpu"]["slurm"] = asked | {"mem_gib_per_gpu": 1.5, "startup_minutes": 2.5}
+    raw["hardware"]["plain"] = {"device": "cpu", "memory_gib": 2}
+    raw["hardware"]["cpu"]["software"] = {"modules": ["cuda/12.6"], "python": "/bin/sh"}
+    raw["grid"][0] |= {"recipes": "full", "num_gpus": 2}
+    raw["grid"].append(raw["grid"][0] | {"hardware": "plain", "num_gpus": 1})
+    fresh.write(raw)
+    arguments = ("--dry-run", "--printshellcmds", "--workflow-profile", "none", "--executor", executor, "--jobs", "2")
+    answer = fresh.snakemake(*arguments, cores=None)
+    assert answer.returncode == 0, answer.stdout
+    on_gpus, plain = sorted(rules_of(answer.stdout, "finetune"), key=lambda text: "gres" not in text)
+    for resource in (
+        "job_name=tiny_cpux2_s64_b1_full_r1-", "slurm_partition=a100", "slurm_account=lab", "nodes=1",
+        "gres=gpu:a100:2", "cpus_per_task=6", "mem_mb=3072", "runtime=13",
+    ):  # fmt: skip
+        assert resource in on_gpus
+    for unset in ("qos", "constraint", "slurm_extra", "None"):
+        assert unset not in on_gpus
+    assert "load_modules.sh cuda/12.6 && /bin/sh -m finetune_study.launch" in on_gpus
+    assert """--allocation '{"nodes":1,"gpu_model":"a100","stand_in":true}'""" in on_gpus
+    assert "cpus_per_task=8" in plain
+    for unset in ("slurm_partition", "gres", "mem"):
+        assert f" {unset}=" not in plain
+    assert sys.executable in plain
+
+
+def test_profile_for_slurm_says_who_looks_after_a_kill(fresh: Workplace) -> None:
+    """The hook is called with the Python that runs Snakemake, whatever is in the PATH."""
+    with (REPOSITORY / "slurm" / "config.yaml").open(encoding="utf-8") as stream:
+        parsed = ProfileConfigFileParser().parse(stream)
+    assert parsed["submitit-after-kill"] == f"{shlex.quote(sys.executable)} -m finetune_study.cli after-kill"
+    assert (parsed["executor"], parsed["retries"], parsed["keep-going"]) == ("submitit", "0", "True")
+    answer = fresh.snakemake("--dry-run", "--profile", str(REPOSITORY / "slurm"), cores=None)
+    assert answer.returncode == 0, answer.stdout

@@ -45,11 +45,16 @@ class Workplace:
         return folder / "record.json"
 
     def snakemake(
-        self, *arguments: str, snakefile: Path = REPOSITORY / "Snakefile", **environment: str
+        self,
+        *arguments: str,
+        snakefile: Path = REPOSITORY / "Snakefile",
+        cores: int | None = 2,
+        **environment: str,
     ) -> "subprocess.CompletedProcess[str]":
         """Runs Snakemake; stdout and stderr together are in `stdout`."""
+        options = ["--snakefile", str(snakefile), *(["--cores", str(cores)] if cores else [])]
         return subprocess.run(
-            [sys.executable, "-m", "snakemake", "--snakefile", str(snakefile), "--cores", "2", *arguments],
+            [sys.executable, "-m", "snakemake", *options, *arguments],
             cwd=self.folder,
             env=os.environ | environment,
             stdout=subprocess.PIPE,

@@ -47,9 +47,30 @@ def get_run_file(wildcards):
     return RESULTS.run(wildcards.run_id).run_yaml
 
 
-def get_python(wildcards):
-    """Interpreter of the hardware that the run asks for."""
-    return STUDY.python(wildcards.run_id) or sys.executable
+def get_interpreter(wildcards):
+    """How to call the Python of the hardware that the run asks for; default: the one that runs Snakemake."""
+    return STUDY.interpreter(wildcards.run_id, sys.executable)
+
+
+def get_allocation(wildcards):
+    """What the node must offer beside what run.yaml says."""
+    return STUDY.allocation(wildcards.run_id).model_dump_json(exclude_none=True)
+
+
+def get_threads(wildcards):
+    """Here all cores, since runs that share a machine would measure each other; a scheduler gives each job its own."""
+    if workflow.local_exec:
+        return workflow.cores
+    return STUDY.slurm_resources(wildcards.run_id)["cpus_per_task"]
+
+
+def slurm_resource(name):
+    """What a run asks of SLURM under this name; None leaves it to the cluster."""
+
+    def get(wildcards):
+        return STUDY.slurm_resources(wildcards.run_id)[name]
+
+    return get
 
 
 def get_request(wildcards):

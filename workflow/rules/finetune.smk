@@ -16,16 +16,30 @@ rule finetune:
         run_id=STUDY.pending_pattern,
     conda:
         "../../envs/training.yaml"
-    # Runs that share a machine would measure each other.
-    threads: workflow.cores
+    threads: get_threads
+    # Read where jobs are submitted; each comes from the run's hardware entry (src/finetune_study/slurm.py).
+    resources:
+        job_name=slurm_resource("job_name"),
+        slurm_partition=slurm_resource("slurm_partition"),
+        slurm_account=slurm_resource("slurm_account"),
+        qos=slurm_resource("qos"),
+        constraint=slurm_resource("constraint"),
+        nodes=slurm_resource("nodes"),
+        gres=slurm_resource("gres"),
+        cpus_per_task=slurm_resource("cpus_per_task"),
+        mem=slurm_resource("mem"),
+        runtime=slurm_resource("runtime"),
+        slurm_extra=slurm_resource("slurm_extra"),
     params:
-        python=get_python,
+        interpreter=get_interpreter,
         run=get_run_file,
+        allocation=get_allocation,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
         memory_snapshot=(
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
         ),
     shell:
         "rm -f {input.request:q};"
-        " {params.python:q} -m finetune_study.launch {params.run:q} --if-needed"
-        " --time-limit-minutes {params.time_limit_minutes} {params.memory_snapshot}"
+        " {params.interpreter} -m finetune_study.launch {params.run:q} --if-needed"
+        " --time-limit-minutes {params.time_limit_minutes} --allocation {params.allocation:q}"
+        " {params.memory_snapshot}"

@@ -38,6 +38,7 @@ _ENVIRONMENT = [
     "transformers_version",
     "deepspeed_version",
     "software_sha256",
+    "lock_sha256",
     "commit",
 ]
 
@@ -79,6 +80,7 @@ def render(
         config=config,
         environments=_environments(cells),
         mixed_provenance=mixed_provenance(cells),
+        stacks=stacks(cells),
         sources=_sources(cells),
         definitions={name: meaning for name, (_, meaning) in COLUMNS.items()},
         comparison_definitions={name: meaning for name, (_, meaning) in table.COLUMNS.items()},
@@ -134,6 +136,17 @@ def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:
         differs=table.provenance().n_unique() > 1,
     )
     return seen.filter("differs").to_dicts()
+
+
+def stacks(cells: pl.DataFrame) -> list[dict[str, Any]]:
+    """Software of the completed runs: every pair of installed versions and lock, with the hardware it was seen on."""
+    completed = cells.filter(pl.col("state") == "completed")
+    return (
+        completed.with_columns(pl.col("software_sha256", "lock_sha256").fill_null("unknown"))
+        .group_by("software_sha256", "lock_sha256", maintain_order=True)
+        .agg(pl.col("hardware").unique(maintain_order=True), num_runs=pl.len())
+        .to_dicts()
+    )
 
 
 def _settings(comparisons: pl.DataFrame) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

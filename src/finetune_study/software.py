@@ -1,0 +1,57 @@
+"""How a hardware entry's own Python is called: in a virtual environment, with modules, in an image, in conda."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+from finetune_study.config import Software
+
+LOAD_MODULES = Path(__file__).with_name("load_modules.sh")
+
+
+def interpreter(software: Software, default: str) -> str:
+    """The part of a shell command that calls Python; arguments follow it.
+
+    Args:
+        software: of a hardware entry.
+        default: the interpreter where the entry names nothing.
+    """
+    words = _python(software, default)
+    if not software.modules:
+        return words
+    return f". {_quoted(str(LOAD_MODULES), *software.modules)} && {words}"
+
+
+def _python(software: Software, default: str) -> str:
+    if software.apptainer is not None:
+        inside = _quoted(*software.apptainer_args, _home(software.apptainer), software.python or "python")
+        # --nv: GPUs and the driver's libraries. Apptainer binds the working directory only where it can see it.
+        return f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {inside}'
+    if software.conda is not None:
+        by = "-p" if "/" in software.conda else "-n"
+        # Where conda is a function of the login shell, this variable still says where its command is.
+        return f'"${{CONDA_EXE:-conda}}" run --no-capture-output {_quoted(by, _home(software.conda), "python")}'
+    if software.python is not None:
+        return _quoted(_home(software.python))
+    return "python" if software.modules else _quoted(default)
+
+
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _quoted(*words: str) -> str:
+    return shlex.join(words)
+
+
+def missing(software: Software) -> dict[str, str]:
+    """What is named by its path and is not there, by its key; seen before anything is submitted."""
+    gone: dict[str, str] = {}
+    python, image = software.python, software.apptainer
+    # A bare name may come with a module; what is in an image can't be seen from here.
+    python_is_seen = python is not None and image is None and ("/" in python or not software.modules)
+    if python is not None and python_is_seen and shutil.which(_home(python)) is None:
+        gone["python"] = _home(python)
+    if image is not None and "://" not in image and not Path(_home(image)).exists():
+        gone["apptainer"] = _home(image)
+    return gone
