@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from snakemake_executor_plugin_submitit import hooks
 from snakemake_executor_plugin_submitit.ledger import WITHDRAWN, Ended, Ledger, Submission
-from snakemake_executor_plugin_submitit.script import job_script
+from snakemake_executor_plugin_submitit.script import EXIT_REQUEUED, job_script
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 from snakemake_executor_plugin_submitit.slurm import KILLED, NODE_LOST, WAITING, JobStatus, Slurm, SlurmError, submit
 
@@ -61,6 +61,8 @@ class Work:
     exports: Mapping[str, str]
     description: Mapping[str, Any]
     """For hooks: rule, wildcards, input, output, log."""
+    tmpdir: str | None = None
+    """Where temporary files go; None: not said."""
 
 
 @dataclass
@@ -289,7 +291,11 @@ class Driver:
             verdicts = {}
         for number, task in by_id.items():
             verdict = verdicts.get(number, "submit")
-            if task.state == "submitted" and (verdict == "submit" or not self._withdraw_pending(task)):
+            if task.state == "submitted" and (
+                verdict == "submit"
+                or (verdict == "hold" and not self._may_be_held(task))  # it would come back, at the queue's end
+                or not self._withdraw_pending(task)
+            ):
                 continue
             if verdict == "resolved":
                 self.listener.say(f"{task.work.name}: resolved by before_submit, not run")
@@ -319,14 +325,15 @@ class Driver:
         task.submission, task.status = None, None
         return True
 
-    def _let_go_of_held(self) -> None:
+    def _may_be_held(self, task: Task) -> bool:
         """Nobody is held for longer than agreed, nor when no job is left that could change the answer."""
+        others = any(one is not task and one.state in ("new", "submitted") for one in self._tasks.values())
+        return others and time.monotonic() - task.since < 60.0 * self.settings.hold_minutes
+
+    def _let_go_of_held(self) -> None:
         held = [task for task in self._tasks.values() if task.state == "held"]
-        idle = not any(task.state in ("new", "submitted") for task in self._tasks.values())
-        limit = 60.0 * self.settings.hold_minutes
-        for task in held:
-            if idle or time.monotonic() - task.since >= limit:
-                task.state = "new"
+        for task in [task for task in held if not self._may_be_held(task)]:
+            task.state = "new"
 
     # Submitting
 
@@ -390,6 +397,7 @@ class Driver:
             removed=work.removed,
             latency_wait=self.latency_wait,
             exports=work.exports,
+            tmpdir=work.tmpdir,
             restart_limit=self.settings.resubmit_limit,
         )
         (folder / "job.sh").write_text(script, encoding="utf-8")
@@ -424,14 +432,37 @@ class Driver:
             return
         try:
             found = self.slurm.status(ids)
-            self._asking.worked()
-            complete = True
+            found, complete = self._confirmed(waiting, found), True
         except SlurmError as error:
             found, complete = self._ask_controller(ids, error), False
         for slurm_id in ids:
             self._judge(waiting[slurm_id], found.get(slurm_id), complete)
         unexplained = any(task.failed_at is not None for task in waiting.values() if task.state == "submitted")
         self._next_question = time.monotonic() + (EXPLAIN_SECONDS if unexplained else self.settings.status_interval)
+
+    def _confirmed(self, waiting: Mapping[str | None, Task], found: dict[str, JobStatus]) -> dict[str, JobStatus]:
+        """Accounting calls a job over that SLURM is about to requeue, or that still tidies up after SIGTERM; the
+        controller knows better."""
+        doubtful = [
+            status.slurm_id
+            for status in found.values()
+            if not status.is_active
+            and status.state != "COMPLETED"
+            and (task := waiting.get(status.slurm_id)) is not None
+            and task.submission is not None
+            and (status.state in NODE_LOST or self.ledger.ended(task.submission) is None)
+        ]
+        try:
+            known = self.slurm.queue(doubtful) if doubtful else {}
+        except SlurmError as error:
+            pause = self._asking.failed()
+            if self._asking.is_over:
+                return found
+            self.listener.warn(f"sacct answers, squeue fails; asking again in {pause:.0f} s: {error}")
+            known = {slurm_id: JobStatus(slurm_id, "COMPLETING") for slurm_id in doubtful}
+        else:
+            self._asking.worked()
+        return found | {slurm_id: status for slurm_id, status in known.items() if status.is_active}
 
     def _ask_controller(self, ids: list[str], error: SlurmError) -> dict[str, JobStatus]:
         """Accounting does not answer: the controller may; that it does not know a job means nothing then."""
@@ -473,7 +504,7 @@ class Driver:
         task.status = status
         if status.is_active:
             task.adopted = False  # whatever comes now, this call has seen it
-            if has_run and status.state in WAITING and status.is_whole and self._waits(task):
+            if has_run and status.state in WAITING and self._waits(task):
                 self._hurry(task)
             if self.ledger.ended(task.submission) is None:
                 task.failed_at = None  # it was requeued, and runs again
@@ -613,6 +644,8 @@ class Driver:
         if status.reason is None and status.by is None and (reason := self.slurm.details(status.slurm_id)):
             status = JobStatus(**{**status.__dict__, "reason": reason})
         ended = self.ledger.ended(task.submission) if task.submission else None
+        if ended is not None and ended.status == EXIT_REQUEUED:
+            more += f"; SLURM had requeued it more than {self.settings.resubmit_limit} times"
         self._fail(task, f"SLURM job {status.slurm_id}: {status.explanation(ended.status if ended else None)}{more}")
 
     def _fail(self, task: Task, message: str) -> None:

@@ -14,6 +14,7 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from snakemake_executor_plugin_submitit.resources import extra_options, sbatch_options
+from snakemake_executor_plugin_submitit.script import NODES_TMPDIR
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_ROUNDS = 1.0
 """A round without news costs one look at one folder."""
+
+SYSTEM_TMPDIR = "system_tmpdir"
+"""Snakemake's default of the resource `tmpdir`."""
 
 LONGEST_NAME = 200
 """Characters of a job's name; SLURM's accounting keeps up to 255 on common database settings."""
@@ -66,14 +70,19 @@ class Executor(RemoteExecutor):
         self.driver = Driver(ledger, Slurm(), settings, self, latency_wait)
 
     def additional_general_args(self) -> str:
-        # A profile may name this executor; inside a job, jobs run where they are.
-        return "--executor local"
+        # A profile may name this executor; inside a job, jobs run where they are. A rule's own `retries` outranks
+        # Snakemake's `--retries 0` for jobs, and each try would be two; what is preemptible has retries of its own: none.
+        return "--executor local --preemptible-rules --preemptible-retries 0"
 
     def run_job(self, job: Any) -> None:
         from snakemake_executor_plugin_submitit.driver import Task
 
         assert self.driver is not None
-        work = self._work(job)
+        try:
+            work = self._work(job)
+        except WorkflowError as error:  # of one job; the others are none the worse for it
+            self.report_job_error(SubmittedJobInfo(job), msg=f"{error} ")
+            return
         if work.is_direct and not self.driver.goes_on(work):
             self.workflow.async_run(job.prepare())  # what Snakemake does in the job, where there is one
         info = SubmittedJobInfo(job)
@@ -108,6 +117,7 @@ class Executor(RemoteExecutor):
             removed=[path for path in job.output if not is_flagged(path, "update")] if direct else [],
             outputs=outputs,
             exports=_exports(job) if direct else {},
+            tmpdir=_tmpdir(job) if direct else None,
             description={
                 "rule": job.name,
                 "wildcards": _wildcards(job),
@@ -131,6 +141,7 @@ class Executor(RemoteExecutor):
             not (workflow.executor_settings and workflow.executor_settings.snakemake_in_job)
             and job.shellcmd is not None
             and "<TBD>" not in job.shellcmd  # a value that is known on the node alone
+            and _tmpdir(job) is not None
             and job.benchmark is None
             and not (
                 job.is_shadow or job.is_pipe or job.is_service or (workflow.workflow_settings.cache and rule.cache)
@@ -208,14 +219,23 @@ def _job_name(job: Any) -> str:
 def _exports(job: Any) -> dict[str, str]:
     """Variables that Snakemake sets for a shell command (snakemake.shell)."""
     libraries = ("OMP", "GOTO", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "NUMEXPR")
-    exports = {
+    return {
         f"{'VECLIB_MAXIMUM_THREADS' if n == 'VECLIB_MAXIMUM' else n + '_NUM_THREADS'}": str(job.threads)
         for n in libraries
     }
-    tmpdir = job.resources.get("tmpdir")
-    if tmpdir and "<TBD>" not in str(tmpdir):
-        exports |= dict.fromkeys(("TMPDIR", "TMP", "TEMPDIR", "TEMP"), str(tmpdir))
-    return exports
+
+
+def _tmpdir(job: Any) -> str | None:
+    """The resource `tmpdir`, which Snakemake's driver leaves to the node: a folder, `NODES_TMPDIR`, or None where only
+    Snakemake on the node can tell."""
+    resource = job.rule.resources.get("tmpdir")
+    if resource is None or getattr(resource, "raw", None) == SYSTEM_TMPDIR:
+        return NODES_TMPDIR
+    if not hasattr(resource, "is_evaluable"):  # Snakemake 9.6 to 9.14 and later: the value, or by default a function
+        return NODES_TMPDIR if callable(resource) else str(resource)
+    if resource.is_evaluable():
+        return None
+    return NODES_TMPDIR if resource.value is None else str(resource.value)
 
 
 def _digest(value: Any) -> str:

@@ -6,8 +6,25 @@ from pathlib import Path
 
 EXIT_DUPLICATE = 75
 """Of a job that found its work claimed by another one (EX_TEMPFAIL of sysexits.h)."""
+EXIT_REQUEUED = 76
+"""Of a job that SLURM requeued too often."""
 EXIT_NO_INPUT = 66
 """Of a job whose inputs did not appear on its node (EX_NOINPUT of sysexits.h)."""
+
+NODES_TMPDIR = ""
+"""As `tmpdir`: what the node has for it."""
+
+# Where Python, and so Snakemake, looks.
+NODES_OWN = """\
+for tmpdir in "$TMPDIR" "$TEMP" "$TMP" /tmp /var/tmp /usr/tmp "$PWD"; do
+    [ -d "$tmpdir" ] && [ -w "$tmpdir" ] && break
+done
+"""
+GIVEN = """\
+tmpdir={tmpdir}
+mkdir -p -- "$tmpdir" || end 1
+"""
+TEMPORARY = 'export TMPDIR="$tmpdir" TMP="$tmpdir" TEMPDIR="$tmpdir" TEMP="$tmpdir"\n'
 
 TEMPLATE = """\
 #!/bin/bash
@@ -31,8 +48,7 @@ end() {{
 
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {restart_limit} ]; then
     echo "job $id was requeued $SLURM_RESTART_COUNT times, more than the limit of {restart_limit}"
-    scancel "$id"
-    exit 1
+    end {exit_requeued}
 fi
 
 echo "job $id on $node, $(date --iso-8601=seconds)"
@@ -46,7 +62,7 @@ done
 
 # What a try before this one left of the outputs.
 for file in {removed}; do rm -rf -- "$file"; done
-{exports}
+{exports}{temporary}
 # The command has a process group of its own; what ends this job reaches all of it, and it has time to tidy up.
 set -m
 {shell} {command_file} < /dev/null &
@@ -80,6 +96,7 @@ def job_script(
     removed: Sequence[str],
     latency_wait: int,
     exports: Mapping[str, str],
+    tmpdir: str | None = None,
     restart_limit: int,
 ) -> str:
     """What sbatch runs.
@@ -94,9 +111,13 @@ def job_script(
         removed: files and folders that are deleted before.
         latency_wait: seconds until they must have appeared.
         exports: environment variables.
+        tmpdir: for temporary files; `NODES_TMPDIR`, or a folder, which is made; None: as the job finds it.
         restart_limit: how often SLURM may requeue the job.
     """
     quoted = shlex.quote
+    temporary = ""
+    if tmpdir is not None:
+        temporary = (NODES_OWN if tmpdir == NODES_TMPDIR else GIVEN.format(tmpdir=quoted(tmpdir))) + TEMPORARY
     return TEMPLATE.format(
         name=name,
         command_file=quoted(str(folder / "command.sh")),
@@ -108,7 +129,9 @@ def job_script(
         removed=" ".join(quoted(str(file)) for file in removed),
         latency_wait=latency_wait,
         exports="".join(f"export {key}={quoted(value)}\n" for key, value in exports.items()),
+        temporary=temporary,
         restart_limit=restart_limit,
         exit_duplicate=EXIT_DUPLICATE,
         exit_no_input=EXIT_NO_INPUT,
+        exit_requeued=EXIT_REQUEUED,
     )

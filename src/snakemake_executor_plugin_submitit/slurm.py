@@ -23,7 +23,7 @@ TRANSIENT = re.compile(
     r"unexpected message received|zero bytes were transmitted|communications? (connection|shutdown) failure|"
     r"backup controller|in standby mode|slurm_persist|unable to connect to database|slurmdbd|"
     r"protocol authentication error|munge|controller .*(busy|not responding)|could not be reached|transport endpoint|"
-    r"no route to host|network is unreachable|timed out after",
+    r"no route to host|network is unreachable|timed out after|temporary failure|unable to establish control machine",
     re.IGNORECASE,
 )
 """Words of a SLURM that is busy, restarting or out of reach (slurm_strerror and its callers); it may be asked again."""
@@ -107,7 +107,7 @@ class JobStatus:
         if self.state == "TIMEOUT" and self.time_limit_minutes:
             reason = f"the job's time limit of {self.time_limit_minutes} min was reached"
         code, _, signal = (self.exit_code or "").partition(":")
-        if self.state == "FAILED" and code:
+        if self.state == "FAILED" and (code or command_status is not None):
             reason = f"the command ended with status {code if command_status is None else command_status}"
             if command_status is None and signal not in ("", "0"):
                 reason = f"killed by signal {signal}"
@@ -352,7 +352,8 @@ def _status(slurm_id: str, rows: Sequence[Mapping[str, str]]) -> JobStatus:
         state=state,
         by=by,
         exit_code=exit_code,
-        reason=None if main["Reason"] in ("", "None") else main["Reason"],
+        # Of a job that is over, accounting's reason is why it once had to wait.
+        reason=None if state not in ACTIVE or main["Reason"] in ("", "None") else main["Reason"],
         node=None if main["NodeList"] in ("", "None assigned") else main["NodeList"],
         elapsed_seconds=int(main["ElapsedRaw"]) if main["ElapsedRaw"].isdigit() else None,
         requested_memory_mib=_mib(main["ReqMem"]),
