@@ -19,7 +19,16 @@ from snakemake_executor_plugin_submitit import hooks
 from snakemake_executor_plugin_submitit.ledger import WITHDRAWN, Ended, Ledger, Submission
 from snakemake_executor_plugin_submitit.script import EXIT_REQUEUED, job_script
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
-from snakemake_executor_plugin_submitit.slurm import KILLED, NODE_LOST, WAITING, JobStatus, Slurm, SlurmError, submit
+from snakemake_executor_plugin_submitit.slurm import (
+    KILLED,
+    NEVER_STARTS,
+    NODE_LOST,
+    WAITING,
+    JobStatus,
+    Slurm,
+    SlurmError,
+    submit,
+)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 2.0, 60.0
 """Before a SLURM that is busy is asked again; doubled each time."""
@@ -32,6 +41,10 @@ EXPLAIN_SECONDS = 2.0
 
 UNEXPLAINED_SECONDS = 60.0
 """A job that said that it failed, and of which SLURM has said nothing for so long, just failed."""
+
+
+class GaveUpError(Exception):
+    """SLURM stays out of reach; all jobs are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,9 @@ class Driver:
     def goes_on(self, work: Work) -> bool:
         """Whether an earlier driver submitted this work and did not conclude it."""
         submission = self.ledger.open.get(work.key)
-        return submission is not None and submission.digest == work.digest
+        if submission is None or submission.digest == work.digest:
+            return submission is not None
+        return self.settings.keep_changed and self.ledger.claimed_by(submission) not in (None, WITHDRAWN)
 
     @property
     def is_busy(self) -> bool:
@@ -191,9 +206,23 @@ class Driver:
                 pause = self._writing.failed()
                 self.listener.warn(f"{self.ledger.folder}: {error}; going on in {pause:.0f} s")
 
-    def strangers(self) -> list[Submission]:
-        """What earlier calls submitted and this one did not ask for."""
-        return [one for one in self.ledger.open.values() if one.key not in self._seen and one.slurm_id]
+    def strangers(self) -> list[str]:
+        """Jobs that earlier calls submitted, that this one did not ask for, and that are not over.
+
+        What is over needs nobody any more: its outputs are there, or the next call that wants them makes them.
+        """
+        unseen = [one for one in self.ledger.open.values() if one.key not in self._seen]
+        active: set[str] = set()
+        try:
+            known = self.slurm.queue([one.slurm_id for one in unseen if one.slurm_id]) if unseen else {}
+            active = {slurm_id for slurm_id, status in known.items() if status.is_active}
+        except SlurmError:
+            return [one.slurm_id for one in unseen if one.slurm_id]
+        for one in unseen:
+            ended = self.ledger.ended(one)
+            if ended is not None and one.slurm_id not in active:
+                self.ledger.close(one, "not asked for", keep_files=ended.status != 0 or self.settings.keep_logs)
+        return [one.slurm_id for one in unseen if one.slurm_id in active]
 
     def cancel(self) -> None:
         """Cancels everything that was submitted, and takes back what may have been."""
@@ -240,7 +269,7 @@ class Driver:
             submission = self.ledger.open.get(task.work.key)
             if submission is None:
                 continue
-            if submission.digest != task.work.digest:
+            if submission.digest != task.work.digest and not self._keeps(submission):
                 self._take_back(submission, f"{task.work.name}: its command has changed")
             elif submission.slurm_id or self._find(submission):
                 task.state, task.submission, task.adopted = "submitted", submission, True
@@ -249,6 +278,10 @@ class Driver:
             else:
                 # The last driver died at the sbatch, and no job came of it, or none that may begin from now on.
                 self.ledger.close(submission, "never submitted", keep_files=False)
+
+    def _keeps(self, submission: Submission) -> bool:
+        """Whether a job goes on although its command has changed: it has begun, and the user wants it so."""
+        return self.settings.keep_changed and not self.ledger.withdraw(submission)
 
     def _find(self, submission: Submission) -> bool:
         """Whether a job came of a submission whose id was not noted; it is noted then."""
@@ -358,10 +391,12 @@ class Driver:
         try:
             slurm_id = submit(folder, options, task.work.extra, f"exec bash {shlex.quote(str(folder / 'job.sh'))}")
         except SlurmError as error:
-            if not error.transient or self._submitting.is_over:
+            if not error.transient:
                 self._submitting.worked()
                 self._fail(task, f"SLURM did not take the job: {error}")
                 return
+            if self._submitting.is_over:
+                raise self._gave_up(error) from None
             pause = self._submitting.failed()
             self.listener.warn(f"SLURM can't take jobs at the moment; asking again in {pause:.0f} s: {error}")
             return
@@ -472,22 +507,18 @@ class Driver:
         except SlurmError as also:
             self.listener.warn(f"SLURM does not answer; asking again in {pause:.0f} s: {also}")
             if self._asking.is_over:
-                self._give_up(also)
+                raise self._gave_up(also) from None
             return {}
         self.listener.warn(f"sacct fails, squeue answers; asking again in {pause:.0f} s: {error}")
         return found
 
-    def _give_up(self, error: SlurmError) -> None:
-        minutes = self.settings.patience_minutes
-        for task in self._tasks.values():
-            if task.state == "submitted" and task.submission is not None:
-                task.state = "over"
-                message = (
-                    f"SLURM has not answered for {minutes} min ({error}). Job {task.submission.slurm_id} is left as it "
-                    "is; the same command goes on with it."
-                )
-                self.listener.failure(task, message, self.ledger.log_of(task.submission))
-        self._forget()
+    def _gave_up(self, error: SlurmError) -> GaveUpError:
+        ids = [str(t.submission.slurm_id) for t in self._tasks.values() if t.state == "submitted" and t.submission]
+        return GaveUpError(
+            f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n"
+            f"{len(ids)} SLURM job(s) are left as they are: {', '.join(ids[:20])}{', ...' * (len(ids) > 20)}. "
+            "The same command goes on with them."
+        )
 
     def _judge(self, task: Task, status: JobStatus | None, complete: bool) -> None:
         """Concludes from what SLURM says of one job."""
@@ -504,6 +535,9 @@ class Driver:
         task.status = status
         if status.is_active:
             task.adopted = False  # whatever comes now, this call has seen it
+            if status.state == "PENDING" and NEVER_STARTS.fullmatch(status.reason or ""):
+                self._give_back(task, status)
+                return
             if has_run and status.state in WAITING and self._waits(task):
                 self._hurry(task)
             if self.ledger.ended(task.submission) is None:
@@ -531,6 +565,17 @@ class Driver:
             self._start_over(task)
         else:
             self._fail_as(task, status)
+
+    def _give_back(self, task: Task, status: JobStatus) -> None:
+        """A job that SLURM took and will never start."""
+        assert task.submission is not None
+        if self.ledger.withdraw(task.submission):
+            self._cancel_patiently([status.slurm_id])
+            self._fail(
+                task,
+                f"SLURM took job {status.slurm_id} and will never start it: {status.explanation()}; ask for what "
+                "partition, account and QOS allow (scontrol show partition, sacctmgr show assoc)",
+            )
 
     def _waits(self, task: Task) -> bool:
         """Whether the controller says so too; accounting may lag."""

@@ -71,7 +71,7 @@ class Executor(RemoteExecutor):
 
     def additional_general_args(self) -> str:
         # A profile may name this executor; inside a job, jobs run where they are. A rule's own `retries` outranks
-        # Snakemake's `--retries 0` for jobs, and each try would be two; what is preemptible has retries of its own: none.
+        # the `--retries 0` that Snakemake gives jobs, and each try would be two; preemptible rules have none of their own.
         return "--executor local --preemptible-rules --preemptible-retries 0"
 
     def run_job(self, job: Any) -> None:
@@ -160,8 +160,14 @@ class Executor(RemoteExecutor):
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncGenerator[SubmittedJobInfo, None]:
         """One round of the driver for all jobs together."""
+        from snakemake_executor_plugin_submitit.driver import GaveUpError
+
         if self.driver is not None and active_jobs:
-            self.driver.round()
+            try:
+                self.driver.round()
+            except GaveUpError as error:
+                # Of a job that failed Snakemake would delete the outputs, while it still writes them.
+                raise WorkflowError(str(error)) from None
         for info in active_jobs:
             if info.aux["task"].state != "over":
                 yield info
@@ -179,7 +185,7 @@ class Executor(RemoteExecutor):
         super().shutdown()
         if self.driver is not None:
             if strangers := self.driver.strangers():
-                ids = " ".join(str(one.slurm_id) for one in strangers)
+                ids = " ".join(strangers)
                 self.warn(
                     f"An earlier call submitted jobs that this one did not ask for; to cancel them: scancel {ids}"
                 )

@@ -63,6 +63,13 @@ class ExecutorSettings(ExecutorSettingsBase):
             "Start Snakemake inside every job, also for plain shell rules, whose command is otherwise the job itself."
         ),
     )
+    keep_changed: bool = field(
+        default=False,
+        metadata=_setting(
+            "Let a running job of an earlier call go on although its command has changed since. Otherwise it is "
+            "cancelled and submitted anew, as a pending one always is."
+        ),
+    )
     keep_logs: bool = field(
         default=False,
         metadata=_setting("Keep scripts and logs of jobs that succeeded; those of others are always kept."),

@@ -40,6 +40,13 @@ NODE_LOST = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 """Nothing the job did: it is submitted again."""
 KILLED = {"OUT_OF_MEMORY", "TIMEOUT", "DEADLINE"}
 """Limits that the scheduler enforced; `after_kill` may make a result of them."""
+NEVER_STARTS = re.compile(
+    r"PartitionTimeLimit|PartitionNodeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|"
+    r"DependencyNeverSatisfied|(Assoc|QOS)Max\w*PerJob(Limit)?"
+)
+"""Reasons for which a job waits that do not pass by themselves (squeue(1), JOB REASON CODES): clusters that do not
+enforce limits at submission (EnforcePartLimits=NO) take such jobs."""
+
 # The rest of squeue(1)'s JOB STATE CODES: COMPLETED, CANCELLED, FAILED.
 
 _BADNESS = (
