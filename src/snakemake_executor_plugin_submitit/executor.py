@@ -71,20 +71,22 @@ class Executor(RemoteExecutor):
 
     def additional_general_args(self) -> str:
         # A profile may name this executor; inside a job, jobs run where they are. A rule's own `retries` outranks
-        # the `--retries 0` that Snakemake gives jobs, and each try would be two; preemptible rules have none of their own.
+        # the `--retries 0` that Snakemake gives jobs, and each try would be two; preemptible rules have none.
         return "--executor local --preemptible-rules --preemptible-retries 0"
 
     def run_job(self, job: Any) -> None:
+        from snakemake.exceptions import RuleException
+
         from snakemake_executor_plugin_submitit.driver import Task
 
         assert self.driver is not None
         try:
             work = self._work(job)
-        except WorkflowError as error:  # of one job; the others are none the worse for it
+            if work.is_direct and not self.driver.goes_on(work):
+                self.workflow.async_run(job.prepare())  # what Snakemake does in the job, where there is one
+        except (WorkflowError, RuleException, OSError) as error:  # of one job; the others are none the worse for it
             self.report_job_error(SubmittedJobInfo(job), msg=f"{error} ")
             return
-        if work.is_direct and not self.driver.goes_on(work):
-            self.workflow.async_run(job.prepare())  # what Snakemake does in the job, where there is one
         info = SubmittedJobInfo(job)
         task = Task(work, info)
         info.aux = {"task": task}

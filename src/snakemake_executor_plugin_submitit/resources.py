@@ -18,6 +18,7 @@ OURS = {
     "ntasks": "tasks", "n": "tasks", "ntasks-per-node": "tasks_per_node", "ntasks-per-gpu": "tasks_per_gpu",
     "cpus-per-task": "cpus_per_task", "c": "cpus_per_task", "cpus-per-gpu": "cpus_per_gpu", "gres": "gres",
     "gpus": "gpu", "G": "gpu", "constraint": "constraint", "C": "constraint", "qos": "qos", "q": "qos",
+    "clusters": "clusters", "M": "clusters",
 }  # fmt: skip
 """Options of sbatch that `slurm_extra` may not hold, and the resource that sets each (None: the executor itself)."""
 
@@ -58,12 +59,18 @@ def extra_options(resources: Mapping[str, Any]) -> list[str]:
     Raises:
         WorkflowError: for an option that has a resource of its own, or that is the executor's.
     """
-    words = shlex.split(str(resources.get("slurm_extra") or ""))
+    text = str(resources.get("slurm_extra") or "")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise WorkflowError(f"The resource `slurm_extra` is {text!r}: {error} (a shell's quotes, in pairs).") from None
     for word in words:
         name = re.match(r"--([\w-]+)|-(\w)", word)
         option = (name[1] or name[2]) if name else None
-        if option in OURS:
-            resource = OURS[option]
+        # sbatch takes the beginning of an option for the whole.
+        meant = next((our for our in OURS if our == option or (name and name[1] and our.startswith(name[1]))), None)
+        if meant is not None:
+            resource = OURS[meant]
             raise WorkflowError(
                 f"slurm_extra can't set {word!r}: "
                 + (f"use the resource `{resource}` instead." if resource else "the executor sets it itself.")

@@ -153,7 +153,10 @@ class _Submitter(SlurmExecutor):
         # submitit gives every job five minutes and one node; here a job has what it asks for, or SLURM's default.
         self.parameters = {
             "time": None, "nodes": None, "wckey": None, "use_srun": False, "stderr_to_stdout": True,
-            "additional_parameters": {name.replace("-", "_"): value for name, value in options.items()},
+            "additional_parameters": {
+                "output": f"{str(folder).replace('%', '%%')}/%j_0_log.out",  # submitit's name, in any folder
+                **{name.replace("-", "_"): value for name, value in options.items()},
+            },
         }  # fmt: skip
 
     def _num_tasks(self) -> int:
@@ -173,7 +176,10 @@ class _Submitter(SlurmExecutor):
         ]
         unset = [word for name in sorted(own) for word in ("--unset", name)]
         environment = ["env", *unset] if unset else []
+        # With a terminal as its input, sbatch waits there for the script when an option has taken the file for its value.
+        without_input = ["sh", "-c", 'exec "$@" < /dev/null', "sh"]
         return [
+            *without_input,
             "timeout",
             "--foreground",
             str(COMMAND_SECONDS),
