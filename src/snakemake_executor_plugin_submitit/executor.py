@@ -85,7 +85,7 @@ class Executor(RemoteExecutor):
             if work.is_direct and not self.driver.goes_on(work):
                 self.workflow.async_run(job.prepare())  # what Snakemake does in the job, where there is one
         except (WorkflowError, RuleException, OSError) as error:  # of one job; the others are none the worse for it
-            self.report_job_error(SubmittedJobInfo(job), msg=f"{error} ")
+            self._report_failure(SubmittedJobInfo(job), f"{_job_name(job)}: {error}", [])
             return
         info = SubmittedJobInfo(job)
         task = Task(work, info)
@@ -199,7 +199,12 @@ class Executor(RemoteExecutor):
         self.report_job_success(self._named(task))
 
     def failure(self, task: "Task", message: str, log: Path | None) -> None:
-        self.report_job_error(self._named(task), msg=f"{message}. ", aux_logs=[str(log)] if log else [])
+        self._report_failure(self._named(task), message, [str(log)] if log else [])
+
+    def _report_failure(self, info: SubmittedJobInfo, message: str, logs: list[str]) -> None:
+        self.report_job_error(info, msg=f"{message}. ", aux_logs=logs)
+        if any(quiet.name == "RULES" for quiet in self.workflow.output_settings.quiet or ()):
+            self.logger.error(message)  # `--quiet rules` hides what Snakemake says of failures, too
 
     def say(self, message: str) -> None:
         self.logger.info(message)

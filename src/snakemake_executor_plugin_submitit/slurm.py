@@ -176,7 +176,7 @@ class _Submitter(SlurmExecutor):
         ]
         unset = [word for name in sorted(own) for word in ("--unset", name)]
         environment = ["env", *unset] if unset else []
-        # With a terminal as its input, sbatch waits there for the script when an option has taken the file for its value.
+        # With a terminal as its input, sbatch waits there for a script when an option has taken the file for its value.
         without_input = ["sh", "-c", 'exec "$@" < /dev/null', "sh"]
         return [
             *without_input,
