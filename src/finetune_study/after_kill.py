@@ -100,6 +100,8 @@ def _parse(text: str) -> Kill:
         raise RunFailedError(f"This does not describe a job: {where} {problem['msg']}".replace("  ", " ")) from None
     if kill.rule != RULE or "run_id" not in kill.wildcards:
         raise RunFailedError(f"A kill of the rule `{kill.rule}` is no result; of `{RULE}` it is")
+    if kill.state == "DEADLINE" and not kill.elapsed_seconds:
+        raise RunFailedError("The job's deadline passed before it began: that says nothing about the run")
     if kill.state not in OUTCOMES:
         raise RunFailedError(f"The state {kill.state} is no result; results are {', '.join(OUTCOMES)}")
     return kill

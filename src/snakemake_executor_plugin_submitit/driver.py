@@ -95,6 +95,8 @@ class Task:
     """When it said that it failed, which SLURM has not explained yet."""
     adopted: bool = False
     """An earlier driver submitted it."""
+    after: str | None = None
+    """A job that was cancelled in favour of this one, and may take its time to end."""
 
     @property
     def is_pending(self) -> bool:
@@ -225,7 +227,11 @@ class Driver:
         return [one.slurm_id for one in unseen if one.slurm_id in active]
 
     def cancel(self) -> None:
-        """Cancels everything that was submitted, and takes back what may have been."""
+        """Cancels everything that was submitted.
+
+        What has begun stays in the ledger: it may take its time to end, or SLURM may not have heard. The next call sees
+        what became of it before it submits anything in its place.
+        """
         self._stop.set()
         with self._turn:
             self._drain()
@@ -237,19 +243,22 @@ class Driver:
                 )
                 self._cancel_patiently(ids)
             for submission in mine:
-                self.ledger.withdraw(submission)
-                self.ledger.close(submission, "cancelled", keep_files=True)
+                if self.ledger.withdraw(submission):
+                    self.ledger.close(submission, "cancelled", keep_files=True)
 
-    def _cancel_patiently(self, ids: list[str]) -> None:
-        for pause in (FIRST_PAUSE_SECONDS, 2 * FIRST_PAUSE_SECONDS, None):
+    def _cancel_patiently(self, ids: list[str]) -> bool:
+        """Whether SLURM took it; it is asked three times."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
             try:
                 self.slurm.cancel(ids)
-                return
+                return True
             except SlurmError as error:
-                if pause is None:
+                if pause > 2 * FIRST_PAUSE_SECONDS:
                     self.listener.warn(f"These jobs could not be cancelled ({error}): scancel {' '.join(ids)}")
-                else:
-                    time.sleep(pause)
+                    return False
+                time.sleep(pause)
+                pause *= 2
 
     # Taking tasks on: new ones, and those that an earlier driver left.
 
@@ -269,9 +278,10 @@ class Driver:
             submission = self.ledger.open.get(task.work.key)
             if submission is None:
                 continue
-            if submission.digest != task.work.digest and not self._keeps(submission):
-                self._take_back(submission, f"{task.work.name}: its command has changed")
-            elif submission.slurm_id or self._find(submission):
+            changed = submission.digest != task.work.digest and not self._keeps(submission)
+            if changed and self._take_back(task, submission):
+                continue
+            if submission.slurm_id or self._find(submission):
                 task.state, task.submission, task.adopted = "submitted", submission, True
                 self._next_question = 0.0
                 self.listener.say(f"{task.work.name}: goes on as SLURM job {submission.slurm_id}")
@@ -297,12 +307,19 @@ class Driver:
         self.ledger.submitted(submission, slurm_id)
         return True
 
-    def _take_back(self, submission: Submission, why: str) -> None:
-        self.ledger.withdraw(submission)
+    def _take_back(self, task: Task, submission: Submission) -> bool:
+        """Cancels a job whose command has changed; False when it runs and SLURM does not take the word."""
+        has_begun = not self.ledger.withdraw(submission)
         if submission.slurm_id:
-            self.listener.say(f"{why}; SLURM job {submission.slurm_id} is cancelled")
-            self._cancel_patiently([submission.slurm_id])
+            self.listener.say(
+                f"{task.work.name}: its command has changed; SLURM job {submission.slurm_id} is cancelled"
+            )
+            if not self._cancel_patiently([submission.slurm_id]) and has_begun:
+                return False
+        if has_begun:
+            task.after = submission.slurm_id
         self.ledger.close(submission, "taken back", keep_files=True)
+        return True
 
     # before_submit
 
@@ -388,20 +405,26 @@ class Driver:
             return
         self._write_scripts(task.work, folder, submission)
         options = {**task.work.options, "job-name": task.work.name}
+        extra = [*([f"--dependency=afterany:{task.after}"] if task.after else []), *task.work.extra]
         try:
-            slurm_id = submit(folder, options, task.work.extra, f"exec bash {shlex.quote(str(folder / 'job.sh'))}")
+            slurm_id = submit(folder, options, extra, f"exec bash {shlex.quote(str(folder / 'job.sh'))}")
         except SlurmError as error:
             if not error.transient:
                 self._submitting.worked()
                 self._fail(task, f"SLURM did not take the job: {error}")
                 return
-            if self._submitting.is_over:
+            if self._submitting.is_over and not (error.is_full and self._has_jobs):
                 raise self._gave_up(error) from None
             pause = self._submitting.failed()
             self.listener.warn(f"SLURM can't take jobs at the moment; asking again in {pause:.0f} s: {error}")
             return
         self.ledger.submitted(submission, slurm_id)
         self._submitted(task)
+
+    @property
+    def _has_jobs(self) -> bool:
+        """Whether a job of ours is there whose end makes room."""
+        return any(task.state == "submitted" for task in self._tasks.values())
 
     def _has_come(self, submission: Submission) -> bool:
         try:

@@ -28,6 +28,9 @@ TRANSIENT = re.compile(
 )
 """Words of a SLURM that is busy, restarting or out of reach (slurm_strerror and its callers); it may be asked again."""
 
+FULL = re.compile(r"(Assoc|QOS)\w*SubmitJobs?\w*Limit|Slurm temporarily unable to accept job")
+"""Limits on the number of jobs that may be there at a time (squeue(1), JOB REASON CODES); MaxJobCount."""
+
 NO_ACCOUNTING = re.compile(r"accounting storage is disabled|accounting_storage/none", re.IGNORECASE)
 
 ACTIVE = {
@@ -67,12 +70,19 @@ class SlurmError(Exception):
     """A command of SLURM that failed; the message is SLURM's."""
 
     transient = False
+    is_full = False
 
 
 class SlurmBusyError(SlurmError):
     """SLURM may answer another time."""
 
     transient = True
+
+
+class SlurmFullError(SlurmBusyError):
+    """As many jobs are there as may be; when one ends there is room again."""
+
+    is_full = True
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,8 @@ def submit(folder: Path, options: Mapping[str, Any], extra: Sequence[str], comma
 
 def _error(words: str) -> SlurmError:
     words = words.strip() or "no message"
+    if FULL.search(words):
+        return SlurmFullError(words)
     return (SlurmBusyError if TRANSIENT.search(words) else SlurmError)(words)
 
 

@@ -66,7 +66,8 @@ class Queued:
 def queue() -> list[Queued]:
     """All jobs that are not over."""
     answer = ask("squeue", "--noheader", "--format=%A|%j|%T|%N|%Z")
-    return [Queued(*words[:4], Path(words[4])) for line in answer.splitlines() if len(words := line.split("|")) == 5]
+    rows = [line.split("|", 4) for line in answer.splitlines() if line.count("|") >= 4]
+    return [Queued(slurm_id, name, state, node, Path(workdir)) for slurm_id, name, state, node, workdir in rows]
 
 
 class Cluster:

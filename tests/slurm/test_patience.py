@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.place import EAT_300_MB, PENDING, UNTIL_GO, Place
 
 pytestmark = pytest.mark.slurm
@@ -29,51 +29,70 @@ def test_jobs_end_while_accounting_is_down(place: Place, cluster: Cluster) -> No
 
 
 def test_controller_is_away_while_jobs_are_submitted_and_run(place: Place, cluster: Cluster) -> None:
+    """A patient driver goes on when it is back; one without patience ends, and its next call goes on."""
     place.rule("running", "until [ -e go2 ]; do sleep 0.1; done")
     place.rule("ends", UNTIL_GO)
     later = [f"later_{number}" for number in range(3)]
     for rule in later:
         place.rule(rule, "true", needs=["ends.out"])
+    impatient = place.other("impatient")
+    impatient.rule("one", "true")
+    impatient.rule("other", "true")
+
     driver = place.start()
     place.wait_until_begun("running", "ends")
     cluster.stop_daemon("slurmctld")
     place.go()
+    gave_up = impatient.snakemake("--submitit-patience-minutes=0")
     driver.wait_until_said(r"SLURM can't take jobs at the moment; asking again in 2 s: .*Unable to contact")
     cluster.start_daemon("slurmctld")
     place.path("go2").touch()
+    goes_on = impatient.start()
+
     ended = driver.wait()
     assert ended.status == 0, ended.output
     for rule in ("running", "ends", *later):
         assert len(place.begun(rule)) == 1
         place.wait_until_accounted(rule, "COMPLETED")
 
+    assert gave_up.status == 1
+    assert "SLURM has not answered for 0 min: sbatch: error: Batch job submission failed: Unable to contact" in (
+        gave_up.output
+    )
+    assert goes_on.wait().status == 0, goes_on.output
+    for rule in ("one", "other"):
+        assert len(impatient.begun(rule)) == 1
+        impatient.wait_until_accounted(rule, "COMPLETED")
+
 
 def test_slurm_that_stays_away_is_given_up_and_its_jobs_go_on(place: Place, cluster: Cluster) -> None:
-    place.rule("running", UNTIL_GO)
+    place.rule("running", f"echo half > {{output}}; {UNTIL_GO}", makes=["running.out"])
     place.rule("pending", "true", **PENDING)
     driver = place.start("--submitit-patience-minutes=0")
     place.wait_until_begun("running")
+    wait_for(place.path("running.out").exists, "the job has begun to write")
     driver.wait_until_said(f"{place.name}pending: submitted as")
     cluster.stop_daemon("slurmdbd")
     cluster.stop_daemon("slurmctld")
     gave_up = driver.wait()
     cluster.start_daemon("slurmdbd")
     cluster.start_daemon("slurmctld")
-    assert gave_up.failed == {"running", "pending"}
-    for rule in gave_up.failed:
-        (job,) = place.queued(rule)
-        assert "SLURM has not answered for 0 min" in gave_up.message(rule)
-        assert f"Job {job.slurm_id} is left as it is; the same command goes on with it" in gave_up.message(rule)
+    assert gave_up.status == 1
+    assert gave_up.failed == set()
+    jobs = [job for rule in ("running", "pending") for job in place.queued(rule)]
+    assert "SLURM has not answered for 0 min: " in gave_up.output
+    assert f"2 SLURM job(s) are left as they are: {jobs[0].slurm_id}, {jobs[1].slurm_id}. " in gave_up.output
+    assert "The same command goes on with them." in gave_up.output
+    assert place.path("running.out").read_text() == "half\n"
 
     driver = place.start()
-    for rule in gave_up.failed:
-        (job,) = place.queued(rule)
-        driver.wait_until_said(f"{place.name}{rule}: goes on as SLURM job {job.slurm_id}")
+    for job in jobs:
+        driver.wait_until_said(f"{job.name}: goes on as SLURM job {job.slurm_id}")
     place.release("pending")
     place.go()
     ended = driver.wait()
     assert ended.status == 0, ended.output
-    for rule in gave_up.failed:
+    for rule in ("running", "pending"):
         assert len(place.begun(rule)) == 1
         place.wait_until_accounted(rule, "COMPLETED")
 
@@ -97,7 +116,7 @@ def test_what_can_never_run_fails_at_once_in_the_words_of_slurm(place: Place) ->
     }.items():
         assert "SLURM did not take the job: " in ended.message(rule)
         assert words in ended.message(rule)
-        assert not place.attempts(rule)
+        assert not place.begun(rule)
     assert len(place.begun("good")) == 1
     assert "asking again" not in ended.output
     assert not place.open_tokens()

@@ -191,6 +191,7 @@ def test_run_that_landed_on_the_wrong_type_fails_without_a_number(place: Workpla
     assert not (folder / "record.json").exists()
     failure = record.read_failure(folder / "failure.json")
     assert "v100, not a100" in failure.cause
+    assert f"{folder.name}: SLURM job {failure.slurm_job_id}: SLURM state FAILED" in answer.stdout
     assert failure.slurm_job_id == jobs_of(place, folder.name)[0].slurm_id
     # Mended, the same command measures it.
     answer = submit(place)
