@@ -26,6 +26,10 @@ MEMORY_TOLERANCE = 0.1
 of GDDR memory (an A10G's 24 become 22.5 GiB), the driver some more (79.6 GiB of an 80 GB H100). The next smaller card
 of any kind has three quarters at most."""
 
+IDLE_MEMORY_GIB = 2.0
+"""Memory that may be in use on a card that nobody uses: the driver's own (0.3 to 0.6 GiB on A100, H100), a desktop's.
+Processes of other containers and users may be hidden, and some drivers tell none; what they hold is not."""
+
 PATIENCE_SECONDS = 15.0
 """Processes of a job or a try that just ended may still be leaving the card."""
 
@@ -124,10 +128,18 @@ def _wrong_gpus(run: Run, asked: Asked, gpus: list[dict[str, Any]]) -> list[str]
         off = abs(gpu["memory_gib"] / asked.memory_gib - 1) if asked.memory_gib else 0.0
         if off > MEMORY_TOLERANCE:
             wrong.append(f"GPU {gpu['id']} has {gpu['memory_gib']:.1f} GiB, not about {asked.memory_gib:g}")
+        if _is_in_use(gpu) and not gpu["processes"]:
+            wrong.append(
+                f"{gpu['memory_used_gib']:.1f} GiB of GPU {gpu['id']} are in use by processes unseen from here"
+            )
         if gpu["processes"]:
             others = ", ".join(map(_describe, gpu["processes"]))
             wrong.append(f"GPU {gpu['id']} is in use by {others}")
     return wrong
+
+
+def _is_in_use(gpu: Mapping[str, Any]) -> bool:
+    return bool(gpu["processes"]) or gpu["memory_used_gib"] > IDLE_MEMORY_GIB
 
 
 def _describe(pid: int) -> str:
@@ -157,7 +169,7 @@ def _by_driver(visible: list[str]) -> list[dict[str, Any]]:
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
             gpus = [found for name in visible if (found := _look_at(nvml, name)) is not None]
-            if time.monotonic() >= until or not any(gpu["processes"] for gpu in gpus):
+            if time.monotonic() >= until or not any(map(_is_in_use, gpus)):
                 return gpus
             time.sleep(1)
     except nvml.NVMLError as error:

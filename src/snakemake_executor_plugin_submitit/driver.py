@@ -55,6 +55,8 @@ class Work:
     """Names the work in every call; a later driver finds the task by it."""
     digest: str
     """Of the command; a task with another one is not the same work."""
+    asked: str
+    """Digest of what is asked of SLURM."""
     name: str
     """In squeue."""
     command: str
@@ -278,8 +280,7 @@ class Driver:
             submission = self.ledger.open.get(task.work.key)
             if submission is None:
                 continue
-            changed = submission.digest != task.work.digest and not self._keeps(submission)
-            if changed and self._take_back(task, submission):
+            if self._is_changed(task.work, submission) and self._take_back(task, submission):
                 continue
             if submission.slurm_id or self._find(submission):
                 task.state, task.submission, task.adopted = "submitted", submission, True
@@ -289,9 +290,14 @@ class Driver:
                 # The last driver died at the sbatch, and no job came of it, or none that may begin from now on.
                 self.ledger.close(submission, "never submitted", keep_files=False)
 
-    def _keeps(self, submission: Submission) -> bool:
-        """Whether a job goes on although its command has changed: it has begun, and the user wants it so."""
-        return self.settings.keep_changed and not self.ledger.withdraw(submission)
+    def _is_changed(self, work: Work, submission: Submission) -> bool:
+        """Whether a job has to make room for another one: what it runs has changed, or what it asks of SLURM.
+
+        A job that has begun got what it asked for, and may go on with its command if the user wants it so.
+        """
+        if submission.digest != work.digest:
+            return not self.settings.keep_changed or self.ledger.withdraw(submission)
+        return submission.asked != work.asked and self.ledger.withdraw(submission)
 
     def _find(self, submission: Submission) -> bool:
         """Whether a job came of a submission whose id was not noted; it is noted then."""
@@ -308,12 +314,10 @@ class Driver:
         return True
 
     def _take_back(self, task: Task, submission: Submission) -> bool:
-        """Cancels a job whose command has changed; False when it runs and SLURM does not take the word."""
+        """Cancels a job that has changed; False when it runs and SLURM does not take the word."""
         has_begun = not self.ledger.withdraw(submission)
         if submission.slurm_id:
-            self.listener.say(
-                f"{task.work.name}: its command has changed; SLURM job {submission.slurm_id} is cancelled"
-            )
+            self.listener.say(f"{task.work.name}: it has changed; SLURM job {submission.slurm_id} is cancelled")
             if not self._cancel_patiently([submission.slurm_id]) and has_begun:
                 return False
         if has_begun:
@@ -333,14 +337,17 @@ class Driver:
             asked = [task for task in self._tasks.values() if task.state in ("new", "held") or task.is_pending]
         if not asked:
             return
-        by_id = {str(number): task for number, task in enumerate(asked)}
+        by_id = {task.work.key: task for task in asked}
         try:
-            verdicts = hooks.before_submit(command, [self._describe(number, task) for number, task in by_id.items()])
+            verdicts = hooks.before_submit(command, [self._describe(task) for task in asked], self._stop)
         except hooks.HookError as error:
             self.listener.warn(f"{error}\nA hook that fails holds nothing up: the jobs are submitted.")
             verdicts = {}
-        for number, task in by_id.items():
-            verdict = verdicts.get(number, "submit")
+        for key, task in by_id.items():
+            verdict = verdicts.get(key, "submit")
+            if verdict == "resolved" and (missing := self._missing(task)):
+                self.listener.warn(f"{task.work.name}: before_submit calls it resolved, but there is no {missing}")
+                verdict = "submit"
             if task.state == "submitted" and (
                 verdict == "submit"
                 or (verdict == "hold" and not self._may_be_held(task))  # it would come back, at the queue's end
@@ -354,10 +361,15 @@ class Driver:
                 task.state = "held" if verdict == "hold" else "new"
         self._let_go_of_held()
 
-    def _describe(self, number: str, task: Task) -> dict[str, Any]:
+    @staticmethod
+    def _missing(task: Task) -> str:
+        """Outputs that are not there."""
+        return ", ".join(path for path in task.work.outputs if not os.path.lexists(task.work.workdir / path))
+
+    def _describe(self, task: Task) -> dict[str, Any]:
         state = "pending" if task.state == "submitted" else task.state
         return {
-            "id": number,
+            "id": task.work.key,
             "state": state,
             "waited_seconds": round(time.monotonic() - task.since),
             **task.work.description,
@@ -395,9 +407,8 @@ class Driver:
             self._submit(task)
 
     def _submit(self, task: Task, resubmissions: int = 0) -> None:
-        submission = task.submission or self.ledger.intend(
-            task.work.key, task.work.digest, task.work.name, resubmissions
-        )
+        work = task.work
+        submission = task.submission or self.ledger.intend(work.key, work.digest, work.asked, work.name, resubmissions)
         task.submission, folder = submission, self.ledger.folder_of(submission)
         # After an sbatch whose answer was lost, its job may be there.
         if submission.slurm_id or (self._submitting.is_tried and self._has_come(submission)):
@@ -657,13 +668,12 @@ class Driver:
             "job_log": str(self.ledger.log_of(task.submission)),
         }
         try:
-            said = hooks.after_kill(self.settings.after_kill, job)
+            said = hooks.after_kill(self.settings.after_kill, job, self._stop)
         except hooks.HookError as error:
             self.listener.warn(f"{task.work.name}: no result was made of {status.state}: {error}")
             return False
-        missing = [path for path in task.work.outputs if not os.path.exists(task.work.workdir / path)]
-        if missing:
-            self.listener.warn(f"{task.work.name}: after_kill ended with 0 but did not make {', '.join(missing)}")
+        if missing := self._missing(task):
+            self.listener.warn(f"{task.work.name}: after_kill ended with 0 but did not make {missing}")
             return False
         self.listener.say(f"{task.work.name}: {status.state}, which after_kill made a result{': ' * bool(said)}{said}")
         return True

@@ -65,6 +65,8 @@ class Executor(RemoteExecutor):
                 f"Another Snakemake drives the jobs of this folder: {user} ({folder / 'lock'}). "
                 "Wait for it, or end it; its jobs go on, and this command takes them over then."
             ) from None
+        except OSError as error:
+            raise WorkflowError(str(error)) from None
         settings = self.workflow.executor_settings or ExecutorSettings()
         latency_wait = int(self.workflow.execution_settings.latency_wait)
         self.driver = Driver(ledger, Slurm(), settings, self, latency_wait)
@@ -101,19 +103,20 @@ class Executor(RemoteExecutor):
         outputs = [str(path) for path in job.output]
         direct = not job.is_group() and self._runs_directly(job)
         command, shell = self._direct_command(job) if direct else (self.format_job_exec(job), "/bin/bash")
-        options = sbatch_options(job.resources, job.threads)
+        options, extra = sbatch_options(job.resources, job.threads), extra_options(job.resources)
         if clusters := options.get("clusters"):
             assert self.driver is not None
             self.driver.slurm.clusters.update(str(clusters).split(","))
         return Work(
             key=_digest(sorted(outputs) or [job.name, *_wildcards(job).items()]),
             digest=_digest(self._definition(job)),
+            asked=_digest([options, extra]),
             name=_job_name(job),
             command=command,
             shell=shell,
             workdir=Path.cwd(),
             options=options,
-            extra=extra_options(job.resources),
+            extra=extra,
             is_direct=direct,
             inputs=[str(path) for path in job.input] if direct else [],
             removed=[path for path in job.output if not is_flagged(path, "update")] if direct else [],

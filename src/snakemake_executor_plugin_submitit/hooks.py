@@ -2,7 +2,9 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from threading import Event
 from typing import Any, Literal, cast, get_args
 
 Verdict = Literal["submit", "hold", "resolved"]
@@ -11,12 +13,15 @@ VERDICTS: tuple[str, ...] = get_args(Verdict)
 HOOK_SECONDS = 300
 """A hook that takes longer is broken."""
 
+STOP_SECONDS = 0.5
+"""How soon a hook is ended when the driver is to stop."""
+
 
 class HookError(Exception):
     """A hook that can't be started, failed, or did not answer as it must."""
 
 
-def before_submit(command: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, Verdict]:
+def before_submit(command: str, jobs: Sequence[Mapping[str, Any]], stop: Event) -> dict[str, Verdict]:
     """Asks the user's command about jobs.
 
     It gets `{"jobs": [...]}` on standard input, each job with `id`, `state` (`new`, `held`, `pending`),
@@ -26,7 +31,7 @@ def before_submit(command: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, 
     Raises:
         HookError: with what it said instead.
     """
-    output = _run("before_submit", command, {"jobs": list(jobs)})
+    output = _run("before_submit", command, {"jobs": list(jobs)}, stop)
     try:
         answer = json.loads(output)
     except ValueError:
@@ -39,7 +44,7 @@ def before_submit(command: str, jobs: Sequence[Mapping[str, Any]]) -> dict[str, 
     return {str(job): cast(Verdict, verdict) for job, verdict in answer.items()}
 
 
-def after_kill(command: str, job: Mapping[str, Any]) -> str:
+def after_kill(command: str, job: Mapping[str, Any], stop: Event) -> str:
     """Offers the user's command a job that the scheduler killed; the job's outputs must exist when it ends with 0.
 
     It gets the job on standard input: `rule`, `wildcards`, `input`, `output`, `log`, `slurm_job_id`, `state`, `reason`,
@@ -51,17 +56,26 @@ def after_kill(command: str, job: Mapping[str, Any]) -> str:
     Raises:
         HookError: when it made no result of it.
     """
-    return _run("after_kill", command, job)
+    return _run("after_kill", command, job, stop)
 
 
-def _run(name: str, command: str, given: Mapping[str, Any]) -> str:
-    try:
-        done = subprocess.run(
-            command, shell=True, input=json.dumps(given), capture_output=True, text=True, timeout=HOOK_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise HookError(f"{name} did not end within {HOOK_SECONDS} s: {command}") from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()
-        raise HookError(f"{name} ended with status {done.returncode}: {said[-2000:] or 'it said nothing'}")
-    return done.stdout.strip()
+def _run(name: str, command: str, given: Mapping[str, Any], stop: Event) -> str:
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    until = time.monotonic() + HOOK_SECONDS
+    question: str | None = json.dumps(given)
+    while True:
+        try:
+            output, errors = process.communicate(question, timeout=STOP_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            question = None  # it was handed over at the first try
+            if stop.is_set() or time.monotonic() >= until:
+                process.kill()
+                process.wait()
+                why = "was stopped" if stop.is_set() else f"did not end within {HOOK_SECONDS} s"
+                raise HookError(f"{name} {why}: {command}") from None
+    if process.returncode:
+        said = (errors or output).strip()
+        raise HookError(f"{name} ended with status {process.returncode}: {said[-2000:] or 'it said nothing'}")
+    return output.strip()

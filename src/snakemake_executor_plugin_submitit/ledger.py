@@ -38,6 +38,8 @@ class Submission:
     """This request; names its folder."""
     digest: str
     """Of what is to be run; a changed command is other work."""
+    asked: str = ""
+    """Digest of what was asked of SLURM."""
     name: str = ""
     slurm_id: str | None = None
     resubmissions: int = 0
@@ -73,6 +75,10 @@ class Ledger:
         except BlockingIOError:
             self._lock.seek(0)
             raise LedgerInUseError(self._lock.read().strip() or "an unknown process") from None
+        except OSError as error:
+            raise OSError(
+                f"{folder}: this file system can't lock files ({error.strerror}); Lustre needs the mount option `flock`"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -123,9 +129,9 @@ class Ledger:
         self._events.flush()
         os.fsync(self._events.fileno())
 
-    def intend(self, key: str, digest: str, name: str, resubmissions: int = 0) -> Submission:
+    def intend(self, key: str, digest: str, asked: str, name: str, resubmissions: int = 0) -> Submission:
         """Notes that a job is about to be submitted, and makes its folder."""
-        submission = Submission(key, uuid.uuid4().hex[:16], digest, name, resubmissions=resubmissions)
+        submission = Submission(key, uuid.uuid4().hex[:16], digest, asked, name, resubmissions=resubmissions)
         self.folder_of(submission).mkdir()
         self._write(event="intent", **submission.__dict__)
         self.open[key] = submission

@@ -1,5 +1,6 @@
 """A driver may die at any moment: the same command goes on with its jobs, and no work is done twice."""
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterable
@@ -117,7 +118,7 @@ def test_changed_command_takes_the_place_of_the_pending_old_one(place: Place) ->
     place.rule("changed", "echo new > which")
     ended = place.snakemake()
     assert ended.status == 0, ended.output
-    assert f"changed: its command has changed; SLURM job {old.slurm_id} is cancelled" in ended.output
+    assert f"changed: it has changed; SLURM job {old.slurm_id} is cancelled" in ended.output
     assert place.path("which").read_text() == "new\n"
     assert len(place.begun("changed")) == 1
     place.wait_until_accounted("changed", "CANCELLED", "COMPLETED")
@@ -165,8 +166,45 @@ def test_ctrl_c_cancels_all_jobs(place: Place) -> None:
     place.wait_until_over("running", "pending")
     for rule in ("running", "pending"):
         place.wait_until_accounted(rule, "CANCELLED")
-    assert not place.open_tokens()
     assert not place.path("running.out").exists()
+    place.go()
+    place.rule("pending", "true")
+    again = place.snakemake()
+    assert again.status == 0, again.output
+    assert [len(place.begun(rule)) for rule in ("running", "pending")] == [2, 1]
+    assert not place.open_tokens()
+
+
+def test_job_that_could_not_be_cancelled_is_followed_by_the_next_call(place: Place) -> None:
+    """SLURM does not hear of the Ctrl-C: the job runs on, and nothing is started beside it."""
+    place.rule("running", UNTIL_GO)
+    broken = place.folder / "bin"
+    broken.mkdir()
+    (broken / "scancel").write_text("#!/bin/sh\necho 'Socket timed out' >&2\nexit 1\n", encoding="utf-8")
+    (broken / "scancel").chmod(0o755)
+    driver = place.start(PATH=f"{broken}:{os.environ['PATH']}")
+    place.wait_until_begun("running")
+    driver.signal_all(signal.SIGINT)
+    assert "could not be cancelled" in driver.wait().output
+    again = place.start()
+    again.wait_until_said("running: goes on as SLURM job")
+    place.go()
+    ended = again.wait()
+    assert ended.status == 0, ended.output
+    assert len(place.begun("running")) == 1
+
+
+def test_job_that_gives_way_has_ended_before_its_successor_begins(place: Place) -> None:
+    """The command has changed, and the old one takes its time to end."""
+    place.rule("one", "trap 'sleep 3; echo old >> order' TERM; " + UNTIL_GO)
+    driver = place.start()
+    place.wait_until_begun("one")
+    driver.kill()
+    place.rule("one", "echo new >> order")
+    ended = place.snakemake()
+    assert ended.status == 0, ended.output
+    assert place.path("order").read_text(encoding="utf-8").split()[-1] == "new"
+    assert len(place.attempts("one")) == 2
 
 
 def test_terminated_driver_waits_for_what_runs_and_submits_no_more(place: Place) -> None:

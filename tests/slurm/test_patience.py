@@ -1,5 +1,7 @@
 """A SLURM that is down for a while costs time, and nothing else; a request that can never run fails at once."""
 
+import subprocess
+
 import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
@@ -120,3 +122,18 @@ def test_what_can_never_run_fails_at_once_in_the_words_of_slurm(place: Place) ->
     assert len(place.begun("good")) == 1
     assert "asking again" not in ended.output
     assert not place.open_tokens()
+
+
+def test_full_queue_is_waited_for(place: Place) -> None:
+    """The account may have two jobs at a time; four are there to be submitted."""
+    limit = ["sacctmgr", "--immediate", "modify", "user", "root", "set"]
+    for number in range(4):
+        place.rule(f"job{number}", "true")
+    subprocess.run([*limit, "MaxSubmitJobs=2"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        ended = place.snakemake()
+    finally:
+        subprocess.run([*limit, "MaxSubmitJobs=-1"], check=True, stdout=subprocess.DEVNULL)
+    assert ended.status == 0, ended.output
+    assert "SubmitJobLimit" in ended.output
+    assert [len(place.attempts(f"job{number}")) for number in range(4)] == [1, 1, 1, 1]

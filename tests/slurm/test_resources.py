@@ -226,6 +226,12 @@ def test_job_script_is_the_golden_one(name: str, arguments: Mapping[str, Any]) -
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
+def test_folder_with_a_percent_sign_is_not_a_pattern_of_slurm() -> None:
+    """Or the job's log would be somewhere else."""
+    text = submission_text(Path("/study/100%j/it's"), {}, "true")
+    assert """#SBATCH --output='/study/100%%j/it'"'"'s/%j_0_log.out'""" in text.splitlines()
+
+
 # --- what SLURM gives ------------------------------------------------------------------------------------------------
 
 

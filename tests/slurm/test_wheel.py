@@ -3,6 +3,7 @@
 import ast
 import email
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
@@ -67,7 +68,7 @@ def test_metadata_has_readme_and_needs(wheel: zipfile.ZipFile) -> None:
     assert metadata["Name"] == "snakemake-executor-plugin-submitit"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload() == (PLUGIN / "README.md").read_text(encoding="utf-8")
-    needs = {str(need).split(">")[0] for need in metadata.get_all("Requires-Dist", [])}
+    needs = {re.split(r"[^\w-]", str(need))[0] for need in metadata.get_all("Requires-Dist", [])}
     strangers = {
         name
         for names in _imported(PLUGIN.glob("*.py")).values()

@@ -85,14 +85,16 @@ class Driver(ModuleType):
         return str(gpu["uuid"])
 
     def nvmlDeviceGetMemoryInfo(self, gpu: dict[str, Any]) -> Any:
-        return SimpleNamespace(total=int(gpu["gib"] * GIB), used=GIB // 2)
+        return SimpleNamespace(total=int(gpu["gib"] * GIB), used=int(gpu["used"] * GIB))
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: dict[str, Any]) -> list[Any]:
         return [SimpleNamespace(pid=pid) for pid in gpu["pids"]]
 
 
-def card(number: int, name: str = A100, gib: float = 79.25, pids: tuple[int, ...] = ()) -> dict[str, Any]:
-    return {"uuid": f"GPU-{number}", "name": name, "gib": gib, "pids": pids}
+def card(
+    number: int, name: str = A100, gib: float = 79.25, pids: tuple[int, ...] = (), used: float = 0.5
+) -> dict[str, Any]:
+    return {"uuid": f"GPU-{number}", "name": name, "gib": gib, "pids": pids, "used": used}
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +144,9 @@ def test_where_nobody_allots_gpus_the_first_ones_are_looked_at(monkeypatch: pyte
         (card(0, gib=79.25), Asked(memory_gib=40), "GPU 0 has 79.2 GiB, not about 40"),
         (card(0, pids=(os.getpid(),)), ASKED, f"GPU 0 is in use by process {os.getpid()} ("),
         (card(0, pids=(2**22 + 1,)), ASKED, f"GPU 0 is in use by process {2**22 + 1}"),
+        (card(0, used=8.2), ASKED, "8.2 GiB of GPU 0 are in use by processes unseen from here"),
     ],
-    ids=["model", "too small", "too large", "in use", "in use by a process that can't be seen"],
+    ids=["model", "too small", "too large", "in use", "in use by a process that can't be seen", "memory in use"],
 )
 def test_another_gpu_is_refused_with_asked_and_found(
     monkeypatch: pytest.MonkeyPatch, gpu: dict[str, Any], asked: Asked, words: str
