@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 COMMAND_SECONDS = 120
@@ -177,27 +177,18 @@ class _Submitter(SlurmExecutor):
         # Its early warning by SIGUSR2 would end any step that does not know of it.
         return "\n".join(line for line in text.split("\n") if not line.startswith("#SBATCH --signal="))
 
-    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+    def submit(self, command: str) -> str:
+        """Writes the batch script and hands it to sbatch, once and with a limit; submitit's own way has none."""
+        script = Path(self.folder) / "submission.sh"
+        script.write_text(self._make_submission_file_text(command, ""), encoding="utf-8")
         # A driver that is a job itself must not hand its own allocation on; where SLURM's configuration lies must stay.
-        own = [
-            n
-            for n in self._environment
-            if n.startswith(("SLURM_", "SBATCH_")) and n not in ("SLURM_CONF", "SBATCH_EXPORT")
-        ]
-        unset = [word for name in sorted(own) for word in ("--unset", name)]
-        environment = ["env", *unset] if unset else []
-        # With a terminal as its input, sbatch waits there for a script when an option has taken the file for its value.
-        without_input = ["sh", "-c", 'exec "$@" < /dev/null', "sh"]
-        return [
-            *without_input,
-            "timeout",
-            "--foreground",
-            str(COMMAND_SECONDS),
-            *environment,
-            "sbatch",
-            *self._extra,
-            str(submission_file_path),
-        ]
+        environment = {
+            name: value
+            for name, value in self._environment.items()
+            if not name.startswith(("SLURM_", "SBATCH_")) or name in ("SLURM_CONF", "SBATCH_EXPORT")
+        }
+        answer = _run("sbatch", *self._extra, str(script), environment=environment)
+        return str(self._get_job_id_from_submission_command(answer))
 
 
 def submission_text(folder: Path, options: Mapping[str, Any], command: str) -> str:
@@ -221,14 +212,8 @@ def submit(folder: Path, options: Mapping[str, Any], extra: Sequence[str], comma
         SlurmBusyError: it may work another time; whether the job was accepted is not known.
         SlurmError: SLURM refuses the job, in its words.
     """
-    submitter = _Submitter(folder, options, extra, os.environ)
     try:
-        return str(submitter._submit_command(command).job_id)
-    except FailedJobError as error:
-        cause = error.__cause__
-        if isinstance(cause, subprocess.CalledProcessError) and cause.returncode == 124:
-            raise SlurmBusyError(f"sbatch timed out after {COMMAND_SECONDS} s") from None
-        raise _error(str(error)) from None
+        return _Submitter(folder, options, extra, os.environ).submit(command)
     except FailedSubmissionError as error:
         raise SlurmError(str(error)) from None
 
@@ -240,9 +225,12 @@ def _error(words: str) -> SlurmError:
     return (SlurmBusyError if TRANSIENT.search(words) else SlurmError)(words)
 
 
-def _run(*words: str) -> str:
+def _run(*words: str, environment: Mapping[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL)
+        # No input: sbatch would wait at a terminal for its script when an option has taken the file for its value.
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise SlurmBusyError(f"{words[0]} timed out after {COMMAND_SECONDS} s") from None
     except OSError as error:
