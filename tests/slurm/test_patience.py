@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster, ask, wait_for
 from tests.slurm.place import EAT_300_MB, PENDING, UNTIL_GO, Place
 
 pytestmark = pytest.mark.slurm
@@ -128,12 +128,15 @@ def test_full_queue_is_waited_for(place: Place) -> None:
     """The account may have two jobs at a time; four are there to be submitted."""
     limit = ["sacctmgr", "--immediate", "modify", "user", "root", "set"]
     for number in range(4):
-        place.rule(f"job{number}", "true")
+        place.rule(f"job{number}", UNTIL_GO)
     subprocess.run([*limit, "MaxSubmitJobs=2"], check=True, stdout=subprocess.DEVNULL)
     try:
-        ended = place.snakemake()
+        wait_for(lambda: "MaxSubmitJobs=2" in ask("scontrol", "show", "assoc_mgr"), "the controller knows of the limit")
+        driver = place.start()
+        driver.wait_until_said("SubmitJobLimit")
+        place.go()
+        ended = driver.wait()
     finally:
         subprocess.run([*limit, "MaxSubmitJobs=-1"], check=True, stdout=subprocess.DEVNULL)
     assert ended.status == 0, ended.output
-    assert "SubmitJobLimit" in ended.output
-    assert [len(place.attempts(f"job{number}")) for number in range(4)] == [1, 1, 1, 1]
+    assert [len(place.begun(f"job{number}")) for number in range(4)] == [1, 1, 1, 1]
