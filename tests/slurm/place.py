@@ -190,6 +190,8 @@ class Place:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                # As in a terminal, where these tests were not started by nohup.
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             )
         driver = Driver(process, log)
         self._drivers.append(driver)
