@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from snakemake_executor_plugin_submitit.resources import extra_options, sbatch_options
+from snakemake_executor_plugin_submitit.resources import count_gpus, extra_options, sbatch_options, whole
 from snakemake_executor_plugin_submitit.script import NODES_TMPDIR
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 
 if TYPE_CHECKING:
-    from snakemake_executor_plugin_submitit.driver import Driver, Task, Work
+    from snakemake_executor_plugin_submitit.driver import Driver
+    from snakemake_executor_plugin_submitit.task import Task, Work
 
 SECONDS_BETWEEN_ROUNDS = 1.0
 """A round without news costs one look at one folder."""
@@ -79,7 +80,7 @@ class Executor(RemoteExecutor):
     def run_job(self, job: Any) -> None:
         from snakemake.exceptions import RuleException
 
-        from snakemake_executor_plugin_submitit.driver import Task
+        from snakemake_executor_plugin_submitit.task import Task
 
         assert self.driver is not None
         try:
@@ -98,7 +99,7 @@ class Executor(RemoteExecutor):
     def _work(self, job: Any) -> "Work":
         from snakemake.io import is_flagged
 
-        from snakemake_executor_plugin_submitit.driver import Work
+        from snakemake_executor_plugin_submitit.task import Work
 
         outputs = [str(path) for path in job.output]
         direct = not job.is_group() and self._runs_directly(job)
@@ -112,6 +113,7 @@ class Executor(RemoteExecutor):
             digest=_digest(self._definition(job)),
             asked=_digest([options, extra]),
             name=_job_name(job),
+            rule=job.name,
             command=command,
             shell=shell,
             workdir=Path.cwd(),
@@ -123,6 +125,11 @@ class Executor(RemoteExecutor):
             outputs=outputs,
             exports=_exports(job) if direct else {},
             tmpdir=_tmpdir(job) if direct else None,
+            minutes=runtime if isinstance(runtime := job.resources.get("runtime"), int) else None,
+            num_gpus=count_gpus(options, extra),
+            max_job_minutes=whole(job.resources, "max_job_minutes"),
+            kind=job.resources.get("submit_kind"),
+            unfit_node_status=whole(job.resources, "unfit_node_status"),
             description={
                 "rule": job.name,
                 "wildcards": _wildcards(job),
@@ -165,7 +172,7 @@ class Executor(RemoteExecutor):
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncGenerator[SubmittedJobInfo, None]:
         """One round of the driver for all jobs together."""
-        from snakemake_executor_plugin_submitit.driver import GaveUpError
+        from snakemake_executor_plugin_submitit.base import GaveUpError
 
         if self.driver is not None and active_jobs:
             try:
@@ -179,7 +186,8 @@ class Executor(RemoteExecutor):
 
     async def sleep(self) -> None:
         """Until the next round."""
-        await asyncio.sleep(0.0 if self.driver is not None and self.driver.is_busy else SECONDS_BETWEEN_ROUNDS)
+        soon = self.driver.seconds_to_next_round if self.driver is not None else None
+        await asyncio.sleep(SECONDS_BETWEEN_ROUNDS if soon is None else soon)
 
     def cancel_jobs(self, active_jobs: Iterable[SubmittedJobInfo]) -> None:
         """All jobs of this driver: the list lacks those that are being looked at."""
@@ -201,8 +209,8 @@ class Executor(RemoteExecutor):
     def success(self, task: "Task") -> None:
         self.report_job_success(self._named(task))
 
-    def failure(self, task: "Task", message: str, log: Path | None) -> None:
-        self._report_failure(self._named(task), message, [str(log)] if log else [])
+    def failure(self, task: "Task", message: str, logs: Sequence[Path]) -> None:
+        self._report_failure(self._named(task), message, [str(log) for log in logs])
 
     def _report_failure(self, info: SubmittedJobInfo, message: str, logs: list[str]) -> None:
         self.report_job_error(info, msg=f"{message}. ", aux_logs=logs)

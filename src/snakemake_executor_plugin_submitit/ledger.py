@@ -1,9 +1,12 @@
 """What was asked of SLURM, on disk before and after each sbatch, so that another driver can go on.
 
-<folder>/lock           held by the driver that is at work; the kernel lets go of it when that process ends
-<folder>/ledger.jsonl   one event a line: intent, submitted, closed
-<folder>/ended/<token>  exit status, SLURM id and node of a job that ended by itself
-<folder>/jobs/<token>/  job.sh, command.sh, claim, what sbatch was given, and the job's log
+<folder>/lock              held by the driver that is at work; the kernel lets go of it when that process ends
+<folder>/ledger.jsonl      one event a line, see `EVENTS`
+<folder>/ended/<token>     exit status, SLURM id and node of a work that ended by itself, and who ended it
+<folder>/jobs/<token>/     of a work: job.sh, command.sh, claim, and its log
+<folder>/batches/<batch>/  of an sbatch: what it was given, batch.sh, and what SLURM itself had to say to each job
+
+A job of SLURM runs one work, or several one after another; an sbatch asks for one job, or for an array of them.
 """
 
 import fcntl
@@ -12,11 +15,19 @@ import os
 import shutil
 import socket
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+EVENTS = {
+    "intent": "a work is about to be submitted; the fields of `Submission`",
+    "submitted": "SLURM's id of a `batch`; of an array each work has `<slurm_id>_<place>`. With `token`, of one work",
+    "closed": "nobody has to look after `token` any more, and `how` it ended; `began` is false where it never did",
+    "asked": "`gpu_hours` that closed works had asked for",
+    "proved": "a work of this `kind` was a success",
+}
+"""Of the ledger, by the field `event`; most have `at`, the time in seconds since 1970."""
 
 WITHDRAWN = "withdrawn"
 """In a claim: the driver took the work back before any job began it."""
@@ -30,19 +41,33 @@ class LedgerInUseError(Exception):
 
 @dataclass
 class Submission:
-    """One request to SLURM."""
+    """One work's part of a request to SLURM."""
 
     key: str
     """The work: equal for the same outputs in every call of Snakemake."""
     token: str
-    """This request; names its folder."""
+    """Names its folder."""
     digest: str
     """Of what is to be run; a changed command is other work."""
     asked: str = ""
     """Digest of what was asked of SLURM."""
     name: str = ""
+    batch: str = ""
+    """The sbatch that it is part of."""
+    place: int | None = None
+    """Its job's index in an array."""
+    shared: bool = False
+    """Its job runs other works, too."""
+    gpu_hours: float = 0.0
+    """Asked for."""
     slurm_id: str | None = None
+    """`<job>`, or `<array>_<place>`."""
     resubmissions: int = 0
+
+    @property
+    def job(self) -> tuple[str, int | None]:
+        """Names its job before SLURM does."""
+        return self.batch, self.place
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,8 @@ class Ended:
     status: int
     slurm_id: str
     node: str
+    by: str = "itself"
+    """What ended it: `itself`, `signal` (the job was told to end), `OUT_OF_MEMORY`, `TIMEOUT`."""
 
 
 class Ledger:
@@ -66,7 +93,7 @@ class Ledger:
             LedgerInUseError: with who uses it.
         """
         self.folder = folder
-        for inner in (folder, folder / "jobs", folder / "ended"):
+        for inner in (folder, folder / "jobs", folder / "ended", folder / "batches"):
             inner.mkdir(parents=True, exist_ok=True)
         os.chmod(folder, 0o700)  # what lies here is run
         self._lock = (folder / "lock").open("a+")
@@ -83,6 +110,10 @@ class Ledger:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
         self.open: dict[str, Submission] = {}
+        """Submissions that are not closed, by key."""
+        self.proved: set[str] = set()
+        """Kinds of which a work was a success."""
+        self._gpu_hours_of_closed = 0.0
         self._read()
         self._compact()
         self._events = self._path.open("a", encoding="utf-8")
@@ -99,60 +130,110 @@ class Ledger:
                 event = json.loads(line)
             except ValueError:
                 continue  # the last line of a driver that was cut off while it wrote
-            if event["event"] == "intent":
-                fields = {name: event[name] for name in Submission.__dataclass_fields__ if name in event}
-                self.open[event["key"]] = Submission(**fields)
-            elif (submission := self.open.get(event["key"])) and submission.token == event["token"]:
-                if event["event"] == "submitted":
-                    submission.slurm_id = event["slurm_id"]
+            self._replay(event)
+
+    def _replay(self, event: dict[str, Any]) -> None:
+        what = event["event"]
+        if what == "intent":
+            fields = {name: event[name] for name in Submission.__dataclass_fields__ if name in event}
+            self.open[event["key"]] = Submission(**fields)
+        elif what == "proved":
+            self.proved.add(event["kind"])
+        elif what == "asked":
+            self._gpu_hours_of_closed += event["gpu_hours"]
+        else:
+            of = "token" if "token" in event else "batch"
+            for submission in [one for one in self.open.values() if getattr(one, of) == event[of]]:
+                if what == "closed":
+                    self._forget(submission, event["began"])
                 else:
-                    del self.open[event["key"]]
+                    submission.slurm_id = _id_in(submission, event)
 
     def _compact(self) -> None:
         temporary = self._path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as stream:
-            for submission in self.open.values():
-                for event in self._events_of(submission):
-                    stream.write(json.dumps(event) + "\n")
+            for event in self._events_to_keep():
+                stream.write(json.dumps(event) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self._path)
 
-    @staticmethod
-    def _events_of(submission: Submission) -> Iterator[dict[str, Any]]:
-        yield {"event": "intent", **submission.__dict__, "slurm_id": None}
-        if submission.slurm_id:
-            yield {"event": "submitted", **{k: submission.__dict__[k] for k in ("key", "token", "slurm_id")}}
+    def _events_to_keep(self) -> Iterator[dict[str, Any]]:
+        yield {"event": "asked", "gpu_hours": self._gpu_hours_of_closed}
+        for kind in sorted(self.proved):
+            yield {"event": "proved", "kind": kind}
+        for submission in self.open.values():
+            yield {"event": "intent", **submission.__dict__, "slurm_id": None}
+            if submission.slurm_id:
+                yield {"event": "submitted", "token": submission.token, "slurm_id": submission.slurm_id}
 
-    def _write(self, **event: Any) -> None:
-        self._events.write(json.dumps({**event, "at": round(time.time(), 3)}) + "\n")
+    def _write(self, *events: dict[str, Any]) -> None:
+        at = round(time.time(), 3)
+        self._events.write("".join(json.dumps({**event, "at": at}) + "\n" for event in events))
         self._events.flush()
         os.fsync(self._events.fileno())
 
-    def intend(self, key: str, digest: str, asked: str, name: str, resubmissions: int = 0) -> Submission:
-        """Notes that a job is about to be submitted, and makes its folder."""
-        submission = Submission(key, uuid.uuid4().hex[:16], digest, asked, name, resubmissions=resubmissions)
-        self.folder_of(submission).mkdir()
-        self._write(event="intent", **submission.__dict__)
-        self.open[key] = submission
-        return submission
+    def intend(self, submissions: Iterable[Submission]) -> None:
+        """Notes that a batch is about to be submitted, and makes its folders."""
+        intended = list(submissions)
+        for submission in intended:
+            self.folder_of(submission).mkdir()
+            self.batch_folder_of(submission).mkdir(exist_ok=True)
+        self._write(*({"event": "intent", **submission.__dict__} for submission in intended))
+        self.open |= {submission.key: submission for submission in intended}
 
-    def submitted(self, submission: Submission, slurm_id: str) -> None:
-        """Notes the id that SLURM gave."""
-        submission.slurm_id = slurm_id
-        self._write(event="submitted", key=submission.key, token=submission.token, slurm_id=slurm_id)
+    def submitted(self, batch: str, slurm_id: str) -> None:
+        """Notes the id that SLURM gave to a batch."""
+        event = {"event": "submitted", "batch": batch, "slurm_id": slurm_id}
+        self._write(event)
+        self._replay(event)
+
+    def moved(self, submission: Submission, slurm_id: str) -> None:
+        """Notes that another job than the one that was known does this work."""
+        event = {"event": "submitted", "token": submission.token, "slurm_id": slurm_id}
+        self._write(event)
+        self._replay(event)
+
+    def prove(self, kind: str) -> None:
+        """Notes that works of this kind can be a success."""
+        if kind not in self.proved:
+            self.proved.add(kind)
+            self._write({"event": "proved", "kind": kind})
+
+    @property
+    def gpu_hours_asked(self) -> float:
+        """GPU-hours asked of SLURM so far, in all calls; what never began is not counted."""
+        return self._gpu_hours_of_closed + sum(one.gpu_hours for one in self.open.values())
+
+    def job_mates(self, submission: Submission) -> list[Submission]:
+        """The open works of the same job, itself among them."""
+        return [one for one in self.open.values() if one.job == submission.job]
 
     def close(self, submission: Submission, how: str, *, keep_files: bool) -> None:
         """Notes that nobody has to look after this submission any more."""
-        self._write(event="closed", key=submission.key, token=submission.token, how=how)
-        if self.open.get(submission.key) is submission:
-            del self.open[submission.key]
+        began = self.has_begun(submission)
+        self._write({"event": "closed", "token": submission.token, "how": how, "began": began})
+        self._forget(submission, began)
         self.forget_end(submission)
         folder = self.folder_of(submission)
         if not keep_files:
             shutil.rmtree(folder, ignore_errors=True)
         elif folder.is_dir():
             (folder / "claim").write_text(CLOSED, encoding="utf-8")
+            (self.batch_folder_of(submission) / "keep").touch()
+        self._tidy(submission)
+
+    def _forget(self, submission: Submission, began: bool) -> None:
+        if self.open.get(submission.key) is submission:
+            del self.open[submission.key]
+            self._gpu_hours_of_closed += submission.gpu_hours * began
+
+    def _tidy(self, submission: Submission) -> None:
+        """Removes what an sbatch was given when the last of its works is closed, unless a log of it is referred to."""
+        folder = self.batch_folder_of(submission)
+        if any(one.batch == submission.batch for one in self.open.values()) or (folder / "keep").exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
 
     def forget_end(self, submission: Submission) -> None:
         """Of a job that runs again, or whose end is noted."""
@@ -161,9 +242,13 @@ class Ledger:
     def folder_of(self, submission: Submission) -> Path:
         return self.folder / "jobs" / submission.token
 
-    def log_of(self, submission: Submission) -> Path:
-        """Output of the job itself; the name is submitit's."""
-        return self.folder_of(submission) / f"{submission.slurm_id}_0_log.out"
+    def batch_folder_of(self, submission: Submission) -> Path:
+        return self.folder / "batches" / submission.batch
+
+    def logs_of(self, submission: Submission) -> list[Path]:
+        """What the work said, and what SLURM said of its job; those that hold anything."""
+        logs = (self.folder_of(submission) / "log", self.batch_folder_of(submission) / f"{submission.place or 0}.log")
+        return [log for log in logs if log.exists() and log.stat().st_size]
 
     def _ended_path(self, submission: Submission) -> Path:
         return self.folder / "ended" / submission.token
@@ -179,10 +264,10 @@ class Ledger:
     def ended(self, submission: Submission) -> Ended | None:
         """What a job said of its end, if it did."""
         try:
-            status, slurm_id, node = self._ended_path(submission).read_text(encoding="utf-8").split()
-        except (FileNotFoundError, ValueError):
+            status, *rest = self._ended_path(submission).read_text(encoding="utf-8").split()
+            return Ended(int(status), *rest)
+        except (FileNotFoundError, ValueError, TypeError):
             return None
-        return Ended(int(status), slurm_id, node)
 
     def claimed_by(self, submission: Submission) -> str | None:
         """The SLURM id of the job that began the work, or `WITHDRAWN`."""
@@ -190,6 +275,10 @@ class Ledger:
             return (self.folder_of(submission) / "claim").read_text(encoding="utf-8").strip() or None
         except FileNotFoundError:
             return None
+
+    def has_begun(self, submission: Submission) -> bool:
+        """Whether a job has begun the work."""
+        return self.claimed_by(submission) not in (None, WITHDRAWN)
 
     def withdraw(self, submission: Submission) -> bool:
         """Takes the work back, so that a job of this submission that starts later leaves at once.
@@ -210,3 +299,8 @@ class Ledger:
         """Lets another driver in."""
         self._events.close()
         self._lock.close()
+
+
+def _id_in(submission: Submission, event: dict[str, Any]) -> str:
+    slurm_id = str(event["slurm_id"])
+    return slurm_id if "token" in event or submission.place is None else f"{slurm_id}_{submission.place}"

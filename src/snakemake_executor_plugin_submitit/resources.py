@@ -1,8 +1,9 @@
 """From a Snakemake job's resources to options of sbatch; the names are those of snakemake-executor-plugin-slurm."""
 
+import itertools
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from snakemake_interface_common.exceptions import WorkflowError
@@ -78,7 +79,42 @@ def extra_options(resources: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _whole(resources: Mapping[str, Any], name: str, minimum: int = 1) -> int | None:
+def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
+    """GPUs that a job asks for on all its nodes together.
+
+    Args:
+        options: of sbatch, as `sbatch_options` gives them.
+        extra: more words, of which `--gpus-per-node` and `--gpus-per-task` are understood.
+    """
+    nodes, tasks = int(options.get("nodes") or 1), int(options.get("ntasks") or 1)
+    if "ntasks-per-node" in options:
+        tasks = nodes * int(options["ntasks-per-node"])
+    per_node = [word[3:] for word in str(options.get("gres", "")).split(",") if re.match(r"gpu\b", word)]
+    count = nodes * sum(map(_number, per_node)) + (_number(str(options["gpus"])) if "gpus" in options else 0)
+    for name, value in _long_options(extra):
+        count += {"gpus-per-node": nodes, "gpus-per-task": tasks}.get(name, 0) * _number(value)
+    return count
+
+
+def _number(words: str) -> int:
+    """Of `a100:4`, `4`, or a bare type."""
+    last = words.rpartition(":")[2]
+    return int(last) if last.isdigit() else 1
+
+
+def _long_options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            yield name, value if equals else following
+
+
+def whole(resources: Mapping[str, Any], name: str, minimum: int = 1) -> int | None:
+    """A resource that is a whole number; None where it is not set.
+
+    Raises:
+        WorkflowError: for anything else.
+    """
     value = resources.get(name)
     if value is None:
         return None
@@ -88,9 +124,9 @@ def _whole(resources: Mapping[str, Any], name: str, minimum: int = 1) -> int | N
 
 
 def _memory(resources: Mapping[str, Any]) -> dict[str, str]:
-    if per_cpu := _whole(resources, "mem_mb_per_cpu"):
+    if per_cpu := whole(resources, "mem_mb_per_cpu"):
         return {"mem-per-cpu": f"{per_cpu}M"}
-    if (total := _whole(resources, "mem_mb", minimum=0)) is not None:
+    if (total := whole(resources, "mem_mb", minimum=0)) is not None:
         return {"mem": f"{total}M"}
     return {}
 
@@ -107,7 +143,7 @@ def _gpus(resources: Mapping[str, Any]) -> dict[str, str]:
         options["gres"] = str(gres)
     if model and not NAME.fullmatch(str(model)):
         raise WorkflowError(f"The resource `gpu_model` is {model!r}; it must be a name as in `sinfo -o %G`, as `a100`.")
-    count = _whole(resources, "gpu", minimum=0)
+    count = whole(resources, "gpu", minimum=0)
     if model:
         options["gpus"] = f"{model}:{1 if count is None else count}"
     elif count:
@@ -117,13 +153,13 @@ def _gpus(resources: Mapping[str, Any]) -> dict[str, str]:
 
 def _tasks(resources: Mapping[str, Any], wants_gpu: bool) -> dict[str, int]:
     options: dict[str, int] = {}
-    nodes = _whole(resources, "nodes")
-    tasks, per_node = _whole(resources, "tasks"), _whole(resources, "tasks_per_node")
+    nodes = whole(resources, "nodes")
+    tasks, per_node = whole(resources, "tasks"), whole(resources, "tasks_per_node")
     if tasks and per_node:
         raise WorkflowError("Give either the resource `tasks` or `tasks_per_node`, not both.")
     if resources.get("mpi") and not (tasks or per_node):
         raise WorkflowError("The resource `mpi` needs `tasks` or `tasks_per_node`.")
-    if per_gpu := _whole(resources, "tasks_per_gpu"):
+    if per_gpu := whole(resources, "tasks_per_gpu"):
         if wants_gpu:
             options["ntasks-per-gpu"] = per_gpu
     elif per_node:

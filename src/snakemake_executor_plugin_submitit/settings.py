@@ -70,6 +70,35 @@ class ExecutorSettings(ExecutorSettingsBase):
             "cancelled and submitted anew, as a pending one always is."
         ),
     )
+    array_limit: int = field(
+        default=1000,
+        metadata=_setting(
+            "Jobs that ask for the same are submitted as arrays of at most so many, and never more than the cluster's "
+            "MaxArraySize allows; 1: no arrays."
+        ),
+    )
+    no_canary: bool = field(
+        default=False,
+        metadata=_setting(
+            "Submit all jobs of a kind (resource `submit_kind`) at once. Otherwise one is submitted, and the others "
+            "when one of that kind has been a success."
+        ),
+    )
+    failure_limit: int = field(
+        default=3,
+        metadata=_setting(
+            "When so many jobs of a kind failed alike, with no success of that kind in between, no more of it are "
+            "submitted in this call; 0: never."
+        ),
+    )
+    max_gpu_hours: Optional[float] = field(
+        default=None,
+        metadata=_setting(
+            "GPU-hours that may be asked of SLURM for this folder, in all calls together: GPUs times time limit of "
+            "every job, whether or not it took so long. What would go beyond is not submitted, and SLURM may not "
+            "requeue jobs by itself."
+        ),
+    )
     keep_logs: bool = field(
         default=False,
         metadata=_setting("Keep scripts and logs of jobs that succeeded; those of others are always kept."),

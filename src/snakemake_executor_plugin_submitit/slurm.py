@@ -70,7 +70,6 @@ class SlurmError(Exception):
     """A command of SLURM that failed; the message is SLURM's."""
 
     transient = False
-    is_full = False
 
 
 class SlurmBusyError(SlurmError):
@@ -82,7 +81,10 @@ class SlurmBusyError(SlurmError):
 class SlurmFullError(SlurmBusyError):
     """As many jobs are there as may be; when one ends there is room again."""
 
-    is_full = True
+    room: int | None = None
+    """For so many jobs there is room."""
+    is_certain = False
+    """The cluster was asked for its limits, and this is one that passes."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class JobStatus:
     time_limit_minutes: int | None = None
     is_whole: bool = True
     """Accounting notes a job piece by piece; until all is there, states and sizes may be wrong."""
+    number: str | None = None
+    """What the job itself sees as its id; of an array each task has one, once it has begun."""
 
     @property
     def is_active(self) -> bool:
@@ -164,7 +168,7 @@ class _Submitter(SlurmExecutor):
         self.parameters = {
             "time": None, "nodes": None, "wckey": None, "use_srun": False, "stderr_to_stdout": True,
             "additional_parameters": {
-                "output": f"{str(folder).replace('%', '%%')}/%j_0_log.out",  # submitit's name, in any folder
+                "output": f"{str(folder).replace('%', '%%')}/{'%a' if 'array' in options else '0'}.log",
                 **{name.replace("-", "_"): value for name, value in options.items()},
             },
         }  # fmt: skip
@@ -244,8 +248,17 @@ def _batches(ids: Sequence[str]) -> Iterable[Sequence[str]]:
     return (ids[start : start + IDS_PER_COMMAND] for start in range(0, len(ids), IDS_PER_COMMAND))
 
 
+STEP = re.compile(r"\.\w+$")
+"""What `12_3.batch` has more than its job."""
+
+
+def _array(slurm_id: str) -> str:
+    """Of `12_3`, the array `12`; of another job, its own id."""
+    return slurm_id.partition("_")[0]
+
+
 _FIELDS = (
-    "JobIDRaw", "State", "ExitCode", "Reason", "NodeList", "ElapsedRaw", "ReqMem", "MaxRSS", "TimelimitRaw",
+    "JobID", "JobIDRaw", "State", "ExitCode", "Reason", "NodeList", "ElapsedRaw", "ReqMem", "MaxRSS", "TimelimitRaw",
 )  # fmt: skip
 
 
@@ -267,9 +280,11 @@ class Slurm:
         """
         if not self.has_accounting:
             return self.queue(ids)
+        # Of the tasks of an array that wait, accounting has one row for all, under the array's id.
+        asked = list(dict.fromkeys(map(_array, ids)))
         rows: list[dict[str, str]] = []
         try:
-            for some in _batches(ids):
+            for some in _batches(asked):
                 answer = _run(
                     *("sacct", "--noheader", "--parsable2", *self._cluster()),
                     *("--format", ",".join(_FIELDS), "--jobs", ",".join(some)),
@@ -280,7 +295,17 @@ class Slurm:
                 self.has_accounting = False
                 return self.queue(ids)
             raise
-        return parse_accounting(rows)
+        found = parse_accounting(rows, ids)
+        vanished = [slurm_id for slurm_id in ids if "_" in slurm_id and slurm_id not in found]
+        if not vanished or not rows:
+            return found
+        known = self.queue(vanished)
+        begun = {_array(row["JobID"]) for row in rows}
+        gone = [one for one in vanished if one not in known and _array(one) in begun]
+        # A task of an array that is cancelled while it waits leaves no trace.
+        why = "it was cancelled in the queue"
+        active = {one: status for one, status in known.items() if status.is_active}  # accounting tells of the others
+        return found | active | {one: JobStatus(one, "CANCELLED", reason=why) for one in gone}
 
     def queue(self, ids: Iterable[str]) -> dict[str, JobStatus]:
         """What the controller says of those jobs that it still knows; a finished one for MinJobAge (300 s by default).
@@ -290,22 +315,23 @@ class Slurm:
         """
         wanted = set(ids)
         answer = _run(
-            *("squeue", "--noheader", "--me", "--states=all", *self._cluster(), "--format=%A|%T|%r|%N|%M|%l"),
+            *("squeue", "--noheader", "--me", "--array", "--states=all", *self._cluster()),
+            "--format=%i|%T|%r|%N|%l|%A",
         )
         found = {}
         for line in answer.splitlines():
             if line.count("|") >= 5 and (words := line.split("|"))[0] in wanted:
                 reason = None if words[2] == "None" else words[2]
-                found[words[0]] = JobStatus(words[0], words[1], reason=reason, node=words[3] or None)
+                found[words[0]] = JobStatus(words[0], words[1], reason=reason, node=words[3] or None, number=words[5])
         return found
 
     def find(self, folder: Path) -> str | None:
-        """Id of the job whose batch script lies in a folder, if the controller knows one.
+        """Id of the job or array whose batch script lies in a folder, if the controller knows one.
 
         Raises:
             SlurmError: when it does not answer.
         """
-        answer = _run("squeue", "--noheader", "--me", "--states=all", *self._cluster(), "--format=%A|%o")
+        answer = _run("squeue", "--noheader", "--me", "--states=all", *self._cluster(), "--format=%F|%o")
         for line in answer.splitlines():
             slurm_id, _, command = line.partition("|")
             if command.startswith(f"{folder}/"):
@@ -321,15 +347,30 @@ class Slurm:
         reason = re.search(r"\bReason=(\S+)", answer)
         return reason[1] if reason and reason[1] != "None" else None
 
-    def cancel(self, ids: Sequence[str], *, only_pending: bool = False) -> None:
+    def cancel(self, ids: Sequence[str]) -> None:
         """Cancels jobs; those that are over stay as they are.
 
         Raises:
             SlurmError: when SLURM does not answer.
         """
-        pending = ["--state=PENDING"] if only_pending else []
         for start in range(0, len(ids), 500):
-            _run("scancel", *pending, *self._cluster(), *ids[start : start + 500])
+            _run("scancel", *self._cluster(), *ids[start : start + 500])
+
+    def signal(self, slurm_id: str, name: str) -> None:
+        """Sends a signal to the batch script of a job, and to nothing else of it.
+
+        Raises:
+            SlurmError: when SLURM does not answer.
+        """
+        _run("scancel", "--batch", f"--signal={name}", *self._cluster(), slurm_id)
+
+    def max_array_size(self) -> int:
+        """Jobs that an array may have; 1 where there are none, or SLURM does not say."""
+        try:
+            found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config"), re.MULTILINE)
+        except SlurmError:
+            return 1
+        return max(1, int(found[1])) if found else 1  # the largest index is one less
 
     def hurry(self, slurm_id: str) -> None:
         """Lets a requeued job start at once: SLURM makes it wait for two minutes and more.
@@ -340,20 +381,44 @@ class Slurm:
         _run("scontrol", "update", f"JobId={slurm_id}", "StartTime=now")
 
 
-def parse_accounting(rows: Iterable[Mapping[str, str]]) -> dict[str, JobStatus]:
+def parse_accounting(rows: Iterable[Mapping[str, str]], ids: Iterable[str]) -> dict[str, JobStatus]:
     """Rows of jobs, their batch scripts and steps become one status a job.
 
     While the job itself is active, it is that; when it is over, the row that explains most gives the state: a step that
     ran out of memory inside a job that merely `FAILED`.
+
+    Args:
+        rows: of sacct, by its field names.
+        ids: jobs, and tasks of arrays as `<array>_<index>`; of others nothing is said.
     """
     of_job: dict[str, list[Mapping[str, str]]] = {}
     for row in rows:
-        of_job.setdefault(row["JobIDRaw"].split(".")[0], []).append(row)
-    return {slurm_id: _status(slurm_id, those) for slurm_id, those in of_job.items()}
+        of_job.setdefault(STEP.sub("", row["JobID"]), []).append(row)
+    in_line = [(job, rows_of_it) for job, rows_of_it in of_job.items() if job.endswith("]")]
+    found = {}
+    for slurm_id in ids:
+        those = of_job.get(slurm_id) or next((its for job, its in in_line if _is_in(slurm_id, job)), None)
+        if those:
+            found[slurm_id] = _status(slurm_id, those)
+    return found
+
+
+def _is_in(slurm_id: str, job: str) -> bool:
+    """Whether a task is among those that wait together, as `12_3` in `12_[0,2-5%4]`."""
+    array, _, index = slurm_id.partition("_")
+    if not index.isdigit() or not job.startswith(f"{array}_["):
+        return False
+    if "..." in job:  # SLURM cuts long lists short
+        return True
+    for part in job[job.index("[") + 1 : -1].partition("%")[0].split(","):
+        first, _, last = part.partition(":")[0].partition("-")
+        if int(first) <= int(index) <= int(last or first):
+            return True
+    return False
 
 
 def _status(slurm_id: str, rows: Sequence[Mapping[str, str]]) -> JobStatus:
-    main = next((row for row in rows if row["JobIDRaw"] == slurm_id), rows[0])
+    main = next((row for row in rows if not STEP.search(row["JobID"])), rows[0])
     state, by = _state(main["State"])
     exit_code = main["ExitCode"] or None
     if state not in ACTIVE and state != "COMPLETED" and by is None:
@@ -369,10 +434,11 @@ def _status(slurm_id: str, rows: Sequence[Mapping[str, str]]) -> JobStatus:
         reason=None if state not in ACTIVE or main["Reason"] in ("", "None") else main["Reason"],
         node=None if main["NodeList"] in ("", "None assigned") else main["NodeList"],
         elapsed_seconds=int(main["ElapsedRaw"]) if main["ElapsedRaw"].isdigit() else None,
-        requested_memory_mib=_mib(main["ReqMem"]),
-        max_rss_mib=max(filter(None, (_mib(row["MaxRSS"]) for row in rows)), default=None),
+        requested_memory_mib=mib(main["ReqMem"]),
+        max_rss_mib=max(filter(None, (mib(row["MaxRSS"]) for row in rows)), default=None),
         time_limit_minutes=int(main["TimelimitRaw"]) if main["TimelimitRaw"].isdigit() else None,
-        is_whole=main["JobIDRaw"] == slurm_id and main["TimelimitRaw"] != "",
+        is_whole=not STEP.search(main["JobID"]) and main["TimelimitRaw"] != "",
+        number=main["JobIDRaw"].split(".")[0] if not main["JobID"].endswith("]") else None,
     )
 
 
@@ -395,7 +461,7 @@ def _user(uid: int) -> str:
         return f"uid {uid}"
 
 
-def _mib(words: str) -> float | None:
+def mib(words: str) -> float | None:
     """`100M`, `4Gn`, `97636K` in MiB; per-CPU sizes (`4Gc`) are not the job's."""
     match = re.fullmatch(r"([\d.]+)([KMGT]?)n?", words)
     if match is None:

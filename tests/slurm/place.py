@@ -31,6 +31,7 @@ ALWAYS = (
     "--rerun-incomplete",
     "--keep-going",
     "--submitit-status-interval=2",
+    "--submitit-array-limit=1",
 )
 """As profiles of a study have it, but quick to ask."""
 
@@ -275,7 +276,6 @@ class Place:
         opened = {event["token"] for event in events if event["event"] == "intent"}
         return opened - {event["token"] for event in events if event["event"] == "closed"}
 
-    def token(self, rule: str) -> str:
-        """Of the last submission of a rule."""
-        of_rule = [e["token"] for e in self.events() if e["event"] == "intent" and e["name"] == self.name + rule]
-        return str(of_rule[-1])
+    def submission(self, rule: str) -> dict[str, Any]:
+        """The last one of a rule, as it was noted before."""
+        return [e for e in self.events() if e["event"] == "intent" and e["name"] == self.name + rule][-1]

@@ -1,12 +1,24 @@
 """What SLURM prints becomes states, sizes and words; the rows and messages here are real ones of SLURM 22.05."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
 from snakemake_executor_plugin_submitit.slurm import ACTIVE, KILLED, NODE_LOST, TRANSIENT, JobStatus, parse_accounting
 
-FIELDS = ("JobIDRaw", "State", "ExitCode", "Reason", "NodeList", "ElapsedRaw", "ReqMem", "MaxRSS", "TimelimitRaw")
+FIELDS = (
+    "JobID",
+    "JobIDRaw",
+    "State",
+    "ExitCode",
+    "Reason",
+    "NodeList",
+    "ElapsedRaw",
+    "ReqMem",
+    "MaxRSS",
+    "TimelimitRaw",
+)
 """Of `sacct --parsable2`."""
 
 REFUSALS = """\
@@ -70,9 +82,18 @@ sbatch timed out after 120 s
 
 def status(*rows: str) -> JobStatus:
     """Of the one job in rows of `sacct --parsable2`."""
-    parsed = parse_accounting(dict(zip(FIELDS, row.split("|"), strict=True)) for row in rows)
-    (only,) = parsed.values()
+    (only,) = parse(*rows, ids=[rows[0].split("|")[0].split(".")[0]]).values()
     return only
+
+
+def parse(*rows: str, ids: Sequence[str]) -> dict[str, JobStatus]:
+    """Rows begin with the job's id; here it is its number, too, as outside of arrays."""
+    return parse_accounting((dict(zip(FIELDS, row.split("|"), strict=True)) for row in map(numbered, rows)), ids)
+
+
+def numbered(row: str) -> str:
+    slurm_id, _, rest = row.partition("|")
+    return f"{slurm_id}|{slurm_id}|{rest}"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -92,6 +113,7 @@ def test_all_that_a_row_holds_is_read() -> None:
         requested_memory_mib=100.0,
         max_rss_mib=2.0,
         time_limit_minutes=10,
+        number="38",
     )
 
 
@@ -102,9 +124,30 @@ def test_rows_belong_to_their_jobs() -> None:
         "5|RUNNING|0:0|None|a100-2|2|100M||10",
         "5.0|RUNNING|0:0||a100-2|2|||",
     )
-    parsed = parse_accounting(dict(zip(FIELDS, row.split("|"), strict=True)) for row in rows)
+    parsed = parse(*rows, ids=["5", "55", "6"])
     assert {slurm_id: one.state for slurm_id, one in parsed.items()} == {"55": "COMPLETED", "5": "RUNNING"}
-    assert parse_accounting([]) == {}
+    assert parse_accounting([], ["5"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "indices"),
+    [("12_[0-5]", "012345"), ("12_[0-1,4-5]", "0145"), ("12_[3]", "3"), ("12_[2-4%2]", "234"),
+     ("12_[0-1,...]", "0123459"), ("12_[0-4:2]", "01234"), ("1_[0-5]", "")],
+)  # fmt: skip
+def test_tasks_of_an_array_wait_in_one_row(waiting: str, indices: str) -> None:
+    ids = [f"12_{index}" for index in (0, 1, 2, 3, 4, 5, 9)]
+    parsed = parse_accounting([dict.fromkeys(FIELDS, "") | {"JobID": waiting, "State": "PENDING"}], ids)
+    assert sorted(parsed) == [f"12_{index}" for index in indices if f"12_{index}" in ids]
+    assert {one.state for one in parsed.values()} <= {"PENDING"}
+
+
+def test_task_of_an_array_has_a_number_of_its_own_once_it_has_begun() -> None:
+    rows = ("2_3|3|RUNNING|0:0|None|a100-1|2|100M||10", "2_3.batch|3.batch|RUNNING|0:0||a100-1|2|||",
+            "2_[0-2]|2|PENDING|0:0|BeginTime|None assigned|0|100M||10")  # fmt: skip
+    parsed = parse_accounting((dict(zip(FIELDS, row.split("|"), strict=True)) for row in rows), ["2_3", "2_1", "2_9"])
+    assert {one.slurm_id: (one.state, one.number) for one in parsed.values()} == {
+        "2_3": ("RUNNING", "3"), "2_1": ("PENDING", None),
+    }  # fmt: skip
 
 
 def test_step_out_of_memory_explains_the_failure_of_its_job() -> None:
@@ -189,7 +232,7 @@ def test_half_written_rows_are_not_whole(rows: tuple[str, ...]) -> None:
 
 def test_words_that_nobody_knows_do_no_harm() -> None:
     found = status("7|VANISHED|||||||Partition_Limit")
-    assert found == JobStatus("7", "VANISHED")
+    assert found == JobStatus("7", "VANISHED", number="7")
     assert not found.is_active
     assert status("7||||||||").state == "UNKNOWN"
 

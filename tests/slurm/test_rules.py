@@ -398,7 +398,7 @@ def test_keep_logs_keeps_scripts_and_logs_of_what_succeeded(shells: Mapping[str,
     run = shells["in_job"]
     folders = list((run.place.ledger.parent / "jobs").iterdir())
     for folder in folders:
-        (log,) = folder.glob("*_0_log.out")
+        (log,) = folder.glob("log")
         assert re.search(r"^job \d+ on [av]100-\d, ", log.read_text(encoding="utf-8"), re.MULTILINE)
         assert (folder / "job.sh").exists()
 
