@@ -54,6 +54,7 @@ import pwd
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -306,6 +307,8 @@ class Limits:
         self._config: dict[str, str] | None = None
         self._values: _Values | None = None
         self._values_since = 0.0
+        self._error: SlurmError | None = None
+        self._error_since = 0.0
         self._pending: dict[str, Request] = {}
         self._pending_since = -math.inf
 
@@ -418,16 +421,27 @@ class Limits:
 
     def _known(self, most_seconds: float) -> _Values:
         if self._values is None or time.monotonic() - self._values_since >= most_seconds:
-            self._values, self._values_since = self._asked(), time.monotonic()
+            if self._error is not None and time.monotonic() - self._error_since < FRESH_SECONDS:
+                raise self._error
+            try:
+                self._values, self._values_since = self._asked(), time.monotonic()
+            except SlurmError as error:
+                self._error, self._error_since = error, time.monotonic()
+                raise
         return self._values
 
     def _asked(self) -> _Values:
-        user = pwd.getpwuid(os.getuid()).pw_name
-        cluster = f"cluster={self._configuration()['ClusterName']}"
-        own = _table("assoc", ("Account", "Partition", "DefaultQOS", "QOS", *_USER), cluster, f"user={user}")
-        accounts = _table("assoc", ("Account", "ParentName", *_GROUP), cluster, "user=")
-        qos = _table("qos", ("Name", "Flags", *_QOS))
-        default = _table("user", ("DefaultAccount",), f"name={user}")
+        try:
+            user = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            raise SlurmError(f"the user {os.getuid()} has no name on this machine") from None
+        config = self._configuration()
+        cluster = f"cluster={config.get('ClusterName', '')}"
+        table = _ask_table if "slurmdbd" in config.get("AccountingStorageType", "") else _no_table
+        own = table("assoc", ("Account", "Partition", "DefaultQOS", "QOS", *_USER), cluster, f"user={user}")
+        accounts = table("assoc", ("Account", "ParentName", *_GROUP), cluster, "user=")
+        qos = table("qos", ("Name", "Flags", *_QOS))
+        default = table("user", ("DefaultAccount",), f"name={user}")
         partitions = parse_partitions(
             _run("scontrol", *self._there(), "--oneliner", "show", "partition"),
             _run("sinfo", *self._there(), "--noheader", "--exact", "--format=%R|%c"),
@@ -462,9 +476,11 @@ class Limits:
         if age >= (REFRESH_SECONDS if slurm_id in self._pending else FRESH_SECONDS):
             names = ("JobID", "ArrayJobID", "Partition", "Account", "QOS", "TimeLimit", "tres-alloc", "MinCpus")
             columns = ",".join(f"{name}:|" for name in names)
-            self._pending = parse_pending(
-                _run("squeue", "--noheader", "--me", "--states=PENDING", *self._there(), f"--Format={columns}")
-            )
+            with suppress(SlurmError):
+                answer = _run(
+                    *("squeue", "--noheader", "--me", "--states=PENDING", *self._there(), f"--Format={columns}")
+                )
+                self._pending = parse_pending(answer)
             self._pending_since = time.monotonic()
         return self._pending.get(slurm_id)
 
@@ -524,9 +540,14 @@ def _only(qos: str) -> str | None:
     return qos if qos and "," not in qos else "normal"
 
 
-def _table(what: str, columns: Sequence[str], *conditions: str) -> list[dict[str, str]]:
+def _ask_table(what: str, columns: Sequence[str], *conditions: str) -> list[dict[str, str]]:
     answer = _run("sacctmgr", "--noheader", "--parsable2", "show", what, *conditions, f"format={','.join(columns)}")
     return [dict(zip(columns, line.split("|"), strict=False)) for line in answer.splitlines() if line]
+
+
+def _no_table(*_: object) -> list[dict[str, str]]:
+    """Of a cluster without accounting: partitions alone have limits there."""
+    return []
 
 
 def limits_of(scope: str, prefix: str, row: Mapping[str, str], kinds: Mapping[str, tuple[str, str]]) -> list[Limit]:
@@ -639,7 +660,8 @@ def request_of(options: Mapping[str, Any]) -> Request:
     """What a job with these options of sbatch asks for, as far as they say it."""
 
     def whole(name: str, default: int = 0) -> int:
-        return int(options.get(name) or default)
+        number = re.match(r"\d+", str(options.get(name, "")))  # of a range (`2-4`) the least
+        return int(number[0]) if number else default
 
     nodes = whole("nodes", 1)
     tasks = whole("ntasks") or whole("ntasks-per-node") * nodes or 1
