@@ -202,10 +202,10 @@ class Limit:
 
 
 _UNITS = {"mem": "MiB of memory", "node": "node(s)", "cpu": "CPU(s)", "gres/gpu": "GPU(s)"}
-_UNITS["cpu of one node"] = "CPU(s) of one node"
+_UNITS["cpu of one node"] = "CPU(s)"
 
 _SHARES = {
-    "PerNode": " per node", "PU": " per user", "PA": " per account", "GrpTRES": " in all", "GrpWall": " in all",
+    "PerNode": " per node", "CPUs of": " per node", "PU": " per user", "PA": " per account", "GrpTRES": " in all", "GrpWall": " in all",
     "MaxTRES": " per job", "MaxWall": " per job", "MaxTime": " per job",
 }  # fmt: skip
 
@@ -588,7 +588,7 @@ def parse_partitions(shown: str, nodes: str) -> dict[str, tuple[bool, _Partition
             value = parse_minutes(words) if measure == _MINUTES else _number(words)
             limits.append(Limit(scope, key, _plain(reason), measure, resource, value))
         if largest.get(name):
-            limits.append(Limit(scope, "its nodes' size", "partitionconfig", _TRES, "cpu of one node", largest[name]))
+            limits.append(Limit(scope, "CPUs of its nodes", "partitionconfig", _TRES, "cpu of one node", largest[name]))
         qos = fields.get("QoS")
         is_default = fields.get("Default") == "YES"
         if name:

@@ -76,14 +76,14 @@ class Lab:
         )  # fmt: skip
         return (done.stdout or done.stderr).strip()
 
-    def reason(self, slurm_id: str) -> str:
-        """Why it waits, when SLURM has thought of it."""
+    def waits_for(self, slurm_id: str, pattern: str) -> str:
+        """Why a job waits, when SLURM has found out: first it says `Priority`, `PartitionConfig` or nothing."""
 
         def said() -> str | None:
             words = ask("squeue", "--noheader", f"--jobs={slurm_id}", "--format=%r").strip()
-            return None if words in ("", "None", "WaitingForScheduling") else words
+            return words if re.fullmatch(pattern, words) else None
 
-        return str(wait_for(said, f"SLURM says why {slurm_id} waits"))
+        return str(wait_for(said, f"{slurm_id} waits for {pattern}"))
 
     def cancel(self) -> None:
         subprocess.run(["scancel", f"--user={USER}"], check=True)
@@ -264,7 +264,7 @@ def test_job_above_a_limit_never_starts(lab: Lab, entity: str, limit: str, word:
     """SLURM takes it, or refuses it where the QOS has a flag."""
     lab.limit(entity, limit)
     slurm_id = lab.sbatch(*ASKS)
-    assert lab.reason(slurm_id) == word
+    lab.waits_for(slurm_id, word)
     assert lab.call(never_starts, slurm_id, word) == why
     lab.cancel()
     lab.limit(f"qos {QOS}", "flags=DenyOnLimit")
@@ -294,7 +294,7 @@ def test_job_behind_others_may_start(lab: Lab, entity: str, limit: str, word: st
     lab.limit(entity, limit)
     lab.limit(f"qos {QOS}", "flags=DenyOnLimit")
     first, second = lab.sbatch("--gres=gpu:2", "--time=60"), lab.sbatch("--gres=gpu:2", "--time=60")
-    assert lab.reason(second) == word
+    lab.waits_for(second, word)
     assert lab.call(never_starts, second, word) is None
     subprocess.run(["scancel", first], check=True)
     wait_for(lambda: ask("squeue", "--noheader", f"--jobs={second}", "--format=%T").strip() == "RUNNING", "it starts")
@@ -312,9 +312,9 @@ def test_job_behind_others_may_start(lab: Lab, entity: str, limit: str, word: st
         ("MinNodes=2", "--nodes=1", "PartitionNodeLimit",
          "wants at least 2 node(s) (MinNodes), and the job asks for 1 node(s)"),
         ("MaxCPUsPerNode=1", "--cpus-per-task=4", "PartitionConfig",
-         "allows 1 CPU(s) of one node (MaxCPUsPerNode), and the job asks for 4 CPU(s) of one node"),
+         "allows 1 CPU(s) per node (MaxCPUsPerNode), and the job asks for 4 CPU(s)"),
         ("MaxNodes=9", "--cpus-per-task=100", "PartitionConfig",
-         "allows 16 CPU(s) of one node (its nodes' size), and the job asks for 100 CPU(s) of one node"),
+         "allows 16 CPU(s) per node (CPUs of its nodes), and the job asks for 100 CPU(s)"),
         ("MaxMemPerNode=5", "--nodes=1", "MaxMemPerLimit",
          "allows 5 MiB of memory per node (MaxMemPerNode), and the job asks for 10 MiB of memory"),
     ],
@@ -324,7 +324,7 @@ def test_job_above_its_partition_never_starts(
 ) -> None:
     partition(setting)
     slurm_id = lab.sbatch(f"--partition={PARTITION}", asks)
-    assert lab.reason(slurm_id) == reason
+    lab.waits_for(slurm_id, reason)
     found = lab.call(never_starts, slurm_id, reason)
     assert found is not None
     assert f"partition {PARTITION} {why}" in found
@@ -343,8 +343,7 @@ def test_who_may_use_a_partition(
 ) -> None:
     partition(setting)
     slurm_id = lab.sbatch(f"--partition={PARTITION}")
-    reason = lab.reason(slurm_id)
-    assert re.fullmatch(pattern, reason)
+    reason = lab.waits_for(slurm_id, pattern)
     assert (lab.call(never_starts, slurm_id, reason) is not None) is never
 
 

@@ -82,11 +82,11 @@ def test_partitions_have_limits_a_qos_and_a_default() -> None:
     a100, v100 = found["a100"][1], found["v100"][1]
     assert (a100.qos, v100.qos) == (None, "slow")
     assert {limit.name: limit.value for limit in a100.limits} == {
-        "MaxTime": 2880, "TotalNodes": 2, "its nodes' size": 32,
+        "MaxTime": 2880, "TotalNodes": 2, "CPUs of its nodes": 32,
     }  # fmt: skip
     assert {limit.name: limit.value for limit in v100.limits} == {
         "MaxNodes": 1, "TotalNodes": 2, "MinNodes": 1, "MaxCPUsPerNode": 8, "MaxMemPerNode": 4000,
-        "its nodes' size": 16,
+        "CPUs of its nodes": 16,
     }  # fmt: skip
 
 
