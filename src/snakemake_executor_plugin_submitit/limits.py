@@ -205,9 +205,10 @@ _UNITS = {"mem": "MiB of memory", "node": "node(s)", "cpu": "CPU(s)", "gres/gpu"
 _UNITS["cpu of one node"] = "CPU(s)"
 
 _SHARES = {
-    "PerNode": " per node", "CPUs of": " per node", "PU": " per user", "PA": " per account", "GrpTRES": " in all", "GrpWall": " in all",
-    "MaxTRES": " per job", "MaxWall": " per job", "MaxTime": " per job",
+    "PerNode": " per node", "CPUs of": " per node", "PU": " per user", "PA": " per account",
+    "GrpTRES": " in all", "GrpWall": " in all", "MaxTRES": " per job", "MaxWall": " per job", "MaxTime": " per job",
 }  # fmt: skip
+"""What of a limit's name says whose share it is; the first that fits."""
 
 
 @dataclass(frozen=True)
