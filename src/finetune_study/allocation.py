@@ -17,7 +17,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from finetune_study import variables
 from finetune_study.config import Hardware
-from finetune_study.errors import RunFailedError
+from finetune_study.errors import RunFailedError, UnfitNodeError
 from finetune_study.run import Run
 from finetune_study.section import Section
 
@@ -78,7 +78,8 @@ def check(run: Run, asked: Asked, environment: Mapping[str, str]) -> dict[str, A
         environment: the supervisor's variables: devices that were allotted, SLURM's job.
 
     Raises:
-        RunFailedError: when the node is not what was asked for, or nobody can tell.
+        UnfitNodeError: when its GPUs are not what was asked for; another node's may be.
+        RunFailedError: when nobody can tell, or the number of nodes is wrong, which no other node mends.
     """
     wanted = {"gpu": run.hardware.gpu, "num_gpus": run.num_gpus, **asked.model_dump(mode="json")}
     nodes = environment.get("SLURM_JOB_NUM_NODES")
@@ -93,10 +94,11 @@ def check(run: Run, asked: Asked, environment: Mapping[str, str]) -> dict[str, A
         wrong = _wrong_gpus(run, asked, found["gpus"])
     else:
         by, wrong = "none", []
+    kind = UnfitNodeError if wrong else RunFailedError
     if asked.nodes is not None and found["nodes"] not in (None, asked.nodes):
         wrong.insert(0, f"{found['nodes']} nodes instead of {asked.nodes}")
     if wrong:
-        raise RunFailedError(
+        raise kind(
             f"This is not what the run asks for, and nothing was measured: {'; '.join(wrong)}",
             where=_where(environment),
             given=f"found by {by}: {_words(found)}",
@@ -173,7 +175,7 @@ def _by_driver(visible: list[str]) -> list[dict[str, Any]]:
                 return gpus
             time.sleep(1)
     except nvml.NVMLError as error:
-        raise RunFailedError(
+        raise UnfitNodeError(
             "The GPUs can't be checked: NVML gives an error",
             given=error,
             do="look at `nvidia-smi` on the node: a GPU that fell off the bus needs its administrator",

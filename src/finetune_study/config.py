@@ -134,6 +134,10 @@ class Slurm(Section):
     """Host memory in GiB for each device; more than that ends a run as `host_oom`."""
     startup_minutes: NonNegativeFloat = 10.0
     """Time for what comes before the run's own clock: software from a slow file system, modules, an image."""
+    max_job_minutes: PositiveInt | None = None
+    """Packs runs of equal hardware, number of GPUs and software into one allocation: runs that ask SLURM for the same
+    may run one after another in one job of up to so many minutes, each in a process of its own with its own record.
+    Null: every run is a job of its own."""
     extra: str | None = None
     """More options of sbatch, as on its command line, for example `--reservation=gpu-week`."""
     stand_in: bool = False

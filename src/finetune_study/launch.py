@@ -26,7 +26,7 @@ from typing import Any, TextIO, cast
 from finetune_study import allocation, data, facts, oom, record, variables
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
-from finetune_study.errors import RunFailedError, StudyError
+from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
@@ -80,6 +80,14 @@ class Verdict:
     cause: str = ""
     traceback: str | None = None
     interrupted: bool = False
+    unfit_node: bool = False
+
+    @property
+    def exit_status(self) -> int:
+        """Of the supervisor."""
+        if self.ending is not None:
+            return 0
+        return UNFIT_NODE_STATUS if self.unfit_node else 1
 
 
 class Launch:
@@ -126,7 +134,7 @@ class Launch:
                 try:
                     verdict = self._supervise(log)
                 except StudyError as error:
-                    verdict = Verdict(cause=str(error))
+                    verdict = Verdict(cause=str(error), unfit_node=isinstance(error, UnfitNodeError))
                 except Exception as error:
                     verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             if verdict.ending is not None:
@@ -296,8 +304,9 @@ class Launch:
     def _failure(self, verdict: Verdict) -> Failure:
         return Failure(
             run_id=self.run.run_id,
-            attempt=self.about.attempt - verdict.interrupted,
+            attempt=self.about.attempt - (verdict.interrupted or verdict.unfit_node),
             interrupted=verdict.interrupted,
+            unfit_node=verdict.unfit_node,
             cause=verdict.cause,
             traceback=verdict.traceback,
             log=str(self.paths.log),
@@ -388,7 +397,8 @@ def launch(
         asked: what the node must offer beside what the run says.
 
     Returns:
-        Exit status: 0 for an outcome, 1 for a failure.
+        Exit status: 0 for an outcome, `UNFIT_NODE_STATUS` where the node is not what the run asks for, 1 for any other
+        failure.
     """
     run = run_module.load(run_yaml)
     paths = RunPaths(run_yaml.absolute().parent)
@@ -412,10 +422,10 @@ def launch(
         verdict = started.execute()
     if verdict.ending is None:
         print(f"{run.run_id}: FAILED: {verdict.cause}\n  log: {paths.log}", file=sys.stderr, flush=True)
-        return 1
+        return verdict.exit_status
     reason = f": {verdict.ending.reason.splitlines()[0]}" if verdict.ending.reason else ""
     print(f"{run.run_id}: {verdict.ending.status} after {time.monotonic() - started.started:.0f} s{reason}", flush=True)
-    return 0
+    return verdict.exit_status
 
 
 ALLOCATION_HELP = f"what the node must offer beside what the run says, as JSON: {', '.join(Asked.model_fields)}"

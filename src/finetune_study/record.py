@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_study.errors import RecordError
 from finetune_study.paths import RunPaths
 from finetune_study.run import Run
-from finetune_study.section import Section
+from finetune_study.section import LATER, Section
 
 FORMAT = 1
 """Version of record.json; readers take all versions up to this one."""
@@ -76,9 +76,11 @@ class Failure(Section):
     format: int = FORMAT
     run_id: str
     attempt: int
-    """Failures so far, this one included; interruptions are not counted."""
+    """Failures so far, this one included; what was not the run's fault is not counted."""
     interrupted: bool = False
     """A signal from outside ended it: a Ctrl-C, a scheduler; not the run's fault."""
+    unfit_node: bool = Field(default=False, json_schema_extra=LATER)
+    """The node was not what the run asks for; not the run's fault either."""
     cause: str
     """In a sentence."""
     traceback: str | None = None

@@ -138,7 +138,13 @@ class Study:
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
-        return slurm.resources(self.run(run_id), self.hardware(run_id), self.config.protocol)
+        run = self.run(run_id)
+        kind = self._submit_kinds[run.hardware.name]
+        return slurm.resources(run, self.hardware(run_id), self.config.protocol, kind)
+
+    @cached_property
+    def _submit_kinds(self) -> dict[str, str]:
+        return {name: slurm.submit_kind(name, hardware) for name, hardware in self.config.hardware.items()}
 
     def allocation(self, run_id: str) -> Asked:
         """What the node must offer to a run, as far as its run.yaml does not say it."""
@@ -196,6 +202,7 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     _check_writable(results)
     _check_records(results, planned)
     _check_files(config)
+    slurm.check(config)
     return Study(config, results, planned, _select(patterns, planned))
 
 

@@ -30,6 +30,9 @@ rule finetune:
         mem=slurm_resource("mem"),
         runtime=slurm_resource("runtime"),
         slurm_extra=slurm_resource("slurm_extra"),
+        max_job_minutes=slurm_resource("max_job_minutes"),
+        submit_kind=slurm_resource("submit_kind"),
+        unfit_node_status=slurm_resource("unfit_node_status"),
     params:
         interpreter=get_interpreter,
         run=get_run_file,
