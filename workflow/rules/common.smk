@@ -31,6 +31,14 @@ def get_data_of_run(wildcards):
     return RESULTS.data(STUDY.run(wildcards.run_id).data_key) / "manifest.json"
 
 
+def get_prepared(wildcards):
+    """Models and data of all runs that are to be trained."""
+    runs = [STUDY.run(run_id) for run_id in STUDY.pending]
+    folders = {RESULTS.model(run.model_key) for run in runs}
+    folders |= {RESULTS.data(run.data_key) for run in runs}
+    return sorted(folder / "manifest.json" for folder in folders)
+
+
 def get_tokenizer_of_data(wildcards):
     return (
         RESULTS.model(STUDY.data_run(wildcards.data_key).tokenizer_key)
