@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from finetune_study import techniques
+from finetune_study import mig, techniques
 from finetune_study.errors import ConfigError
 from finetune_study.section import Section
 
@@ -127,7 +127,8 @@ class Slurm(Section):
     constraint: str | None = None
     """Features that the node must have (`sinfo -o %f`)."""
     gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """Type of the GPUs as SLURM calls it: `a100` where `sinfo -o %G` prints `gpu:a100:8`. Null: any type."""
+    """Type of the GPUs as SLURM calls it: `a100` where `sinfo -o %G` prints `gpu:a100:8`; of slices (MIG) for example
+    `a100_3g.40gb`. Null: any type."""
     cpus_per_gpu: PositiveInt = 8
     """CPUs for each device."""
     mem_gib_per_gpu: PositiveFloat | None = None
@@ -151,7 +152,8 @@ class Hardware(Section):
     device: Literal["cuda", "cpu"] = "cuda"
     """What training runs on; a CPU study behaves like a GPU study with one process per device."""
     gpu: str | None = None
-    """Name as the driver reports it, for example `NVIDIA A100-SXM4-80GB`."""
+    """Name as the driver reports it, for example `NVIDIA A100-SXM4-80GB`; of a slice (MIG) as torch does, for example
+    `NVIDIA A100-SXM4-80GB MIG 3g.40gb`."""
     memory_gib: PositiveFloat
     """Memory of one device in GiB. On the CPU it is a budget that the operating system enforces on each process."""
     compute_capability: PositiveFloat | None = None
@@ -168,6 +170,20 @@ class Hardware(Section):
     """What is asked of SLURM there."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
     """US dollars for one GPU for one hour; null: costs are given in GPU-hours alone."""
+
+    @property
+    def is_mig(self) -> bool:
+        """Whether its GPUs are slices of one; the names say so, which the node is checked for anyway."""
+        return mig.is_slice_name(self.gpu) or mig.is_slice_name(self.slurm.gpu_model)
+
+    @model_validator(mode="after")
+    def _slices_are_named(self) -> Self:
+        if self.is_mig and self.gpu is not None and not mig.is_slice_name(self.gpu):
+            raise ValueError(
+                f"`slurm.gpu_model: {self.slurm.gpu_model}` is a slice (MIG), and `gpu: {self.gpu}` a whole card: name "
+                f"the slice as torch does, for example `{self.gpu} MIG 3g.40gb`, or leave `gpu` out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gpus_are_real_or_declared(self) -> Self:

@@ -89,6 +89,9 @@ class Driver(ModuleType):
     def nvmlDeviceGetMemoryInfo(self, gpu: dict[str, Any]) -> Any:
         return SimpleNamespace(total=int(gpu["gib"] * GIB), used=int(gpu["used"] * GIB))
 
+    def nvmlDeviceGetMigMode(self, gpu: dict[str, Any]) -> list[int]:
+        raise NVMLError("Not Supported")
+
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: dict[str, Any]) -> list[Any]:
         return [SimpleNamespace(pid=pid) for pid in gpu["pids"]]
 
@@ -121,7 +124,8 @@ def test_the_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["found"]["nodes"] == 1
     assert [gpu["uuid"] for gpu in said["found"]["gpus"]] == ["GPU-1", "GPU-2"]
     assert said["found"]["gpus"][0] == {
-        "id": "1", "uuid": "GPU-1", "name": A100, "memory_gib": 79.25, "memory_used_gib": 0.5, "processes": [],
+        "id": "1", "uuid": "GPU-1", "name": A100, "slice_of": None, "is_divided": False,
+        "memory_gib": 79.25, "memory_used_gib": 0.5, "processes": [],
     }  # fmt: skip
     json.dumps(said)
 
