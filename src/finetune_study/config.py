@@ -252,6 +252,9 @@ class Protocol(Section):
     """A run that takes longer ends as `timeout`, with what was measured until then."""
     max_attempts: PositiveInt = 3
     """A run that failed so often is shown, not tried again, until its `failure.json` is deleted."""
+    implied_oom: bool = True
+    """A run is not trained once an easier one of the same kind (a shorter context, a smaller micro-batch) ran out of
+    the device's memory: it ends as `implied_oom`. False trains such runs, those that ended so as well."""
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import Field, ValidationError
 
@@ -235,9 +235,21 @@ def _first_problem(error: ValueError) -> str:
     return str(error).splitlines()[0]
 
 
-def looks_whole(path: Path) -> bool:
-    """Whether a record ends as one does; cheap enough to ask for 10,000 records before anything starts."""
+class Glance(NamedTuple):
+    """What the last bytes of a record tell."""
+
+    is_whole: bool
+    is_trained: bool
+    """Some rank told something: the record was not given without training."""
+
+
+NO_RANKS = b'"ranks": []\n}\n'
+
+
+def glance(path: Path) -> Glance:
+    """A look at a record that is cheap enough for 10,000 of them before anything starts."""
     with path.open("rb") as stream:
         stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, stream.tell() - 2))
-        return stream.read() == b"}\n"
+        stream.seek(max(0, stream.tell() - len(NO_RANKS)))
+        end = stream.read()
+    return Glance(end.endswith(b"}\n"), end != NO_RANKS)

@@ -206,11 +206,12 @@ def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, execu
     assert sys.executable in plain
 
 
-def test_profile_for_slurm_says_who_looks_after_a_kill(fresh: Workplace) -> None:
-    """The hook is called with the Python that runs Snakemake, whatever is in the PATH."""
+def test_profile_for_slurm_says_who_is_asked_before_a_job_and_after_a_kill(fresh: Workplace) -> None:
+    """The hooks are called with the Python that runs Snakemake, whatever is in the PATH."""
     with (REPOSITORY / "slurm" / "config.yaml").open(encoding="utf-8") as stream:
         parsed = ProfileConfigFileParser().parse(stream)
-    assert parsed["submitit-after-kill"] == f"{shlex.quote(sys.executable)} -m finetune_study.cli after-kill"
+    for hook in ("after-kill", "before-submit"):
+        assert parsed[f"submitit-{hook}"] == f"{shlex.quote(sys.executable)} -m finetune_study.cli {hook}"
     assert (parsed["executor"], parsed["retries"], parsed["keep-going"]) == ("submitit", "0", "True")
     answer = fresh.snakemake("--dry-run", "--profile", str(REPOSITORY / "slurm"), cores=None)
     assert answer.returncode == 0, answer.stdout

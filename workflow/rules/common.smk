@@ -92,7 +92,15 @@ def get_request(wildcards):
 def get_plan(wildcards):
     """The plan; a new one is a reason to run only where it takes away a record that said that the run can't run."""
     plan = str(RESULTS.plan)
-    return plan if wildcards.run_id in STUDY.supported_by_now else ancient(plan)
+    return plan if wildcards.run_id in STUDY.outdated else ancient(plan)
+
+
+def get_implied_oom(wildcards):
+    """Whether an easier run may decide about this one; not where somebody asked to measure it."""
+    asked_for = wildcards.run_id in STUDY.remeasured
+    return (
+        "--implied-oom" if STUDY.config.protocol.implied_oom and not asked_for else ""
+    )
 
 
 def get_remeasured(wildcards):
