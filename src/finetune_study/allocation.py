@@ -1,7 +1,7 @@
 """Checks on the node, before anything is measured, that it offers what the run asks for.
 
-A GPU is asked for its name, memory and processes through the driver (NVML). An entry that is declared a stand-in has no
-GPU: there SLURM's word for type and number is checked, and the record says so.
+A GPU is asked for its name, memory and processes through the driver (NVML); a slice of one (MIG) has its own. An entry
+that is declared a stand-in has no GPU: there SLURM's word for type and number is checked, and the record says so.
 """
 
 import json
@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from pydantic import PositiveFloat, PositiveInt
 
-from finetune_study import variables
+from finetune_study import mig, variables
 from finetune_study.config import Hardware
-from finetune_study.errors import RunFailedError
+from finetune_study.errors import RunFailedError, UnfitNodeError
 from finetune_study.run import Run
 from finetune_study.section import Section
 
@@ -78,7 +78,8 @@ def check(run: Run, asked: Asked, environment: Mapping[str, str]) -> dict[str, A
         environment: the supervisor's variables: devices that were allotted, SLURM's job.
 
     Raises:
-        RunFailedError: when the node is not what was asked for, or nobody can tell.
+        UnfitNodeError: when its GPUs are not what was asked for; another node's may be.
+        RunFailedError: when nobody can tell, or the number of nodes is wrong, which no other node mends.
     """
     wanted = {"gpu": run.hardware.gpu, "num_gpus": run.num_gpus, **asked.model_dump(mode="json")}
     nodes = environment.get("SLURM_JOB_NUM_NODES")
@@ -93,10 +94,11 @@ def check(run: Run, asked: Asked, environment: Mapping[str, str]) -> dict[str, A
         wrong = _wrong_gpus(run, asked, found["gpus"])
     else:
         by, wrong = "none", []
+    kind = UnfitNodeError if wrong else RunFailedError
     if asked.nodes is not None and found["nodes"] not in (None, asked.nodes):
         wrong.insert(0, f"{found['nodes']} nodes instead of {asked.nodes}")
     if wrong:
-        raise RunFailedError(
+        raise kind(
             f"This is not what the run asks for, and nothing was measured: {'; '.join(wrong)}",
             where=_where(environment),
             given=f"found by {by}: {_words(found)}",
@@ -122,9 +124,16 @@ def _wrong_gpus(run: Run, asked: Asked, gpus: list[dict[str, Any]]) -> list[str]
     wrong = []
     if len(gpus) < run.num_gpus:
         wrong.append(f"{len(gpus)} GPUs instead of {run.num_gpus}")
+    if run.num_gpus > 1 and any(gpu["slice_of"] for gpu in gpus):
+        wrong.append(f"{run.num_gpus} GPUs asked for; {mig.ONE_FOR_A_RUN}")
     for gpu in gpus:
-        if run.hardware.gpu is not None and gpu["name"] != run.hardware.gpu:
+        if run.hardware.gpu is not None and not _is_called(gpu, run.hardware.gpu):
             wrong.append(f"GPU {gpu['id']} is {gpu['name']!r}, not {run.hardware.gpu!r}")
+        if gpu["is_divided"]:
+            wrong.append(
+                f"GPU {gpu['id']} is divided into slices (MIG), and CUDA would take the first of them; "
+                "CUDA_VISIBLE_DEVICES must name one, as `nvidia-smi -L` prints it"
+            )
         off = abs(gpu["memory_gib"] / asked.memory_gib - 1) if asked.memory_gib else 0.0
         if off > MEMORY_TOLERANCE:
             wrong.append(f"GPU {gpu['id']} has {gpu['memory_gib']:.1f} GiB, not about {asked.memory_gib:g}")
@@ -136,6 +145,12 @@ def _wrong_gpus(run: Run, asked: Asked, gpus: list[dict[str, Any]]) -> list[str]
             others = ", ".join(map(_describe, gpu["processes"]))
             wrong.append(f"GPU {gpu['id']} is in use by {others}")
     return wrong
+
+
+def _is_called(gpu: Mapping[str, Any], name: str) -> bool:
+    if gpu["slice_of"] == gpu["name"]:  # an older driver; the slice's memory tells it from others
+        return mig.is_slice_name(name) and name.partition(" MIG ")[0] == gpu["name"]
+    return bool(gpu["name"] == name)
 
 
 def _is_in_use(gpu: Mapping[str, Any]) -> bool:
@@ -173,7 +188,7 @@ def _by_driver(visible: list[str]) -> list[dict[str, Any]]:
                 return gpus
             time.sleep(1)
     except nvml.NVMLError as error:
-        raise RunFailedError(
+        raise UnfitNodeError(
             "The GPUs can't be checked: NVML gives an error",
             given=error,
             do="look at `nvidia-smi` on the node: a GPU that fell off the bus needs its administrator",
@@ -192,14 +207,27 @@ def _look_at(nvml: Any, name: str) -> dict[str, Any] | None:
         processes = [process.pid for process in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     except nvml.NVMLError:
         processes = None  # a virtual GPU, or one that is hidden from us
+    uuid = nvml.nvmlDeviceGetUUID(handle)
+    is_slice = mig.is_slice_id(uuid)
+    card = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if is_slice else handle
     return {
         "id": name,
-        "uuid": nvml.nvmlDeviceGetUUID(handle),
+        "uuid": uuid,
         "name": nvml.nvmlDeviceGetName(handle),
+        "slice_of": nvml.nvmlDeviceGetName(card) if is_slice else None,
+        "is_divided": not is_slice and _is_divided(nvml, handle),
         "memory_gib": round(memory.total / GIB, 2),
         "memory_used_gib": round(memory.used / GIB, 2),
         "processes": processes,
     }
+
+
+def _is_divided(nvml: Any, handle: Any) -> bool:
+    try:
+        current, _ = nvml.nvmlDeviceGetMigMode(handle)
+    except nvml.NVMLError:
+        return False  # a GPU or a driver that knows no slices
+    return bool(current == nvml.NVML_DEVICE_MIG_ENABLE)
 
 
 # --- GPUs that are not there -----------------------------------------------------------------------------------------

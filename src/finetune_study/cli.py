@@ -41,6 +41,7 @@ def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
         state = (
             "measured" if run_id in study.recorded
             else f"unsupported: {planned.unsupported}" if planned.unsupported
+            else f"implied out of memory by {study.implied[run_id]}" if run_id in study.implied
             else "given up" if run_id in study.given_up
             else "to train"
         )  # fmt: skip
@@ -87,6 +88,14 @@ def after_kill(results: ResultsFolder = RESULTS) -> None:
     from finetune_study.after_kill import after_kill as conclude
 
     print(conclude(sys.stdin.read(), Results(results)))
+
+
+@app.command()
+def before_submit(results: ResultsFolder = RESULTS) -> None:
+    """Answer which jobs to submit, hold, or take as resolved; the jobs come as JSON on standard input."""
+    from finetune_study.before_submit import before_submit as answer
+
+    print(answer(sys.stdin.read(), Results(results)))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from finetune_study import techniques
+from finetune_study import mig, techniques
 from finetune_study.errors import ConfigError
 from finetune_study.section import Section
 
@@ -127,13 +127,18 @@ class Slurm(Section):
     constraint: str | None = None
     """Features that the node must have (`sinfo -o %f`)."""
     gpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] | None = None
-    """Type of the GPUs as SLURM calls it: `a100` where `sinfo -o %G` prints `gpu:a100:8`. Null: any type."""
+    """Type of the GPUs as SLURM calls it: `a100` where `sinfo -o %G` prints `gpu:a100:8`; of slices (MIG) for example
+    `a100_3g.40gb`. Null: any type."""
     cpus_per_gpu: PositiveInt = 8
     """CPUs for each device."""
     mem_gib_per_gpu: PositiveFloat | None = None
     """Host memory in GiB for each device; more than that ends a run as `host_oom`."""
     startup_minutes: NonNegativeFloat = 10.0
     """Time for what comes before the run's own clock: software from a slow file system, modules, an image."""
+    max_job_minutes: PositiveInt | None = None
+    """Packs runs of equal hardware, number of GPUs and software into one allocation: runs that ask SLURM for the same
+    may run one after another in one job of up to so many minutes, each in a process of its own with its own record.
+    Null: every run is a job of its own."""
     extra: str | None = None
     """More options of sbatch, as on its command line, for example `--reservation=gpu-week`."""
     stand_in: bool = False
@@ -147,7 +152,8 @@ class Hardware(Section):
     device: Literal["cuda", "cpu"] = "cuda"
     """What training runs on; a CPU study behaves like a GPU study with one process per device."""
     gpu: str | None = None
-    """Name as the driver reports it, for example `NVIDIA A100-SXM4-80GB`."""
+    """Name as the driver reports it, for example `NVIDIA A100-SXM4-80GB`; of a slice (MIG) as torch does, for example
+    `NVIDIA A100-SXM4-80GB MIG 3g.40gb`."""
     memory_gib: PositiveFloat
     """Memory of one device in GiB. On the CPU it is a budget that the operating system enforces on each process."""
     compute_capability: PositiveFloat | None = None
@@ -164,6 +170,20 @@ class Hardware(Section):
     """What is asked of SLURM there."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
     """US dollars for one GPU for one hour; null: costs are given in GPU-hours alone."""
+
+    @property
+    def is_mig(self) -> bool:
+        """Whether its GPUs are slices of one; the names say so, which the node is checked for anyway."""
+        return mig.is_slice_name(self.gpu) or mig.is_slice_name(self.slurm.gpu_model)
+
+    @model_validator(mode="after")
+    def _slices_are_named(self) -> Self:
+        if self.is_mig and self.gpu is not None and not mig.is_slice_name(self.gpu):
+            raise ValueError(
+                f"`slurm.gpu_model: {self.slurm.gpu_model}` is a slice (MIG), and `gpu: {self.gpu}` a whole card: name "
+                f"the slice as torch does, for example `{self.gpu} MIG 3g.40gb`, or leave `gpu` out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gpus_are_real_or_declared(self) -> Self:
@@ -232,6 +252,9 @@ class Protocol(Section):
     """A run that takes longer ends as `timeout`, with what was measured until then."""
     max_attempts: PositiveInt = 3
     """A run that failed so often is shown, not tried again, until its `failure.json` is deleted."""
+    implied_oom: bool = True
+    """A run is not trained once an easier one of the same kind (a shorter context, a smaller micro-batch) ran out of
+    the device's memory: it ends as `implied_oom`. False trains such runs, those that ended so as well."""
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
 

@@ -1,5 +1,7 @@
 """Errors that a user can act on; everything else that is raised is a bug of ours."""
 
+import os
+
 
 class StudyError(Exception):
     """Something in the user's hands is wrong: what, where, what was given, what is allowed, what to do."""
@@ -36,3 +38,11 @@ class RecordError(StudyError):
 
 class RunFailedError(StudyError):
     """A run ended in something that is not an outcome: a bug, a signal, a lost node."""
+
+
+class UnfitNodeError(RunFailedError):
+    """The node is not what the run asks for; on another one the run may well succeed."""
+
+
+UNFIT_NODE_STATUS = os.EX_UNAVAILABLE
+"""Exit status of a try that ended for an unfit node: 69, "a required resource is unavailable" of sysexits.h."""

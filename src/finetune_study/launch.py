@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import allocation, data, facts, oom, record, variables
+from finetune_study import allocation, data, facts, implied, oom, record, variables
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
-from finetune_study.errors import RunFailedError, StudyError
+from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
@@ -80,6 +80,14 @@ class Verdict:
     cause: str = ""
     traceback: str | None = None
     interrupted: bool = False
+    unfit_node: bool = False
+
+    @property
+    def exit_status(self) -> int:
+        """Of the supervisor."""
+        if self.ending is not None:
+            return 0
+        return UNFIT_NODE_STATUS if self.unfit_node else 1
 
 
 class Launch:
@@ -126,7 +134,7 @@ class Launch:
                 try:
                     verdict = self._supervise(log)
                 except StudyError as error:
-                    verdict = Verdict(cause=str(error))
+                    verdict = Verdict(cause=str(error), unfit_node=isinstance(error, UnfitNodeError))
                 except Exception as error:
                     verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             if verdict.ending is not None:
@@ -296,8 +304,9 @@ class Launch:
     def _failure(self, verdict: Verdict) -> Failure:
         return Failure(
             run_id=self.run.run_id,
-            attempt=self.about.attempt - verdict.interrupted,
+            attempt=self.about.attempt - (verdict.interrupted or verdict.unfit_node),
             interrupted=verdict.interrupted,
+            unfit_node=verdict.unfit_node,
             cause=verdict.cause,
             traceback=verdict.traceback,
             log=str(self.paths.log),
@@ -373,6 +382,7 @@ def launch(
     results: Results | None = None,
     *,
     if_needed: bool = False,
+    implied_oom: bool = False,
     time_limit_seconds: float | None = None,
     memory_snapshot: bool = False,
     asked: Asked = NOTHING_MORE,
@@ -383,15 +393,18 @@ def launch(
         run_yaml: the run.
         results: the study's results; default: the folder that `runs/<run_id>/run.yaml` lies in.
         if_needed: do nothing where there is a record; otherwise such a run is repeated in a folder of its own.
+        implied_oom: do not train a run that an easier one of the plan decides (finetune_study.implied).
         time_limit_seconds: the run ends as `timeout` after it.
         memory_snapshot: keep the CUDA allocator's history of an OOM.
         asked: what the node must offer beside what the run says.
 
     Returns:
-        Exit status: 0 for an outcome, 1 for a failure.
+        Exit status: 0 for an outcome, `UNFIT_NODE_STATUS` where the node is not what the run asks for, 1 for any other
+        failure.
     """
     run = run_module.load(run_yaml)
     paths = RunPaths(run_yaml.absolute().parent)
+    results = results or Results.of_run_yaml(run_yaml)
     with locked(paths.lock):
         if paths.record.exists():
             if if_needed:
@@ -400,10 +413,14 @@ def launch(
             paths = _folder_for_repetition(paths)
             paths.folder.mkdir()
             print(f"{run.run_id}: measured already; repeating it in {paths.folder}")
+        elif implied_oom and (witness := implied.kin(results).witness(run.run_id)):
+            implied.write(paths, run, witness)
+            print(f"{run.run_id}: implied_oom by {witness}")
+            return 0
         started = Launch(
             run,
             run_yaml.absolute(),
-            results or Results.of_run_yaml(run_yaml),
+            results,
             paths,
             time_limit_seconds,
             memory_snapshot,
@@ -412,10 +429,10 @@ def launch(
         verdict = started.execute()
     if verdict.ending is None:
         print(f"{run.run_id}: FAILED: {verdict.cause}\n  log: {paths.log}", file=sys.stderr, flush=True)
-        return 1
+        return verdict.exit_status
     reason = f": {verdict.ending.reason.splitlines()[0]}" if verdict.ending.reason else ""
     print(f"{run.run_id}: {verdict.ending.status} after {time.monotonic() - started.started:.0f} s{reason}", flush=True)
-    return 0
+    return verdict.exit_status
 
 
 ALLOCATION_HELP = f"what the node must offer beside what the run says, as JSON: {', '.join(Asked.model_fields)}"
@@ -426,6 +443,9 @@ def main() -> None:
     parser.add_argument("run_yaml", type=Path, help="the run, as the plan wrote it")
     parser.add_argument("--results", type=Path, help="the study's results folder, if run.yaml lies elsewhere")
     parser.add_argument("--if-needed", action="store_true", help="do nothing where there is a record")
+    parser.add_argument(
+        "--implied-oom", action="store_true", help="do not train what an easier run of the plan decides"
+    )
     parser.add_argument("--time-limit-minutes", type=float, help="end the run as `timeout` after so many minutes")
     parser.add_argument("--memory-snapshot", action="store_true", help="keep the CUDA allocator's history of an OOM")
     parser.add_argument("--allocation", type=Asked.model_validate_json, default=NOTHING_MORE, help=ALLOCATION_HELP)
@@ -436,6 +456,7 @@ def main() -> None:
                 arguments.run_yaml,
                 Results(arguments.results.absolute()) if arguments.results else None,
                 if_needed=arguments.if_needed,
+                implied_oom=arguments.implied_oom,
                 time_limit_seconds=None if arguments.time_limit_minutes is None else 60 * arguments.time_limit_minutes,
                 memory_snapshot=arguments.memory_snapshot,
                 asked=arguments.allocation,

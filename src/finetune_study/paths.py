@@ -49,6 +49,11 @@ class RunPaths:
         """Asks for the run to be measured again, for the `number`th time; gone when that begins."""
         return self.folder / f"remeasure-{number}.request"
 
+    def is_request(self, path: str) -> bool:
+        """Whether a path, absolute or not, is that of such a request."""
+        name = Path(path)
+        return name.parent.name == self.folder.name and name.match("remeasure-*.request")
+
     def superseded_record(self, number: int) -> Path:
         """The record that the `number`th request replaced."""
         return self.superseded / f"record-{number}.json"

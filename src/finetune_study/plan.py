@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from itertools import product
 
+from finetune_study import mig, techniques
 from finetune_study import run as run_module
-from finetune_study import techniques
 from finetune_study.config import Config, GridBlock, Hardware
 from finetune_study.run import Run, RunHardware, RunProtocol
 from finetune_study.section import Section
@@ -66,6 +66,8 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
 
 
 def _why_not(hardware: Hardware, num_gpus: int, sequences_at_once: int, effective_batch_size: int) -> str | None:
+    if num_gpus > 1 and hardware.is_mig:
+        return f"{num_gpus} GPUs asked for; {mig.ONE_FOR_A_RUN}"
     if num_gpus > hardware.max_gpus:
         return f"{num_gpus} GPUs asked for; this hardware has {hardware.max_gpus} for a run"
     if effective_batch_size % sequences_at_once:

@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune_study.errors import RecordError
 from finetune_study.paths import RunPaths
 from finetune_study.run import Run
-from finetune_study.section import Section
+from finetune_study.section import LATER, Section
 
 FORMAT = 1
 """Version of record.json; readers take all versions up to this one."""
@@ -76,9 +76,11 @@ class Failure(Section):
     format: int = FORMAT
     run_id: str
     attempt: int
-    """Failures so far, this one included; interruptions are not counted."""
+    """Failures so far, this one included; what was not the run's fault is not counted."""
     interrupted: bool = False
     """A signal from outside ended it: a Ctrl-C, a scheduler; not the run's fault."""
+    unfit_node: bool = Field(default=False, json_schema_extra=LATER)
+    """The node was not what the run asks for; not the run's fault either."""
     cause: str
     """In a sentence."""
     traceback: str | None = None
@@ -233,9 +235,21 @@ def _first_problem(error: ValueError) -> str:
     return str(error).splitlines()[0]
 
 
-def looks_whole(path: Path) -> bool:
-    """Whether a record ends as one does; cheap enough to ask for 10,000 records before anything starts."""
+class Glance(NamedTuple):
+    """What the last bytes of a record tell."""
+
+    is_whole: bool
+    is_trained: bool
+    """Some rank told something: the record was not given without training."""
+
+
+NO_RANKS = b'"ranks": []\n}\n'
+
+
+def glance(path: Path) -> Glance:
+    """A look at a record that is cheap enough for 10,000 of them before anything starts."""
     with path.open("rb") as stream:
         stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, stream.tell() - 2))
-        return stream.read() == b"}\n"
+        stream.seek(max(0, stream.tell() - len(NO_RANKS)))
+        end = stream.read()
+    return Glance(end.endswith(b"}\n"), end != NO_RANKS)

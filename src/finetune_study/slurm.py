@@ -2,7 +2,9 @@
 
 import math
 
-from finetune_study.config import Hardware, Protocol
+from finetune_study import software
+from finetune_study.config import Config, Hardware, Protocol, Slurm
+from finetune_study.errors import UNFIT_NODE_STATUS, ConfigError
 from finetune_study.run import Run
 
 MARGIN_MINUTES = 5.0
@@ -11,14 +13,19 @@ record, the executor looks at it, and a busy file system may hold both up. It co
 its GPUs back."""
 
 
-def resources(run: Run, hardware: Hardware, protocol: Protocol) -> dict[str, str | int | None]:
+def resources(run: Run, hardware: Hardware, protocol: Protocol, kind: str) -> dict[str, str | int | None]:
     """Resources of the run's job in the names of Snakemake's SLURM executors; None is left to the cluster.
 
     There is no `tasks`: the official executor makes it `--ntasks-per-gpu`, which asks for the CPUs once for every GPU.
-    `mem` is in MB, as `mem_mb` is, which may not be None.
+    `mem` is in MB, as `mem_mb` is, which may not be None. The last three are this project's executor's.
+
+    Args:
+        run: what the job is for.
+        hardware: its hardware entry.
+        protocol: of the study.
+        kind: what `submit_kind` says of the entry.
     """
     asked = hardware.slurm
-    minutes = protocol.time_limit_minutes + asked.startup_minutes + MARGIN_MINUTES
     memory = asked.mem_gib_per_gpu
     return {
         "job_name": run.run_id,
@@ -30,9 +37,46 @@ def resources(run: Run, hardware: Hardware, protocol: Protocol) -> dict[str, str
         "gres": _gres(run, hardware),
         "cpus_per_task": asked.cpus_per_gpu * run.num_gpus,
         "mem": None if memory is None else math.ceil(1024 * memory * run.num_gpus),
-        "runtime": math.ceil(minutes),
+        "runtime": runtime_minutes(asked, protocol),
         "slurm_extra": asked.extra,
+        "max_job_minutes": asked.max_job_minutes,
+        "submit_kind": kind,
+        "unfit_node_status": UNFIT_NODE_STATUS,
     }
+
+
+def runtime_minutes(asked: Slurm, protocol: Protocol) -> int:
+    """SLURM's time limit of one run."""
+    return math.ceil(protocol.time_limit_minutes + asked.startup_minutes + MARGIN_MINUTES)
+
+
+def submit_kind(name: str, hardware: Hardware) -> str:
+    """What runs share that fail alike where something is wrong with the place: hardware entry and software.
+
+    Software that was mended makes another kind, and with it a new beginning.
+    """
+    return f"{name}-{software.digest(hardware.software)}"
+
+
+def check(config: Config) -> None:
+    """What can be seen to be impossible before anything is submitted.
+
+    Raises:
+        ConfigError: when a job that packs runs could not hold one.
+    """
+    for name in sorted({name for block in config.grid for name in block.hardware}):
+        asked = config.hardware[name].slurm
+        needed = runtime_minutes(asked, config.protocol)
+        if asked.max_job_minutes is not None and asked.max_job_minutes < needed:
+            raise ConfigError(
+                f"A job of {asked.max_job_minutes} minutes can't hold a run, which may take {needed}",
+                where=f"hardware.{name}.slurm.max_job_minutes",
+                given=asked.max_job_minutes,
+                allowed=f"at least {needed} (protocol.time_limit_minutes {config.protocol.time_limit_minutes:g} + "
+                f"slurm.startup_minutes {asked.startup_minutes:g} + {MARGIN_MINUTES:g}, rounded up), or null",
+                do="raise it to several times that, so that several runs share a job; or lower the time limit of a "
+                "run; or leave it out: then every run is a job of its own",
+            )
 
 
 def _gres(run: Run, hardware: Hardware) -> str | None:

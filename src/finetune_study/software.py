@@ -2,9 +2,12 @@
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
+from finetune_study import run as run_module
 from finetune_study.config import Software
+from finetune_study.measure.environment import LOCK_COPY
 
 LOAD_MODULES = Path(__file__).with_name("load_modules.sh")
 
@@ -42,6 +45,27 @@ def _home(path: str) -> str:
 
 def _quoted(*words: str) -> str:
     return shlex.join(words)
+
+
+def digest(software: Software) -> str:
+    """Changes with the settings, and with the lock file of the environment where that can be seen from here."""
+    return run_module.digest([software.model_dump(mode="json"), _lock(software)], 12)
+
+
+def _lock(software: Software) -> str | None:
+    """In an image nothing can be seen, nor where a module's Python or a conda environment of some name lies."""
+    if software.apptainer is not None or (software.modules and software.python is software.conda is None):
+        return None
+    if software.conda is not None:
+        prefix = Path(_home(software.conda))
+    elif software.python is not None:
+        prefix = Path(_home(software.python)).parent.parent
+    else:
+        prefix = Path(sys.prefix)
+    try:
+        return (prefix / LOCK_COPY).read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def missing(software: Software) -> dict[str, str]:

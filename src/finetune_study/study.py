@@ -5,18 +5,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finetune_study import config as config_module
+from finetune_study import implied, record, slurm, software
 from finetune_study import plan as plan_module
-from finetune_study import record, slurm, software
 from finetune_study import run as run_module
 from finetune_study.allocation import Asked
 from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
+from finetune_study.implied import Kin
 from finetune_study.paths import Results, RunPaths
 from finetune_study.plan import PlannedRun
 from finetune_study.record import Ending, Record
@@ -39,11 +40,13 @@ class Study:
     """Every run of the study by its run_id, in the order of the plan."""
     remeasured: tuple[str, ...] = ()
     """Runs with an outcome that are to be measured again."""
+    untrained: frozenset[str] = frozenset()
+    """Runs whose record was given without training."""
 
     @cached_property
     def recorded(self) -> frozenset[str]:
         """Runs that have an outcome and keep it."""
-        asked_again = {*self.remeasured, *self.supported_by_now}
+        asked_again = {*self.remeasured, *self.outdated}
         return frozenset(i for i in self.planned if i not in asked_again and self.results.run(i).record.exists())
 
     @cached_property
@@ -56,22 +59,36 @@ class Study:
             return {}
 
     @cached_property
-    def supported_by_now(self) -> frozenset[str]:
-        """Runs whose record says that they can't run here, which the plan no longer says."""
-        return frozenset(
-            run_id
-            for run_id, reason in self._last_plan.items()
-            if reason and run_id in self.planned and self.planned[run_id].unsupported is None
-        )
+    def outdated(self) -> frozenset[str]:
+        """Runs whose record was given without training, for a reason that no longer holds."""
+        return frozenset(i for i in self.untrained if i not in self.remeasured and not self._still_holds(i))
+
+    def _still_holds(self, run_id: str) -> bool:
+        match self._kin.ending(run_id).get("status"):
+            case "unsupported":
+                return self.planned[run_id].unsupported is not None
+            case "implied_oom":
+                return self.config.protocol.implied_oom and self._kin.stands(run_id)
+        return True
+
+    @cached_property
+    def implied(self) -> dict[str, str]:
+        """Runs without an outcome that the record of an easier one decides, and which one that is."""
+        if not self.config.protocol.implied_oom:
+            return {}
+        without = (i for i in self.planned if i not in self.recorded and i not in self.remeasured)
+        witnesses = ((i, self._kin.witness(i)) for i in without if self.planned[i].unsupported is None)
+        return {run_id: witness for run_id, witness in witnesses if witness is not None}
+
+    @cached_property
+    def _kin(self) -> Kin:
+        return Kin(self.results, implied.rungs(planned.run for planned in self.planned.values()))
 
     @cached_property
     def given_up(self) -> frozenset[str]:
         """Runs that failed as often as the protocol allows; deleting failure.json, or `remeasure`, tries them again."""
-        return frozenset(
-            run_id
-            for run_id in self.planned
-            if run_id not in self.recorded and run_id not in self.remeasured and self._failed_too_often(run_id)
-        )
+        decided = {*self.recorded, *self.implied, *self.remeasured}
+        return frozenset(i for i in self.planned if i not in decided and self._failed_too_often(i))
 
     def _failed_too_often(self, run_id: str) -> bool:
         path = self.results.run(run_id).failure
@@ -83,11 +100,8 @@ class Study:
     @cached_property
     def pending(self) -> tuple[str, ...]:
         """Runs that are to be trained now."""
-        return tuple(
-            run_id
-            for run_id, planned in self.planned.items()
-            if planned.unsupported is None and run_id not in self.recorded and run_id not in self.given_up
-        )
+        decided = {*self.recorded, *self.implied, *self.given_up}
+        return tuple(i for i, planned in self.planned.items() if planned.unsupported is None and i not in decided)
 
     @cached_property
     def unsupported(self) -> tuple[str, ...]:
@@ -101,8 +115,11 @@ class Study:
 
     @property
     def pending_pattern(self) -> str:
-        """Regular expression of the pending run_ids: a record that exists is a source file, made by no rule."""
-        return "|".join(map(re.escape, self.pending)) or "(?!)"
+        """Regular expression of the runs without an outcome: a record that exists is a source file, made by no rule.
+
+        Where Snakemake starts anew in a job, an easier run may have decided about that job's run in the meantime.
+        """
+        return "|".join(map(re.escape, (*self.pending, *self.implied))) or "(?!)"
 
     def run(self, run_id: str) -> Run:
         return self.planned[run_id].run
@@ -138,7 +155,13 @@ class Study:
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
-        return slurm.resources(self.run(run_id), self.hardware(run_id), self.config.protocol)
+        run = self.run(run_id)
+        kind = self._submit_kinds[run.hardware.name]
+        return slurm.resources(run, self.hardware(run_id), self.config.protocol, kind)
+
+    @cached_property
+    def _submit_kinds(self) -> dict[str, str]:
+        return {name: slurm.submit_kind(name, hardware) for name, hardware in self.config.hardware.items()}
 
     def allocation(self, run_id: str) -> Asked:
         """What the node must offer to a run, as far as its run.yaml does not say it."""
@@ -153,14 +176,27 @@ class Study:
     @property
     def plan_digest(self) -> str:
         """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
-        return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
+        runs = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
+        return run_module.digest([self.config.protocol.implied_oom, runs], 16)
 
     @property
     def lost_files(self) -> list[Path]:
-        """What the last plan wrote and is gone: run.yaml of runs to train, records of those that can't run here."""
+        """What the plan must write although it may not have changed.
+
+        What it wrote last and is gone, run.yaml of runs to train and records of those that can't run here; records that
+        easier runs imply by now; and, to have it made at all, where the first record goes that it will set aside.
+        """
         lost = [self.results.run(i).run_yaml for i in self.pending if i in self._last_plan]
         lost += [self.results.run(i).record for i in self.unsupported if i in self._last_plan]
+        lost += [self.results.run(i).record for i in self.implied]
+        lost += [
+            paths.superseded_record(request_number(paths)) for paths in map(self.results.run, self._first_outdated)
+        ]
         return [path for path in lost if not path.exists()]
+
+    @property
+    def _first_outdated(self) -> list[str]:
+        return sorted(self.outdated)[:1]
 
     @property
     def prices(self) -> dict[str, float | None]:
@@ -172,6 +208,8 @@ class Study:
         parts = [f"{len(self.planned)} runs", f"{len(self.recorded)} measured", f"{len(self.pending)} to train"]
         if self.unsupported:
             parts.append(f"{len(self.unsupported)} unsupported")
+        if self.implied:
+            parts.append(f"{len(self.implied)} implied out of memory")
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
         return ", ".join(parts)
@@ -194,9 +232,10 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     config = config_module.parse(settings, where)
     planned = {one.run.run_id: one for one in plan_module.plan(config)}
     _check_writable(results)
-    _check_records(results, planned)
+    untrained = _check_records(results, planned)
     _check_files(config)
-    return Study(config, results, planned, _select(patterns, planned))
+    slurm.check(config)
+    return Study(config, results, planned, _select(patterns, planned), untrained)
 
 
 def _select(patterns: str, planned: Mapping[str, PlannedRun]) -> tuple[str, ...]:
@@ -228,10 +267,11 @@ def _check_writable(results: Results) -> None:
             )
 
 
-def _check_records(results: Results, planned: Mapping[str, PlannedRun]) -> None:
-    damaged = [
-        path for run_id in planned if (path := results.run(run_id).record).exists() and not record.looks_whole(path)
-    ]
+def _check_records(results: Results, planned: Mapping[str, PlannedRun]) -> frozenset[str]:
+    """Runs whose record was given without training."""
+    paths = {run_id: path for run_id in planned if (path := results.run(run_id).record).exists()}
+    seen = {run_id: record.glance(path) for run_id, path in paths.items()}
+    damaged = [paths[run_id] for run_id, one in seen.items() if not one.is_whole]
     if damaged:
         raise RecordError(
             f"{len(damaged)} record(s) are cut off; nothing was changed",
@@ -239,6 +279,7 @@ def _check_records(results: Results, planned: Mapping[str, PlannedRun]) -> None:
             allowed="a whole JSON document, as finetune_study.launch writes it at once",
             do="restore the file from a backup, or delete it: then that run is measured again",
         )
+    return frozenset(run_id for run_id, one in seen.items() if not one.is_trained)
 
 
 def _check_files(config: Config) -> None:
@@ -284,17 +325,22 @@ def _is_path(name: str) -> bool:
 
 
 def write_plan(study: Study) -> None:
-    """Writes plan.json, run.yaml of every run to be trained, and the record of every run that can't run here."""
+    """Writes plan.json, run.yaml of every run to be trained, and the record of every run that is known not to run."""
     for run_id, planned in study.planned.items():
         paths = study.results.run(run_id)
+        if run_id in study.outdated:
+            set_aside(paths, request_number(paths))
         if planned.unsupported:
             _write_unsupported(paths, planned)
         elif run_id not in study.recorded:
-            if _is_unsupported(paths):
-                set_aside(paths, request_number(paths))
             _write_run_yaml(paths, planned.run)
-    runs = [{"run_id": run_id, "unsupported": planned.unsupported} for run_id, planned in study.planned.items()]
-    record.write_atomically(study.results.plan, json.dumps({"runs": runs}, indent=1) + "\n")
+            if run_id in study.implied:
+                implied.write(paths, planned.run, study.implied[run_id])
+    all_planned = study.planned.values()
+    rungs = implied.rungs(planned.run for planned in all_planned)
+    runs = [asdict(rung) | {"unsupported": one.unsupported} for rung, one in zip(rungs, all_planned, strict=True)]
+    written = {"implied_oom": study.config.protocol.implied_oom, "runs": runs}
+    record.write_atomically(study.results.plan, json.dumps(written, indent=1) + "\n")
 
 
 def _write_run_yaml(paths: RunPaths, run: Run) -> None:

@@ -15,7 +15,7 @@ from finetune_study import allocation, record
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
 from finetune_study.config import Hardware, Slurm
-from finetune_study.errors import RunFailedError
+from finetune_study.errors import RunFailedError, UnfitNodeError
 from finetune_study.paths import Results
 from finetune_study.run import Run
 from tests.unit import handmade
@@ -32,9 +32,11 @@ def a_run(num_gpus: int = 1, **hardware: Any) -> Run:
     return handmade.planned(study)[0].run
 
 
-def refusal(run: Run, asked: Asked, environment: dict[str, str]) -> str:
+def refusal(run: Run, asked: Asked, environment: dict[str, str], node_is_unfit: bool = True) -> str:
+    """What is said; of a node whose GPUs are not what was asked for, so that another one may do."""
     with pytest.raises(RunFailedError) as caught:
         allocation.check(run, asked, environment)
+    assert isinstance(caught.value, UnfitNodeError) == node_is_unfit
     return str(caught.value)
 
 
@@ -87,6 +89,9 @@ class Driver(ModuleType):
     def nvmlDeviceGetMemoryInfo(self, gpu: dict[str, Any]) -> Any:
         return SimpleNamespace(total=int(gpu["gib"] * GIB), used=int(gpu["used"] * GIB))
 
+    def nvmlDeviceGetMigMode(self, gpu: dict[str, Any]) -> list[int]:
+        raise NVMLError("Not Supported")
+
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: dict[str, Any]) -> list[Any]:
         return [SimpleNamespace(pid=pid) for pid in gpu["pids"]]
 
@@ -119,7 +124,8 @@ def test_the_gpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["found"]["nodes"] == 1
     assert [gpu["uuid"] for gpu in said["found"]["gpus"]] == ["GPU-1", "GPU-2"]
     assert said["found"]["gpus"][0] == {
-        "id": "1", "uuid": "GPU-1", "name": A100, "memory_gib": 79.25, "memory_used_gib": 0.5, "processes": [],
+        "id": "1", "uuid": "GPU-1", "name": A100, "slice_of": None, "is_divided": False,
+        "memory_gib": 79.25, "memory_used_gib": 0.5, "processes": [],
     }  # fmt: skip
     json.dumps(said)
 
@@ -177,7 +183,9 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
 
 def test_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, card(0))
-    assert "2 nodes instead of 1" in refusal(a_run(), ASKED, ON_SLURM | {"SLURM_JOB_NUM_NODES": "2"})
+    assert "2 nodes instead of 1" in refusal(
+        a_run(), ASKED, ON_SLURM | {"SLURM_JOB_NUM_NODES": "2"}, node_is_unfit=False
+    )
 
 
 def test_processes_that_are_leaving_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,12 +198,22 @@ def test_processes_that_are_leaving_are_waited_for(monkeypatch: pytest.MonkeyPat
 
 def test_a_driver_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     plug_in(monkeypatch, broken=True)
-    message = refusal(a_run(), ASKED, {})
+    message = refusal(a_run(), ASKED, {}, node_is_unfit=False)
     assert "NVML does not answer" in message
     assert "Driver Not Loaded" in message
     assert "nvidia-smi" in message
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "NVML does not answer" in refusal(a_run(), ASKED, {})
+    assert "NVML does not answer" in refusal(a_run(), ASKED, {}, node_is_unfit=False)
+
+
+def test_a_gpu_that_fell_off_the_bus_is_its_nodes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    plug_in(monkeypatch, card(0))
+
+    def lost(*_: Any) -> None:
+        raise NVMLError("GPU is lost")
+
+    monkeypatch.setattr(Driver, "nvmlDeviceGetMemoryInfo", lost)
+    assert "GPU is lost" in refusal(a_run(), ASKED, {})
 
 
 # --- GPUs that are not there -----------------------------------------------------------------------------------------
@@ -251,21 +269,24 @@ def test_stand_in_is_checked_by_slurms_word(slurm: Any) -> None:
 )
 def test_stand_in_on_the_wrong_type_is_refused(slurm: Any, gres: str, visible: str, nodes: int, words: str) -> None:
     slurm(gres, nodes)
-    message = refusal(a_run(2, **CPU), STAND_IN, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible})
+    variables = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible}
+    message = refusal(a_run(2, **CPU), STAND_IN, variables, node_is_unfit=nodes == 1)
     assert words in message
     assert "slurm (stand-in)" in message
 
 
 def test_stand_in_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert "this is no SLURM job" in refusal(a_run(**CPU), STAND_IN, {})
+    assert "this is no SLURM job" in refusal(a_run(**CPU), STAND_IN, {}, node_is_unfit=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "SLURM does not say what this job got" in refusal(a_run(**CPU), STAND_IN, {"SLURM_JOB_ID": "7"})
+    message = refusal(a_run(**CPU), STAND_IN, {"SLURM_JOB_ID": "7"}, node_is_unfit=False)
+    assert "SLURM does not say what this job got" in message
 
 
 def test_a_cpu_has_nothing_to_check_but_its_node() -> None:
     said = allocation.check(a_run(**CPU), NOTHING_MORE, {})
     assert (said["by"], said["found"]) == ("none", {"nodes": None})
-    assert "3 nodes instead of 1" in refusal(a_run(**CPU), Asked(nodes=1), {"SLURM_JOB_NUM_NODES": "3"})
+    message = refusal(a_run(**CPU), Asked(nodes=1), {"SLURM_JOB_NUM_NODES": "3"}, node_is_unfit=False)
+    assert "3 nodes instead of 1" in message
 
 
 def test_what_is_asked_comes_from_the_hardware_entry() -> None:
@@ -289,3 +310,29 @@ def test_a_run_on_the_wrong_node_fails_and_records_nothing(tmp_path: Path) -> No
     assert 'found by none: "nodes": 2' in failure.cause
     assert '"nodes": 1' in failure.cause
     assert failure.slurm_job_id == "7"
+
+
+def test_an_unfit_node_has_a_status_of_its_own_and_counts_as_no_attempt(slurm: Any, tmp_path: Path) -> None:
+    """Where failures before it do: as the rule calls it, three times."""
+    slurm("gpu:v100:1(IDX:0)")
+    run = a_run(**CPU)
+    paths = Results(tmp_path).run(run.run_id)
+    record.write_atomically(paths.run_yaml, run_module.dump(run))
+    record.write_failure(paths, handmade.failure(run, attempt=2))
+    asked = STAND_IN.model_dump_json()
+    command = [sys.executable, "-m", "finetune_study.launch", str(paths.run_yaml), "--allocation", asked]
+    for _ in range(3):
+        answer = subprocess.run(
+            command, env=os.environ | {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0"}, capture_output=True, text=True
+        )
+        assert answer.returncode == 69, answer.stderr
+        failure = record.read_failure(paths.failure)
+        assert (failure.attempt, failure.unfit_node, failure.interrupted) == (2, True, False)
+        assert "the GPUs are v100, not a100" in failure.cause
+    assert not paths.record.exists()
+    # Any other failure is one, and says nothing of the node.
+    plain = subprocess.run([*command[:-1], "{}"], capture_output=True, text=True)
+    assert plain.returncode == 1
+    assert "is not prepared" in plain.stderr
+    assert record.read_failure(paths.failure).attempt == 3
+    assert '"unfit_node"' not in paths.failure.read_text()

@@ -26,7 +26,7 @@ FAILURE = Failure(run_id="x", attempt=1, cause="a bug", log="launch.log")
 def test_round_trip(paths: RunPaths, completed: Record) -> None:
     record.write_record(paths, completed)
     assert record.read_record(paths.record) == completed
-    assert record.looks_whole(paths.record)
+    assert record.glance(paths.record) == (True, True)
 
 
 def test_never_both(paths: RunPaths, completed: Record) -> None:
@@ -52,7 +52,7 @@ def test_a_truncated_record_is_noticed_and_named(paths: RunPaths, completed: Rec
     record.write_record(paths, completed)
     text = paths.record.read_text()
     paths.record.write_text(text[:kept])
-    assert not record.looks_whole(paths.record)
+    assert not record.glance(paths.record).is_whole
     if kept != -1:  # without its last line break it is still whole JSON
         with pytest.raises(RecordError, match=r"record\.json is damaged") as caught:
             record.read_record(paths.record)

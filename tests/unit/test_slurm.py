@@ -1,9 +1,12 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_study import slurm
-from finetune_study.config import Hardware, Protocol
+from finetune_study import slurm, study
+from finetune_study.config import Hardware, Protocol, Software
+from finetune_study.errors import ConfigError
+from finetune_study.paths import Results
 from tests.unit import handmade
 
 
@@ -12,8 +15,12 @@ def resources(num_gpus: int = 1, minutes: float = 30.0, **hardware: Any) -> dict
     entry = {"memory_gib": 80, "max_gpus": 8, **hardware}
     block = {"targets": "tiny", "hardware": "it", "recipes": "full", "sequence_length": 128, "num_gpus": num_gpus}
     run = handmade.planned(handmade.study(hardware={"it": entry}, grid=[block]))[0].run
-    asked = slurm.resources(run, Hardware.model_validate(entry), Protocol(time_limit_minutes=minutes))
-    assert asked.pop("job_name") == run.run_id
+    asked = slurm.resources(run, Hardware.model_validate(entry), Protocol(time_limit_minutes=minutes), "it-abc")
+    assert (asked.pop("job_name"), asked.pop("submit_kind"), asked.pop("unfit_node_status")) == (
+        run.run_id,
+        "it-abc",
+        69,
+    )
     return {name: value for name, value in asked.items() if value is not None}
 
 
@@ -31,6 +38,7 @@ def test_all_that_can_be_asked_for() -> None:
         "cpus_per_gpu": 6,
         "mem_gib_per_gpu": 62.5,
         "startup_minutes": 1,
+        "max_job_minutes": 480,
         "extra": "--reservation='gpu week'",
     }
     assert resources(4, slurm=asked) == {
@@ -44,6 +52,7 @@ def test_all_that_can_be_asked_for() -> None:
         "mem": 256_000,
         "runtime": 36,
         "slurm_extra": "--reservation='gpu week'",
+        "max_job_minutes": 480,
     }
 
 
@@ -56,3 +65,42 @@ def test_a_cpu_asks_for_no_gpu_but_a_stand_in_does() -> None:
 def test_slurms_limit_comes_after_the_runs_own(limit: float, startup: float, minutes: int) -> None:
     assert resources(minutes=limit, slurm={"startup_minutes": startup})["runtime"] == minutes
     assert minutes >= limit + startup + slurm.MARGIN_MINUTES
+
+
+def test_a_job_that_packs_runs_must_hold_one(raw: dict[str, Any], tmp_path: Path) -> None:
+    """30 minutes of a run, 10 of start-up and the margin of 5 are 45."""
+    raw["protocol"]["time_limit_minutes"] = 30
+    raw["hardware"]["cpu"]["slurm"] = {"max_job_minutes": 44}
+    with pytest.raises(ConfigError) as caught:
+        study.open_study(raw, Results(tmp_path))
+    for words in (
+        "A job of 44 minutes",
+        "may take 45",
+        "hardware.cpu.slurm.max_job_minutes",
+        "at least 45",
+        "raise it",
+    ):
+        assert words in str(caught.value)
+    raw["hardware"]["cpu"]["slurm"] = {"max_job_minutes": 45}
+    study.open_study(raw, Results(tmp_path))
+    raw["hardware"]["spare"] = {"memory_gib": 80, "slurm": {"max_job_minutes": 1}}
+    study.open_study(raw, Results(tmp_path))
+
+
+def test_runs_are_of_one_kind_where_they_fail_alike(raw: dict[str, Any], tmp_path: Path) -> None:
+    """One kind for all runs of an entry; another for another entry, another software, or a mended one."""
+    raw["hardware"]["other"] = raw["hardware"]["cpu"] | {"price_usd_per_gpu_hour": 1.0}
+    raw["grid"][0]["hardware"] = ["cpu", "other"]
+    opened = study.open_study(raw, Results(tmp_path))
+    kinds = {run_id: str(opened.slurm_resources(run_id)["submit_kind"]) for run_id in opened.planned}
+    assert len(kinds) == 4
+    assert len(set(kinds.values())) == 2
+    assert all(kind.startswith("cpu-" if "_cpux" in run_id else "other-") for run_id, kind in kinds.items())
+
+    python = tmp_path / "venv" / "bin" / "python"
+    entry = Hardware(memory_gib=80, software=Software(python=str(python)))
+    before = slurm.submit_kind("it", entry)
+    assert before == slurm.submit_kind("it", entry.model_copy(update={"price_usd_per_gpu_hour": 2.0}))
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / "finetune-study.lock").write_text("torch==2.13.0\n")
+    assert slurm.submit_kind("it", entry) != before

@@ -177,7 +177,9 @@ def rules_of(answer: str, rule: str) -> list[str]:
 def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, executor: str) -> None:
     raw = fresh.read()
     asked = {"partition": "a100", "account": "lab", "gpu_model": "a100", "cpus_per_gpu": 3, "stand_in": True}
-    raw["hardware"]["cpu"]["slurm"] = asked | {"mem_gib_per_gpu": 1.5, "startup_minutes": 2.5}
+    raw["hardware"]["cpu"]["slurm"] = asked | {
+        "mem_gib_per_gpu": 1.5, "startup_minutes": 2.5, "max_job_minutes": 60,
+    }  # fmt: skip
     raw["hardware"]["plain"] = {"device": "cpu", "memory_gib": 2}
     raw["hardware"]["cpu"]["software"] = {"modules": ["cuda/12.6"], "python": "/bin/sh"}
     raw["grid"][0] |= {"recipes": "full", "num_gpus": 2}
@@ -190,6 +192,7 @@ def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, execu
     for resource in (
         "job_name=tiny_cpux2_s64_b1_full_r1-", "slurm_partition=a100", "slurm_account=lab", "nodes=1",
         "gres=gpu:a100:2", "cpus_per_task=6", "mem_mb=3072", "runtime=13",
+        "max_job_minutes=60", "submit_kind=cpu-", "unfit_node_status=69",
     ):  # fmt: skip
         assert resource in on_gpus
     for unset in ("qos", "constraint", "slurm_extra", "None"):
@@ -197,16 +200,18 @@ def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, execu
     assert "load_modules.sh cuda/12.6 && /bin/sh -m finetune_study.launch" in on_gpus
     assert """--allocation '{"nodes":1,"gpu_model":"a100","stand_in":true}'""" in on_gpus
     assert "cpus_per_task=8" in plain
-    for unset in ("slurm_partition", "gres", "mem"):
+    assert "submit_kind=plain-" in plain
+    for unset in ("slurm_partition", "gres", "mem", "max_job_minutes"):
         assert f" {unset}=" not in plain
     assert sys.executable in plain
 
 
-def test_profile_for_slurm_says_who_looks_after_a_kill(fresh: Workplace) -> None:
-    """The hook is called with the Python that runs Snakemake, whatever is in the PATH."""
+def test_profile_for_slurm_says_who_is_asked_before_a_job_and_after_a_kill(fresh: Workplace) -> None:
+    """The hooks are called with the Python that runs Snakemake, whatever is in the PATH."""
     with (REPOSITORY / "slurm" / "config.yaml").open(encoding="utf-8") as stream:
         parsed = ProfileConfigFileParser().parse(stream)
-    assert parsed["submitit-after-kill"] == f"{shlex.quote(sys.executable)} -m finetune_study.cli after-kill"
+    for hook in ("after-kill", "before-submit"):
+        assert parsed[f"submitit-{hook}"] == f"{shlex.quote(sys.executable)} -m finetune_study.cli {hook}"
     assert (parsed["executor"], parsed["retries"], parsed["keep-going"]) == ("submitit", "0", "True")
     answer = fresh.snakemake("--dry-run", "--profile", str(REPOSITORY / "slurm"), cores=None)
     assert answer.returncode == 0, answer.stdout

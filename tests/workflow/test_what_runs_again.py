@@ -1,5 +1,6 @@
 """Nothing but its own deletion or `remeasure` runs a recorded run again: dry runs that count rules."""
 
+import copy
 import json
 import os
 import shutil
@@ -24,6 +25,31 @@ def edit(place: Workplace, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_fresh_study_runs_every_stage(fresh: Workplace) -> None:
     assert fresh.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
+
+
+def test_prepare_does_all_that_needs_a_network_and_nothing_else(fresh: Workplace) -> None:
+    """Afterwards nothing is left but to train, and to tell of it."""
+    raw = fresh.read()
+    raw["models"]["unused"] = raw["models"]["other"] = copy.deepcopy(raw["models"]["tiny"])
+    raw["models"]["other"]["architecture"]["num_hidden_layers"] = 1
+    raw["recipes"]["flash"] = ["flash_attention_2"]
+    raw["grid"].append(raw["grid"][0] | {"targets": "other", "recipes": "flash"})
+    fresh.write(raw)
+    assert fresh.planned("prepare") == {"plan": 1, "prepare_model": 1, "prepare_data": 1}
+    answer = fresh.snakemake("prepare")
+    assert answer.returncode == 0, answer.stdout
+    assert (fresh.results / "plan.json").exists()
+    assert not list(fresh.results.glob("runs/*/launch.log"))
+    assert not (fresh.results / "outcomes.parquet").exists()
+    assert fresh.planned("prepare") == {}
+    assert fresh.planned() == {"finetune": 2, **REPORTING}
+    shutil.rmtree(fresh.results / "prepared")
+    assert fresh.planned("prepare") == {"prepare_model": 1, "prepare_data": 1}
+
+
+def test_prepare_of_a_measured_study_does_nothing(measured: Workplace) -> None:
+    shutil.rmtree(measured.results / "prepared")
+    assert measured.planned("prepare") == {}
 
 
 def test_second_call_does_nothing(measured: Workplace) -> None:

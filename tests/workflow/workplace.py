@@ -71,8 +71,8 @@ class Workplace:
             return {}
         stats = answer.stdout.split("Job stats:")[1].split("total")[0]
         counts = {rule: int(number) for rule, number in re.findall(r"^(\w+) +(\d+)$", stats, re.MULTILINE)}
-        counts.pop("all", None)
-        counts.pop("remeasure", None)
+        for target in ("all", "prepare", "remeasure"):
+            counts.pop(target, None)
         return counts
 
     def copy(self, folder: Path) -> "Workplace":

@@ -31,6 +31,14 @@ def get_data_of_run(wildcards):
     return RESULTS.data(STUDY.run(wildcards.run_id).data_key) / "manifest.json"
 
 
+def get_prepared(wildcards):
+    """Models and data of all runs that are to be trained."""
+    runs = [STUDY.run(run_id) for run_id in STUDY.pending]
+    folders = {RESULTS.model(run.model_key) for run in runs}
+    folders |= {RESULTS.data(run.data_key) for run in runs}
+    return sorted(folder / "manifest.json" for folder in folders)
+
+
 def get_tokenizer_of_data(wildcards):
     return (
         RESULTS.model(STUDY.data_run(wildcards.data_key).tokenizer_key)
@@ -84,7 +92,15 @@ def get_request(wildcards):
 def get_plan(wildcards):
     """The plan; a new one is a reason to run only where it takes away a record that said that the run can't run."""
     plan = str(RESULTS.plan)
-    return plan if wildcards.run_id in STUDY.supported_by_now else ancient(plan)
+    return plan if wildcards.run_id in STUDY.outdated else ancient(plan)
+
+
+def get_implied_oom(wildcards):
+    """Whether an easier run may decide about this one; not where somebody asked to measure it."""
+    asked_for = wildcards.run_id in STUDY.remeasured
+    return (
+        "--implied-oom" if STUDY.config.protocol.implied_oom and not asked_for else ""
+    )
 
 
 def get_remeasured(wildcards):

@@ -1,6 +1,10 @@
 # One job per run. A record that exists is a source file: STUDY.pending_pattern keeps this rule from making it again.
 
 
+# The plan gives a run that an easier one decides its record.
+ruleorder: plan > finetune
+
+
 rule finetune:
     input:
         plan=get_plan,
@@ -30,11 +34,15 @@ rule finetune:
         mem=slurm_resource("mem"),
         runtime=slurm_resource("runtime"),
         slurm_extra=slurm_resource("slurm_extra"),
+        max_job_minutes=slurm_resource("max_job_minutes"),
+        submit_kind=slurm_resource("submit_kind"),
+        unfit_node_status=slurm_resource("unfit_node_status"),
     params:
         interpreter=get_interpreter,
         run=get_run_file,
         allocation=get_allocation,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
+        implied_oom=get_implied_oom,
         memory_snapshot=(
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
         ),
@@ -42,4 +50,4 @@ rule finetune:
         "rm -f {input.request:q};"
         " {params.interpreter} -m finetune_study.launch {params.run:q} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} --allocation {params.allocation:q}"
-        " {params.memory_snapshot}"
+        " {params.implied_oom} {params.memory_snapshot}"

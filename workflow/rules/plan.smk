@@ -1,4 +1,4 @@
-# From the configuration to run.yaml of every run, one batch job; runs that can't run here get their record at once.
+# From the configuration to run.yaml of every run, one batch job; what is known not to run gets its record at once.
 # Declared are plan.json and what was lost alone: Snakemake compares every file it looks for with every output of a
 # rule. update(): nothing is deleted before the plan is written.
 

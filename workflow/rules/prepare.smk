@@ -1,4 +1,5 @@
-# Fetches model and data where there is a network, before any GPU is held.
+# Fetches model and data where there is a network, before any GPU is held. `snakemake prepare` does that alone, for where
+# jobs are submitted from a place without one.
 
 
 rule prepare_model:
@@ -30,3 +31,10 @@ rule prepare_data:
         "../../envs/controller.yaml"
     script:
         "../scripts/prepare_data.py"
+
+
+rule prepare:
+    input:
+        RESULTS.plan,
+        STUDY.lost_files,
+        get_prepared,

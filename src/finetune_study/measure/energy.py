@@ -2,19 +2,22 @@
 
 from typing import Any
 
+from finetune_study import mig
+
 
 class EnergyMeter:
-    """Joules that one GPU took between `start` and `stop`; None where the driver does not say (a MIG slice, a CPU)."""
+    """Joules that one GPU took between `start` and `stop`; None where the driver does not say, on a CPU, and for a
+    slice (MIG): NVML counts the energy of the whole card, which others use as well."""
 
     def __init__(self, uuid: str | None) -> None:
         """
         Args:
-            uuid: the GPU as the driver names it (`GPU-…`); None on a CPU.
+            uuid: the GPU as the driver names it (`GPU-…`, `MIG-…`); None on a CPU.
         """
         self._handle: Any = None
         self._start: int | None = None
         self.joules: float | None = None
-        if uuid is not None:
+        if uuid is not None and not mig.is_slice_id(uuid):
             import pynvml
 
             try:

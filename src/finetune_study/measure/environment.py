@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_study import mig
+
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "flash-attn", "finetune-study")
 """Whose versions get a place of their own; all others are in the digest."""
 
@@ -100,25 +102,33 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def gpu_uuid() -> str | None:
-    """The driver's name for this process's GPU; None without one."""
+    """The driver's name for this process's GPU, `GPU-…` or `MIG-…`; None without one."""
     import torch
 
-    return f"GPU-{torch.cuda.get_device_properties().uuid}" if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    properties, visible = torch.cuda.get_device_properties(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    kind = "MIG" if mig.is_slice_name(properties.name) or mig.is_slice_id(visible) else "GPU"
+    return f"{kind}-{properties.uuid}"
 
 
 def gpu_state(uuid: str | None) -> dict[str, Any]:
-    """Clocks in MHz, power in watts, temperature and reasons for throttling right now; empty without NVML."""
+    """Clocks in MHz, power in watts, temperature and reasons for throttling right now; empty without NVML.
+
+    All of these are the whole card's, so that they are null for a slice of it.
+    """
     if uuid is None:
         return {}
     import pynvml as nvml
 
+    is_slice = mig.is_slice_id(uuid)
     try:
         nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+        handle = None if is_slice else nvml.nvmlDeviceGetHandleByUUID(uuid)
+        driver = nvml.nvmlSystemGetDriverVersion()
     except nvml.NVMLError:
         return {}
     readings: dict[str, Callable[[], Any]] = {
-        "driver": lambda: nvml.nvmlSystemGetDriverVersion(),
         "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
         "max_sm_clock_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
         "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
@@ -126,10 +136,10 @@ def gpu_state(uuid: str | None) -> dict[str, Any]:
         "temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
         "throttle_reasons_bits": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
     }
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"driver": driver}
     for name, read in readings.items():
         try:
-            state[name] = read()
+            state[name] = None if is_slice else read()
         except nvml.NVMLError:
             state[name] = None
     return state

@@ -1,5 +1,7 @@
 """Dense peak rates of GPUs; an unknown GPU has none, and so no MFU."""
 
+from finetune_study import mig
+
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
     # NVIDIA V100 Tensor Core GPU data sheet (SXM2)
     "V100-SXM2": {"float16": 125.0, "float32": 15.7},
@@ -27,7 +29,7 @@ def peak_tflops(device_name: str | None, dtype: str | None) -> float | None:
     """Dense peak of one device in TFLOP/s; None when the device or its rate for the format is not known."""
     if device_name is None or dtype is None:
         return None
-    if any(word in device_name for word in ("MIG", "NVL")):
+    if mig.is_slice_name(device_name) or "NVL" in device_name:
         return None  # a slice of a GPU, or a variant whose rates are not in the table
     words = device_name.replace("Tesla ", "").removeprefix("NVIDIA ")
     for part, rates in PEAK_TFLOPS.items():

@@ -1,0 +1,178 @@
+"""implied_oom: a run that is not trained, because an easier one of the same kind ran out of the device's memory.
+
+A **witness** decides about a run when all that defines the two is equal but what only adds memory on a rank: the run
+has at least the witness's sequence_length and per_device_train_batch_size, and more of one of them. The repeat may
+differ, but a repeat alone is never implied: whether it ends as another did is what repeats are for.
+
+gradient_accumulation_steps follows from the effective batch, and may differ as long as both accumulate or neither does.
+While a rank accumulates, gradients lie beside the activations of the next micro-batch, so that a larger micro-batch in
+a single pass may need less than a smaller one in two.
+
+Nothing is concluded across numbers of GPUs (sharding gives each rank less of the model states, and brings buffers), nor
+across recipes, models or hardware: neither more nor less memory follows from those alone.
+
+A witness ran out in training: evaluation, host memory and an unknown phase prove nothing of it, nor does memory that
+was free but in pieces. One is not believed when a run that needs at least as much completed.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from finetune_study import record
+from finetune_study import run as run_module
+from finetune_study.errors import RecordError
+from finetune_study.paths import Results, RunPaths
+from finetune_study.record import Ending, Record
+from finetune_study.run import Run
+
+AXES = ("sequence_length", "per_device_train_batch_size")
+"""What only adds memory on a rank."""
+
+NOT_OF_THE_KIND = {"run_id", "repeat", "gradient_accumulation_steps", *AXES}
+"""What may differ between a run and its witness."""
+
+TRAINING = ("load", "forward", "backward", "optimizer")
+"""Phases whose memory a harder run of the kind needs as well."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run among those of its kind; harder ones are above."""
+
+    run_id: str
+    kind: str
+    """Digest of all that is equal between a run and its witness."""
+    sequence_length: int
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+
+    @classmethod
+    def of(cls, run: Mapping[str, Any]) -> Self:
+        """Of a run as JSON."""
+        same = {name: value for name, value in run.items() if name not in NOT_OF_THE_KIND}
+        return cls(kind=run_module.digest(same, 12), **{name: run[name] for name in _FROM_RUN})
+
+    def needs_as_much_as(self, other: "Rung") -> bool:
+        """Whether each rank of this run needs at least the memory of the other's."""
+        return (
+            self.kind == other.kind
+            and self.sequence_length >= other.sequence_length
+            and self.per_device_train_batch_size >= other.per_device_train_batch_size
+            and (self.gradient_accumulation_steps > 1) == (other.gradient_accumulation_steps > 1)
+        )
+
+    def is_harder_than(self, other: "Rung") -> bool:
+        """The same, and it is no mere repeat."""
+        return self.needs_as_much_as(other) and self._size != other._size
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.sequence_length, self.per_device_train_batch_size
+
+
+_FROM_RUN = ("run_id", *AXES, "gradient_accumulation_steps")
+
+
+def rungs(runs: Iterable[Run]) -> list[Rung]:
+    """Of the runs of one study, in which these names stand for all else that defines a run."""
+    kinds: dict[tuple[str, str, int, str], str] = {}
+    found = []
+    for run in runs:
+        names = (run.target, run.hardware.name, run.num_gpus, run.recipe)
+        if names not in kinds:
+            kinds[names] = Rung.of(run.model_dump(mode="json")).kind
+        found.append(Rung(kind=kinds[names], **{name: getattr(run, name) for name in _FROM_RUN}))
+    return found
+
+
+class Kin:
+    """The runs of a study by their kinds, and what their records say; a record is read once, when it is asked for."""
+
+    def __init__(self, results: Results, of_the_study: Iterable[Rung]) -> None:
+        self._results = results
+        self._rungs = {rung.run_id: rung for rung in of_the_study}
+        self._kinds: dict[str, list[Rung]] = {}
+        for rung in self._rungs.values():
+            self._kinds.setdefault(rung.kind, []).append(rung)
+        self._endings: dict[str, Mapping[str, Any]] = {}
+
+    def witness(self, run_id: str) -> str | None:
+        """run_id of the easiest run that proves that this one runs out of memory; None when nothing does."""
+        proofs = (rung for rung in self.easier(run_id) if self._proves(rung))
+        return next((rung.run_id for rung in proofs), None)
+
+    def stands(self, run_id: str) -> bool:
+        """Whether a run's record as implied_oom still has a witness; its own may have left the study since."""
+        if self.witness(run_id) is not None:
+            return True
+        witness = self.ending(run_id).get("witness")
+        if witness is None or witness in self._rungs:
+            return False
+        try:
+            found = record.read_record(self._results.run(witness).record)
+        except RecordError:
+            return False
+        rung = Rung.of(found.run.model_dump(mode="json"))
+        return _ran_out(found.ending.model_dump()) and self._rungs[run_id].is_harder_than(rung)
+
+    def easier(self, run_id: str) -> list[Rung]:
+        """Runs that could be a witness, the easiest first."""
+        rung = self._rungs.get(run_id)
+        kin = self._kinds[rung.kind] if rung else []
+        return sorted(
+            (one for one in kin if rung and rung.is_harder_than(one)), key=lambda one: (one._size, one.run_id)
+        )
+
+    def fits(self, run_id: str) -> bool:
+        """Whether a run that needs at least as much completed."""
+        rung = self._rungs.get(run_id)
+        return rung is not None and any(
+            self.ending(one.run_id).get("status") == "completed"
+            for one in self._kinds[rung.kind]
+            if one.needs_as_much_as(rung)
+        )
+
+    def ending(self, run_id: str) -> Mapping[str, Any]:
+        """How a run ended, as its record says; empty without one that can be read."""
+        if run_id not in self._endings:
+            self._endings[run_id] = _ending(self._results.run(run_id))
+        return self._endings[run_id]
+
+    def _proves(self, rung: Rung) -> bool:
+        return _ran_out(self.ending(rung.run_id)) and not self.fits(rung.run_id)
+
+
+def _ending(paths: RunPaths) -> dict[str, Any]:
+    """As it lies there: it is not worth the time to check all that a record says."""
+    try:
+        return dict(json.loads(paths.record.read_text(encoding="utf-8"))["ending"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _ran_out(ending: Mapping[str, Any]) -> bool:
+    return (
+        ending.get("status") == "device_oom"
+        and ending.get("phase") in TRAINING
+        and ending.get("fragmented") is not True
+    )
+
+
+def write(paths: RunPaths, run: Run, witness: str) -> None:
+    """Gives a run its outcome; a record that came first stays."""
+    if not paths.record.exists():
+        reason = f"not trained: an easier run of the same kind, {witness}, ran out of the device's memory"
+        record.write_record(paths, Record(run=run, ending=Ending(status="implied_oom", reason=reason, witness=witness)))
+
+
+def kin(results: Results) -> Kin:
+    """The runs of the plan that was written last; none where it has this switched off, or does not say enough."""
+    try:
+        plan = json.loads(results.plan.read_text(encoding="utf-8"))
+        written = plan["runs"] if plan["implied_oom"] else []
+        names = [field.name for field in fields(Rung)]
+        return Kin(results, [Rung(**{name: one[name] for name in names}) for one in written])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Kin(results, [])

@@ -1,0 +1,84 @@
+"""Runs that an easier one shows to run out of memory, through the workflow."""
+
+from typing import Any
+
+import polars as pl
+
+from finetune_study import record
+from finetune_study.record import Ending
+from tests.workflow.workplace import Workplace
+
+REPORTING = {"extract_metrics": 1, "aggregate": 1, "report": 1}
+
+
+def change(place: Workplace, **changes: Any) -> None:
+    """Other contexts, or another protocol."""
+    raw = place.read()
+    raw["grid"][0]["sequence_length"] = changes.pop("sequence_length", raw["grid"][0]["sequence_length"])
+    raw["protocol"] |= changes
+    place.write(raw)
+
+
+def ending(place: Workplace, word: str) -> Ending:
+    return record.read_record(place.record(word)).ending
+
+
+def test_longer_context_is_not_trained_after_a_shorter_one_ran_out(fresh: Workplace) -> None:
+    """Switched off it is, and what was concluded is kept aside."""
+    raw = fresh.read()
+    raw["hardware"]["cpu"]["memory_gib"] = 0.003  # less than model, gradients and optimizer states
+    raw["grid"][0]["recipes"] = "full"
+    fresh.write(raw)
+    answer = fresh.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    witness = fresh.record("_s64_").parent.name
+    assert ending(fresh, "_s64_").status == "device_oom"
+    measured = fresh.record("_s64_").read_bytes()
+
+    change(fresh, sequence_length=[64, 96])
+    assert fresh.planned() == {"plan": 1, **REPORTING}
+    answer = fresh.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    assert "1 implied out of memory" in answer.stdout
+    assert (ending(fresh, "_s96_").status, ending(fresh, "_s96_").witness) == ("implied_oom", witness)
+    assert not (fresh.record("_s96_").parent / "launch.log").exists()
+    row = pl.read_parquet(fresh.results / "outcomes.parquet").filter(pl.col("status") == "implied_oom")
+    assert witness in row["reason"][0]
+    assert "implied out of memory" in (fresh.results / "report" / "index.html").read_text()
+    assert fresh.planned() == {}
+
+    change(fresh, implied_oom=False)
+    assert fresh.planned() == {"plan": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    answer = fresh.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    assert ending(fresh, "_s96_").status == "device_oom"
+    aside = fresh.record("_s96_").parent / "superseded" / "record-1.json"
+    assert record.read_record(aside).ending.status == "implied_oom"
+    assert fresh.record("_s64_").read_bytes() == measured
+    assert fresh.planned() == {}
+
+    # Measured by now, it stays.
+    change(fresh, implied_oom=True)
+    assert "finetune" not in fresh.planned()
+
+
+def test_implied_runs_are_trained_when_their_witness_is_gone_or_somebody_asks(measured: Workplace) -> None:
+    raw = measured.read()
+    raw["grid"][0]["recipes"] = "full"
+    raw["grid"][0]["sequence_length"] = [64, 96]
+    measured.write(raw)
+    path = measured.record("_full_")
+    found = record.read_record(path)
+    out = found.model_copy(update={"ending": Ending(status="device_oom", phase="forward")})
+    record.write_atomically(path, out.model_dump_json(indent=1) + "\n")
+    assert measured.planned() == {"plan": 1, **REPORTING}
+    assert measured.snakemake("plan").returncode == 0
+    assert ending(measured, "_s96_").status == "implied_oom"
+
+    asked = measured.planned("remeasure", "--config", "remeasure=*_s96_*")
+    assert asked == {"request_remeasure": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    said = measured.snakemake("--dry-run", "--printshellcmds", "remeasure", "--config", "remeasure=*_s96_*").stdout
+    assert "--if-needed" in said
+    assert "--implied-oom" not in said
+    path.unlink()
+    assert measured.planned() == {"plan": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
