@@ -9,6 +9,7 @@ from pathlib import Path
 
 from snakemake_executor_plugin_submitit.gate import Gate
 from snakemake_executor_plugin_submitit.ledger import Ledger, Submission
+from snakemake_executor_plugin_submitit.limits import Limits
 from snakemake_executor_plugin_submitit.patience import FIRST_PAUSE_SECONDS, Patience
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 from snakemake_executor_plugin_submitit.slurm import Slurm, SlurmError
@@ -40,6 +41,7 @@ class Base:
         self.latency_wait = latency_wait
         self._tasks: dict[str, Task] = {}
         self._gate = Gate(ledger, settings)
+        self._limits = Limits()
         self._stop = threading.Event()
         self._next_question = 0.0
         self._full: dict[str, Patience] = {}
@@ -136,7 +138,7 @@ class Base:
                 time.sleep(pause)
                 pause *= 2
 
-    def _gave_up(self, error: SlurmError) -> GaveUpError:
+    def _gave_up(self, error: str) -> GaveUpError:
         ids = slurm_ids(task.submission for task in self._in_state("submitted") if task.submission)
         return GaveUpError(
             f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n"

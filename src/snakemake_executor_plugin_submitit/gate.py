@@ -15,7 +15,7 @@ LINES_COMPARED = 10
 ROUNDING = 1e-9
 """Hours; minutes over 60 are no round numbers."""
 
-NUMBERS = re.compile(r"\b0x[0-9a-f]+\b|\d+(\.\d+)?")
+NUMBERS = re.compile(r"\b0x[0-9a-f]+\b|\d+([._]\d+)*")
 """What differs between two logs that say the same: ids, times, sizes."""
 
 

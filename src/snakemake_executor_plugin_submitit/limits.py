@@ -58,7 +58,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from snakemake_executor_plugin_submitit.slurm import TRANSIENT, SlurmError, _run
+from snakemake_executor_plugin_submitit.slurm import TRANSIENT, SlurmError, run_command
 
 REFRESH_SECONDS = 180.0
 """What is known of limits and pending jobs is asked for again after so long: administrators change it now and then."""
@@ -416,7 +416,7 @@ class Limits:
 
     def _configuration(self) -> dict[str, str]:
         if self._config is None:
-            lines = _run("scontrol", *self._there(), "show", "config").splitlines()
+            lines = run_command("scontrol", *self._there(), "show", "config").splitlines()
             self._config = {name.strip(): value.strip() for name, _, value in (line.partition("=") for line in lines)}
         return self._config
 
@@ -444,8 +444,8 @@ class Limits:
         qos = table("qos", ("Name", "Flags", *_QOS))
         default = table("user", ("DefaultAccount",), f"name={user}")
         partitions = parse_partitions(
-            _run("scontrol", *self._there(), "--oneliner", "show", "partition"),
-            _run("sinfo", *self._there(), "--noheader", "--exact", "--format=%R|%c"),
+            run_command("scontrol", *self._there(), "--oneliner", "show", "partition"),
+            run_command("sinfo", *self._there(), "--noheader", "--exact", "--format=%R|%c"),
         )
         return _Values(
             user=user,
@@ -466,7 +466,7 @@ class Limits:
 
     def _usage(self, user: str) -> Usage:
         try:
-            answer = _run("scontrol", *self._there(), "show", "assoc_mgr", "flags=assoc,qos", f"users={user}")
+            answer = run_command("scontrol", *self._there(), "show", "assoc_mgr", "flags=assoc,qos", f"users={user}")
         except SlurmError:
             return {}
         return parse_usage(answer, user, os.getuid())
@@ -478,7 +478,7 @@ class Limits:
             names = ("JobID", "ArrayJobID", "Partition", "Account", "QOS", "TimeLimit", "tres-alloc", "MinCpus")
             columns = ",".join(f"{name}:|" for name in names)
             with suppress(SlurmError):
-                answer = _run(
+                answer = run_command(
                     *("squeue", "--noheader", "--me", "--states=PENDING", *self._there(), f"--Format={columns}")
                 )
                 self._pending = parse_pending(answer)
@@ -542,7 +542,9 @@ def _only(qos: str) -> str | None:
 
 
 def _ask_table(what: str, columns: Sequence[str], *conditions: str) -> list[dict[str, str]]:
-    answer = _run("sacctmgr", "--noheader", "--parsable2", "show", what, *conditions, f"format={','.join(columns)}")
+    answer = run_command(
+        "sacctmgr", "--noheader", "--parsable2", "show", what, *conditions, f"format={','.join(columns)}"
+    )
     return [dict(zip(columns, line.split("|"), strict=False)) for line in answer.splitlines() if line]
 
 

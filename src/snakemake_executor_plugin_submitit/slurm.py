@@ -28,9 +28,6 @@ TRANSIENT = re.compile(
 )
 """Words of a SLURM that is busy, restarting or out of reach (slurm_strerror and its callers); it may be asked again."""
 
-FULL = re.compile(r"(Assoc|QOS)\w*SubmitJobs?\w*Limit|Slurm temporarily unable to accept job")
-"""Limits on the number of jobs that may be there at a time (squeue(1), JOB REASON CODES); MaxJobCount."""
-
 NO_ACCOUNTING = re.compile(r"accounting storage is disabled|accounting_storage/none", re.IGNORECASE)
 
 ACTIVE = {
@@ -43,13 +40,6 @@ NODE_LOST = {"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"}
 """Nothing the job did: it is submitted again."""
 KILLED = {"OUT_OF_MEMORY", "TIMEOUT", "DEADLINE"}
 """Limits that the scheduler enforced; `after_kill` may make a result of them."""
-NEVER_STARTS = re.compile(
-    r"PartitionTimeLimit|PartitionNodeLimit|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed|"
-    r"DependencyNeverSatisfied|(Assoc|QOS)Max\w*PerJob(Limit)?"
-)
-"""Reasons for which a job waits that do not pass by themselves (squeue(1), JOB REASON CODES): clusters that do not
-enforce limits at submission (EnforcePartLimits=NO) take such jobs."""
-
 # The rest of squeue(1)'s JOB STATE CODES: COMPLETED, CANCELLED, FAILED.
 
 _BADNESS = (
@@ -76,15 +66,6 @@ class SlurmBusyError(SlurmError):
     """SLURM may answer another time."""
 
     transient = True
-
-
-class SlurmFullError(SlurmBusyError):
-    """As many jobs are there as may be; when one ends there is room again."""
-
-    room: int | None = None
-    """For so many jobs there is room."""
-    is_certain = False
-    """The cluster was asked for its limits, and this is one that passes."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +172,7 @@ class _Submitter(SlurmExecutor):
             for name, value in self._environment.items()
             if not name.startswith(("SLURM_", "SBATCH_")) or name in ("SLURM_CONF", "SBATCH_EXPORT")
         }
-        answer = _run("sbatch", *self._extra, str(script), environment=environment)
+        answer = run_command("sbatch", *self._extra, str(script), environment=environment)
         return str(self._get_job_id_from_submission_command(answer))
 
 
@@ -224,12 +205,16 @@ def submit(folder: Path, options: Mapping[str, Any], extra: Sequence[str], comma
 
 def _error(words: str) -> SlurmError:
     words = words.strip() or "no message"
-    if FULL.search(words):
-        return SlurmFullError(words)
     return (SlurmBusyError if TRANSIENT.search(words) else SlurmError)(words)
 
 
-def _run(*words: str, environment: Mapping[str, str] | None = None) -> str:
+def run_command(*words: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a command of SLURM prints.
+
+    Raises:
+        SlurmBusyError: it may answer another time.
+        SlurmError: what it says instead.
+    """
     try:
         # No input: sbatch would wait at a terminal for its script when an option has taken the file for its value.
         done = subprocess.run(
@@ -285,7 +270,7 @@ class Slurm:
         rows: list[dict[str, str]] = []
         try:
             for some in _batches(asked):
-                answer = _run(
+                answer = run_command(
                     *("sacct", "--noheader", "--parsable2", *self._cluster()),
                     *("--format", ",".join(_FIELDS), "--jobs", ",".join(some)),
                 )
@@ -314,7 +299,7 @@ class Slurm:
             SlurmError: when it does not answer.
         """
         wanted = set(ids)
-        answer = _run(
+        answer = run_command(
             *("squeue", "--noheader", "--me", "--array", "--states=all", *self._cluster()),
             "--format=%i|%T|%r|%N|%l|%A",
         )
@@ -331,7 +316,7 @@ class Slurm:
         Raises:
             SlurmError: when it does not answer.
         """
-        answer = _run("squeue", "--noheader", "--me", "--states=all", *self._cluster(), "--format=%F|%o")
+        answer = run_command("squeue", "--noheader", "--me", "--states=all", *self._cluster(), "--format=%F|%o")
         for line in answer.splitlines():
             slurm_id, _, command = line.partition("|")
             if command.startswith(f"{folder}/"):
@@ -341,7 +326,7 @@ class Slurm:
     def details(self, slurm_id: str) -> str | None:
         """The controller's reason for a job's end, which accounting does not keep; None where it knows none."""
         try:
-            answer = _run("scontrol", "--oneliner", "show", "job", slurm_id)
+            answer = run_command("scontrol", "--oneliner", "show", "job", slurm_id)
         except SlurmError:
             return None
         reason = re.search(r"\bReason=(\S+)", answer)
@@ -354,7 +339,7 @@ class Slurm:
             SlurmError: when SLURM does not answer.
         """
         for start in range(0, len(ids), 500):
-            _run("scancel", *self._cluster(), *ids[start : start + 500])
+            run_command("scancel", *self._cluster(), *ids[start : start + 500])
 
     def signal(self, slurm_id: str, name: str) -> None:
         """Sends a signal to the batch script of a job, and to nothing else of it.
@@ -362,15 +347,7 @@ class Slurm:
         Raises:
             SlurmError: when SLURM does not answer.
         """
-        _run("scancel", "--batch", f"--signal={name}", *self._cluster(), slurm_id)
-
-    def max_array_size(self) -> int:
-        """Jobs that an array may have; 1 where there are none, or SLURM does not say."""
-        try:
-            found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config"), re.MULTILINE)
-        except SlurmError:
-            return 1
-        return max(1, int(found[1])) if found else 1  # the largest index is one less
+        run_command("scancel", "--batch", f"--signal={name}", *self._cluster(), slurm_id)
 
     def hurry(self, slurm_id: str) -> None:
         """Lets a requeued job start at once: SLURM makes it wait for two minutes and more.
@@ -378,7 +355,7 @@ class Slurm:
         Raises:
             SlurmError: when SLURM refuses.
         """
-        _run("scontrol", "update", f"JobId={slurm_id}", "StartTime=now")
+        run_command("scontrol", "update", f"JobId={slurm_id}", "StartTime=now")
 
 
 def parse_accounting(rows: Iterable[Mapping[str, str]], ids: Iterable[str]) -> dict[str, JobStatus]:

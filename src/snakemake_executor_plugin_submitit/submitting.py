@@ -8,8 +8,21 @@ from snakemake_executor_plugin_submitit import batch as batches
 from snakemake_executor_plugin_submitit.base import Base
 from snakemake_executor_plugin_submitit.batch import Batch
 from snakemake_executor_plugin_submitit.ledger import WITHDRAWN, Submission
-from snakemake_executor_plugin_submitit.slurm import SlurmError, SlurmFullError
+from snakemake_executor_plugin_submitit.limits import Refusal
+from snakemake_executor_plugin_submitit.slurm import SlurmError
 from snakemake_executor_plugin_submitit.task import Task
+
+
+class NoRoomError(Exception):
+    """SLURM takes no more jobs of these now; it does when others have ended."""
+
+    def __init__(self, words: str, refusal: Refusal) -> None:
+        super().__init__(f"{words} ({refusal.why})" if refusal.why else words)
+        self.room = refusal.room
+        """For so many jobs there is room, as far as known."""
+        self.is_certain = refusal.passes is True
+        """The cluster's limits say so, not the words alone."""
+
 
 SUBMIT_SECONDS = 5.0
 """A round submits for so long, then looks after the jobs that are there already."""
@@ -94,7 +107,7 @@ class Submitting(Base):
             try:
                 if not self._send(batch):
                     return False
-            except SlurmFullError as error:
+            except NoRoomError as error:
                 fewer = len(batch.jobs) // 2 if error.room is None else min(error.room, len(batch.jobs) - 1)
                 if fewer < 1:
                     self._wait_for_room(left, error)
@@ -103,7 +116,7 @@ class Submitting(Base):
             left = [task for task in left if task.state == "new"]
         return True
 
-    def _wait_for_room(self, tasks: Sequence[Task], error: SlurmFullError) -> None:
+    def _wait_for_room(self, tasks: Sequence[Task], error: NoRoomError) -> None:
         patience = self._full.get(tasks[0].work.asked)
         if patience is None:
             patience = self._full[tasks[0].work.asked] = self._new_patience()
@@ -112,17 +125,20 @@ class Submitting(Base):
             self.listener.say(f"{len(tasks)} job(s) wait until SLURM has room for them: {error}")
         patience.failed()
         if patience.is_over and not error.is_certain and not self._in_state("submitted"):
-            raise self._gave_up(error) from None
+            raise self._gave_up(str(error)) from None
 
     def _array_limit(self) -> int:
         if self._most_jobs is None:
-            self._most_jobs = self.slurm.max_array_size()
+            try:
+                self._most_jobs = self._limits.max_array_size()
+            except SlurmError:
+                return 1
         return max(1, min(self.settings.array_limit, self._most_jobs))
 
     def _send_again(self, batch: Batch) -> bool:
         try:
             return self._send(batch)
-        except SlurmFullError as error:
+        except NoRoomError as error:
             self._wait_for_room(batch.tasks, error)
             return True
 
@@ -130,7 +146,7 @@ class Submitting(Base):
         """Submits a batch; whether SLURM can be asked for more.
 
         Raises:
-            SlurmFullError: when there is no room for all of it now; nothing of it was taken.
+            NoRoomError: when there is no room for all of it now; nothing of it was taken.
         """
         self._unsent = batch
         # After an sbatch whose answer was lost, its job may be there.
@@ -144,17 +160,18 @@ class Submitting(Base):
         extra = batches.excluding([*own, *work.extra], self._excluded.get(work.asked, set()))
         try:
             slurm_id = batches.send(batch, self.ledger, extra, self.latency_wait, self.settings.resubmit_limit)
-        except SlurmFullError:
-            self._return(batch)
-            raise
         except SlurmError as error:
             if error.transient:
                 if self._submitting.is_over:
-                    raise self._gave_up(error) from None
+                    raise self._gave_up(str(error)) from None
                 pause = self._submitting.failed()
                 self.listener.warn(f"SLURM can't take jobs at the moment; asking again in {pause:.0f} s: {error}")
                 return False
-            self._refuse(batch, f"SLURM did not take the job: {error}")
+            refusal = self._limits.verdict_of_refusal(str(error), batch.options(), len(batch.jobs))
+            if refusal.passes is not False:
+                self._return(batch)
+                raise NoRoomError(str(error), refusal) from None
+            self._refuse(batch, f"SLURM did not take the job: {error}{f' ({refusal.why})' * bool(refusal.why)}")
         else:
             self._sent(batch, slurm_id)
         return True

@@ -13,7 +13,6 @@ from snakemake_executor_plugin_submitit.ledger import WITHDRAWN, Ended
 from snakemake_executor_plugin_submitit.script import EXIT_REQUEUED
 from snakemake_executor_plugin_submitit.slurm import (
     KILLED,
-    NEVER_STARTS,
     NODE_LOST,
     WAITING,
     JobStatus,
@@ -38,6 +37,8 @@ class Watching(Base):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._asking = self._new_patience()
+        self._hopeless: dict[tuple[str, str], str | None] = {}
+        """Answers of this round: why jobs that wait for a reason never start."""
 
     # What jobs say
 
@@ -103,6 +104,7 @@ class Watching(Base):
             found, complete = self._confirmed(waiting, self.slurm.status(list(waiting))), True
         except SlurmError as error:
             found, complete = self._ask_controller(list(waiting), error), False
+        self._hopeless.clear()
         for slurm_id, tasks in waiting.items():
             for task in tasks:
                 self._judge(task, found.get(slurm_id), complete)
@@ -142,7 +144,7 @@ class Watching(Base):
         except SlurmError as also:
             self.listener.warn(f"SLURM does not answer; asking again in {pause:.0f} s: {also}")
             if self._asking.is_over:
-                raise self._gave_up(also) from None
+                raise self._gave_up(str(also)) from None
             return {}
         self.listener.warn(f"sacct fails, squeue answers; asking again in {pause:.0f} s: {error}")
         return found
@@ -174,8 +176,8 @@ class Watching(Base):
         if status.state not in WAITING and task.submission.shared and not self.ledger.has_begun(task.submission):
             status = replace(status, state="PENDING", reason="its turn in this job has not come")
         task.status = status
-        if status.state == "PENDING" and NEVER_STARTS.fullmatch(status.reason or ""):
-            self._give_back(task, status)
+        if status.state == "PENDING" and (never := self._never_starts(status)):
+            self._give_back(task, status, never)
             return
         if has_run and status.state in WAITING and self._waits(task):
             self._hurry(task)
@@ -217,13 +219,22 @@ class Watching(Base):
         else:
             self._fail_as(task, status)
 
-    def _give_back(self, task: Task, status: JobStatus) -> None:
+    def _never_starts(self, status: JobStatus) -> str | None:
+        """Why a pending job will not start, however long it waits; tasks of an array all wait for the same."""
+        if status.reason is None:
+            return None
+        of = status.slurm_id.partition("_")[0], status.reason
+        if of not in self._hopeless:
+            self._hopeless[of] = self._limits.never_starts(status.slurm_id, status.reason)
+        return self._hopeless[of]
+
+    def _give_back(self, task: Task, status: JobStatus, why: str) -> None:
         """A job that SLURM took and will never start."""
         if self._withdraw_pending(task):
             self._fail(
                 task,
-                f"SLURM took job {status.slurm_id} and will never start it: {status.explanation()}; ask for what "
-                "partition, account and QOS allow (scontrol show partition, sacctmgr show assoc)",
+                f"SLURM took job {status.slurm_id} and will never start it: {status.explanation()}: {why}; ask for "
+                "what partition, account and QOS allow (scontrol show partition, sacctmgr show assoc)",
             )
 
     def _waits(self, task: Task) -> bool:

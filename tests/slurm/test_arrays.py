@@ -4,8 +4,7 @@ import subprocess
 
 import pytest
 
-from snakemake_executor_plugin_submitit.slurm import Slurm
-from tests.slurm.cluster import ask, queue, wait_for
+from tests.slurm.cluster import queue, wait_for
 from tests.slurm.place import PENDING, UNTIL_GO, Place
 
 pytestmark = pytest.mark.slurm
@@ -112,7 +111,3 @@ def test_array_is_no_larger_than_allowed(place: Place) -> None:
     ended = place.snakemake("--submitit-array-limit=3")
     assert ended.status == 0, ended.output
     assert sorted(map(len, arrays_of(place).values())) == [1, 3, 3]
-
-
-def test_cluster_says_how_large_an_array_may_be() -> None:
-    assert f"MaxArraySize            = {Slurm().max_array_size()}" in ask("scontrol", "show", "config")

@@ -164,14 +164,14 @@ def cost(jobs: list[tuple[str, str]]) -> tuple[set[str | None], int]:
 
     def run(*words: str, **more: Any) -> str:
         commands.append(words)
-        return slurm._run(*words, **more)
+        return slurm.run_command(*words, **more)
 
-    limits.__dict__["_run"] = run
+    limits.__dict__["run_command"] = run
     try:
         known = Limits()
         return {known.never_starts(*job) for job in jobs}, len(commands)
     finally:
-        limits.__dict__["_run"] = slurm._run
+        limits.__dict__["run_command"] = slurm.run_command
 
 
 def submit_room(options: dict[str, Any]) -> int | None:

@@ -56,7 +56,8 @@ def test_what_one_does_is_its_own(place: Place) -> None:
 def test_killed_driver_is_taken_over_from_inside_a_job(place: Place) -> None:
     rules = ("a", "b", "c", "d")
     for rule in rules:
-        place.rule(rule, f"mkdir one 2> /dev/null && exit 0; mkdir two 2> /dev/null && exit 3; {UNTIL_GO}", **SHARED)
+        first = "if mkdir one 2> /dev/null; then echo > {output}; exit; fi"
+        place.rule(rule, f"{first}; mkdir two 2> /dev/null && exit 3; {UNTIL_GO}", **SHARED)
     driver = place.start(ARRAYS)
     wait_for(lambda: sum(len(place.begun(rule)) for rule in rules) == 3, "the third one runs")
     driver.kill()
