@@ -176,6 +176,7 @@ class Driver:
         self._next_question = 0.0
         self._next_hook = 0.0
         self._seen: set[str] = set()
+        self._is_full = False
 
     def add(self, task: Task) -> None:
         """Takes a task on; the next round sees to it."""
@@ -192,6 +193,25 @@ class Driver:
     def is_busy(self) -> bool:
         """Whether there is more to submit at once."""
         return not self._submitting.is_waiting and any(task.state == "new" for task in self._tasks.values())
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing can be done until a job begins or ends: each is submitted and was seen, or has to wait."""
+        return self._incoming.empty() and all(
+            task.state == "held"
+            or (task.state == "submitted" and not task.adopted and task.failed_at is None)
+            or (task.state == "new" and self._is_full and self._submitting.is_waiting)
+            for task in self._tasks.values()
+        )
+
+    def left(self) -> str:
+        """What is left behind when this driver ends now, in words."""
+        tasks = list(self._tasks.values())
+        ids = [str(task.submission.slurm_id) for task in tasks if task.state == "submitted" and task.submission]
+        which = f": {', '.join(ids[:20])}{', ...' * (len(ids) > 20)}" if ids else ""
+        others = len(tasks) - len(ids)
+        more = f" {others} more are not submitted yet." if others else ""
+        return f"{len(ids)} SLURM job(s) are left as they are{which}.{more} The same command goes on with them."
 
     def round(self) -> None:
         """One turn of the loop; never waits for a job."""
@@ -426,6 +446,7 @@ class Driver:
                 return
             if self._submitting.is_over and not (error.is_full and self._has_jobs):
                 raise self._gave_up(error) from None
+            self._is_full = error.is_full
             pause = self._submitting.failed()
             self.listener.warn(f"SLURM can't take jobs at the moment; asking again in {pause:.0f} s: {error}")
             return
@@ -547,12 +568,7 @@ class Driver:
         return found
 
     def _gave_up(self, error: SlurmError) -> GaveUpError:
-        ids = [str(t.submission.slurm_id) for t in self._tasks.values() if t.state == "submitted" and t.submission]
-        return GaveUpError(
-            f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n"
-            f"{len(ids)} SLURM job(s) are left as they are: {', '.join(ids[:20])}{', ...' * (len(ids) > 20)}. "
-            "The same command goes on with them."
-        )
+        return GaveUpError(f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n{self.left()}")
 
     def _judge(self, task: Task, status: JobStatus | None, complete: bool) -> None:
         """Concludes from what SLURM says of one job."""
