@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.slurm
 
 ON_SIGNAL, WHEN_SUBMITTED = "--submitit-detach=on-signal", "--submitit-detach=when-submitted"
 WORK_IS_LEFT = 75
+HERE: dict[str, Any] = {"SLURM_JOB_ID": "here"}
+"""What rules that run on this machine note instead of a job's id."""
 DRIVER_JOB = Path(__file__).parents[2] / "slurm" / "driver.sbatch"
 UNTIL_GO_2 = UNTIL_GO.replace("go", "go2")
 
@@ -88,7 +91,7 @@ def test_rule_that_runs_here_is_waited_for(place: Place) -> None:
     place.rule("next", "true", needs=["here.out"])
     add_to_snakefile(place, "localrules: here, next")
     note_onerror(place)
-    driver = place.start(ON_SIGNAL, "--local-cores=2")
+    driver = place.start(ON_SIGNAL, **HERE)
     place.wait_until_begun("running", "here")
     driver.process.terminate()
     driver.wait_until_said("Will exit after finishing currently running jobs")
@@ -98,7 +101,7 @@ def test_rule_that_runs_here_is_waited_for(place: Place) -> None:
     assert not place.begun("next")
 
     place.go()
-    ended = place.snakemake(ON_SIGNAL)
+    ended = place.snakemake(ON_SIGNAL, **HERE)
     assert ended.status == 0, ended.output
     assert {rule: len(place.begun(rule)) for rule in ("running", "here", "next")} == {
         "running": 1,
@@ -120,12 +123,12 @@ def test_repeated_calls_finish_a_chain(place: Place) -> None:
     add_to_snakefile(place, "localrules: here")
     note_onerror(place)
 
-    assert_left(place, place.snakemake(WHEN_SUBMITTED), "first")
-    assert_left(place, place.snakemake(WHEN_SUBMITTED), "first")
+    assert_left(place, place.snakemake(WHEN_SUBMITTED, **HERE), "first")
+    assert_left(place, place.snakemake(WHEN_SUBMITTED, **HERE), "first")
     place.go()
     place.wait_until_over("first")
     while True:
-        ended = place.snakemake(WHEN_SUBMITTED)
+        ended = place.snakemake(WHEN_SUBMITTED, **HERE)
         assert ended.status == WORK_IS_LEFT, ended.output
         if place.path("fails_once.out").exists():
             break
@@ -133,7 +136,7 @@ def test_repeated_calls_finish_a_chain(place: Place) -> None:
     for go, rule, following in (("go2", "second", "third"), ("go3", "third", None)):
         place.path(go).touch()
         place.wait_until_over(rule)
-        ended = place.snakemake(WHEN_SUBMITTED)
+        ended = place.snakemake(WHEN_SUBMITTED, **HERE)
         if following:
             assert_left(place, ended, following)
     assert ended.status == 0, ended.output
