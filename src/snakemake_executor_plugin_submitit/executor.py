@@ -13,7 +13,7 @@ from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from snakemake_executor_plugin_submitit.detach import EXIT_LEFT, MODES, Detached, Detachment
+from snakemake_executor_plugin_submitit.detach import EXIT_LEFT, Detached, Detachment
 from snakemake_executor_plugin_submitit.resources import extra_options, sbatch_options
 from snakemake_executor_plugin_submitit.script import NODES_TMPDIR
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
@@ -60,9 +60,6 @@ class Executor(RemoteExecutor):
                 "The executor `submitit` needs a file system that driver and nodes share "
                 "(--shared-fs-usage input-output)."
             )
-        settings = self.workflow.executor_settings or ExecutorSettings()
-        if settings.detach not in (None, *MODES):
-            raise WorkflowError(f"--submitit-detach can't be {settings.detach!r}; it is one of {', '.join(MODES)}.")
         folder = Path(self.workflow.persistence.aux_path).absolute() / "submitit"
         try:
             ledger = Ledger(folder)
@@ -74,6 +71,7 @@ class Executor(RemoteExecutor):
             raise SystemExit(EXIT_LEFT) from None
         except OSError as error:
             raise WorkflowError(str(error)) from None
+        settings = self.workflow.executor_settings or ExecutorSettings()
         self.detachment = Detachment(settings.detach, self.workflow)
         self.detachment.listen()
         latency_wait = int(self.workflow.execution_settings.latency_wait)
