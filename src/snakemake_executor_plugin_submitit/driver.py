@@ -207,6 +207,8 @@ class Driver:
     def left(self) -> str:
         """What is left behind when this driver ends now, in words."""
         tasks = list(self._tasks.values())
+        if not tasks:
+            return "No SLURM job is left. The same command goes on from here."
         ids = [str(task.submission.slurm_id) for task in tasks if task.state == "submitted" and task.submission]
         which = f": {', '.join(ids[:20])}{', ...' * (len(ids) > 20)}" if ids else ""
         others = len(tasks) - len(ids)

@@ -218,7 +218,9 @@ class Executor(RemoteExecutor):
             self.warn(self.driver.left())
 
     def shutdown(self) -> None:
-        self.has_left |= self.detachment.is_told
+        if self.driver is not None and self.detachment.is_told and not self.has_left:
+            self.has_left = True  # nothing was running any more, and Snakemake's scheduler came here by itself
+            self.warn(self.driver.left())
         if self.has_left:
             self._tmpdir = None  # jobs that start Snakemake look for it: it must not be deleted
         super().shutdown()
