@@ -43,6 +43,8 @@ class Base:
         self._gate = Gate(ledger, settings)
         self._limits = Limits()
         self._stop = threading.Event()
+        self._has_news = False
+        """In this round a task ended or has to begin anew: there may be more to submit."""
         self._next_question = 0.0
         self._full: dict[str, Patience] = {}
         """Requests for which there was no room, by what they ask for."""
@@ -56,6 +58,7 @@ class Base:
         return Patience(60.0 * self.settings.patience_minutes)
 
     def _may_begin_anew(self, task: Task) -> None:
+        self._has_news = True
         task.submission, task.state, task.status, task.adopted = None, "new", None, False
         task.failed_at = task.unknown_since = None
 
@@ -90,6 +93,7 @@ class Base:
 
     def _is_over(self, task: Task) -> None:
         task.state = "over"
+        self._has_news = True
         self._tasks.pop(task.work.key, None)
         for patience in self._full.values():
             patience.hurry()
@@ -138,12 +142,19 @@ class Base:
                 time.sleep(pause)
                 pause *= 2
 
+    def left(self) -> str:
+        """What is left behind when this driver ends now, in words."""
+        if not self._tasks:
+            return "No SLURM job is left. The same command goes on from here."
+        submitted = self._in_state("submitted")
+        ids = slurm_ids(task.submission for task in submitted if task.submission)
+        which = f": {some(ids)}" if ids else ""
+        others = len(self._tasks) - len(submitted)
+        more = f" {others} more are not submitted yet." if others else ""
+        return f"{len(ids)} SLURM job(s) are left as they are{which}.{more} The same command goes on with them."
+
     def _gave_up(self, error: str) -> GaveUpError:
-        ids = slurm_ids(task.submission for task in self._in_state("submitted") if task.submission)
-        return GaveUpError(
-            f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n"
-            f"{len(ids)} SLURM job(s) are left as they are: {some(ids)}. The same command goes on with them."
-        )
+        return GaveUpError(f"SLURM has not answered for {self.settings.patience_minutes} min: {error}\n{self.left()}")
 
 
 def slurm_ids(submissions: Iterable[Submission]) -> list[str]:

@@ -46,11 +46,22 @@ class Driver(Holding, Submitting, Watching):
             return submission is not None
         return self.settings.keep_changed and self.ledger.has_begun(submission)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing can be done until a job begins or ends: each is submitted and was seen, or has to wait."""
+        return (
+            self._incoming.empty()
+            and not self._has_news
+            and not self._has_more_to_submit
+            and all(not task.adopted and task.failed_at is None for task in self._in_state("submitted"))
+        )
+
     def round(self) -> None:
         """One turn of the loop; never waits for a job."""
         if self._writing.is_waiting:
             return
         with self._turn:
+            self._has_news = False
             try:
                 for step in (self._take_in, self._ask_hook, self._submit_new, self._notice_ends, self._ask_slurm):
                     if not self._stop.is_set():

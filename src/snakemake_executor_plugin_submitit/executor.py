@@ -13,6 +13,7 @@ from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
+from snakemake_executor_plugin_submitit.detach import EXIT_LEFT, Detached, Detachment
 from snakemake_executor_plugin_submitit.resources import count_gpus, extra_options, sbatch_options, whole
 from snakemake_executor_plugin_submitit.script import NODES_TMPDIR
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
@@ -36,6 +37,8 @@ class Executor(RemoteExecutor):
 
     driver: "Driver | None" = None
     """Set when everything is ready: the thread that asks for it is started before."""
+    has_left: bool = False
+    """The call is ending, and its jobs stay."""
 
     def __post_init__(self) -> None:
         # Snakemake imports every plugin that is installed, in jobs too; what only this one needs is imported here.
@@ -62,13 +65,16 @@ class Executor(RemoteExecutor):
         try:
             ledger = Ledger(folder)
         except LedgerInUseError as user:
-            raise WorkflowError(
+            self.logger.error(
                 f"Another Snakemake drives the jobs of this folder: {user} ({folder / 'lock'}). "
                 "Wait for it, or end it; its jobs go on, and this command takes them over then."
-            ) from None
+            )
+            raise SystemExit(EXIT_LEFT) from None
         except OSError as error:
             raise WorkflowError(str(error)) from None
         settings = self.workflow.executor_settings or ExecutorSettings()
+        self.detachment = Detachment(settings.detach, self.workflow)
+        self.detachment.listen()
         latency_wait = int(self.workflow.execution_settings.latency_wait)
         self.driver = Driver(ledger, Slurm(), settings, self, latency_wait)
 
@@ -76,6 +82,10 @@ class Executor(RemoteExecutor):
         # A profile may name this executor; inside a job, jobs run where they are. A rule's own `retries` outranks
         # the `--retries 0` that Snakemake gives jobs, and each try would be two; preemptible rules have none.
         return "--executor local --preemptible-rules --preemptible-retries 0"
+
+    def run_jobs(self, jobs: list[Any]) -> None:
+        self.detachment.listen()
+        super().run_jobs(jobs)
 
     def run_job(self, job: Any) -> None:
         from snakemake.exceptions import RuleException
@@ -174,27 +184,53 @@ class Executor(RemoteExecutor):
         """One round of the driver for all jobs together."""
         from snakemake_executor_plugin_submitit.base import GaveUpError
 
-        if self.driver is not None and active_jobs:
+        waiting = active_jobs
+        if self.driver is not None and not self.has_left:
             try:
-                self.driver.round()
+                if active_jobs:
+                    self.driver.round()
+                waiting = [info for info in active_jobs if info.aux["task"].state != "over"]
+                jobs = [info.job for info in waiting]
+                if self.detachment.is_due(jobs, is_settled=self.driver.is_settled):
+                    self._leave(f"{self.driver.left()} To cancel them: scancel, by id.")
             except GaveUpError as error:
-                # Of a job that failed Snakemake would delete the outputs, while it still writes them.
-                raise WorkflowError(str(error)) from None
-        for info in active_jobs:
-            if info.aux["task"].state != "over":
-                yield info
+                self._leave(str(error))
+        for info in waiting:
+            yield info
+
+    def _leave(self, why: str) -> None:
+        """Ends the call, without a word about failures: of a job that failed Snakemake would delete the outputs, while
+        it still writes them. At its next turn Snakemake's scheduler says why, and calls `shutdown`."""
+        self.has_left = True
+        self.workflow.scheduler.executor_error_callback(Detached(why))
 
     async def sleep(self) -> None:
         """Until the next round."""
         soon = self.driver.seconds_to_next_round if self.driver is not None else None
         await asyncio.sleep(SECONDS_BETWEEN_ROUNDS if soon is None else soon)
 
+    def cancel(self) -> None:
+        if self.has_left:
+            # The one way out of Snakemake's scheduler on which it calls nothing a failure, and no `onerror`.
+            raise SystemExit(EXIT_LEFT)
+        super().cancel()
+
     def cancel_jobs(self, active_jobs: Iterable[SubmittedJobInfo]) -> None:
         """All jobs of this driver: the list lacks those that are being looked at."""
-        if self.driver is not None:
+        if self.driver is None:
+            return
+        if self.detachment.mode is None:
             self.driver.cancel()
+        else:
+            self._tmpdir = None
+            self.warn(self.driver.left())
 
     def shutdown(self) -> None:
+        if self.driver is not None and self.detachment.is_told and not self.has_left:
+            self.has_left = True  # nothing was running any more, and Snakemake's scheduler came here by itself
+            self.warn(self.driver.left())
+        if self.has_left:
+            self._tmpdir = None  # jobs that start Snakemake look for it: it must not be deleted
         super().shutdown()
         if self.driver is not None:
             if strangers := self.driver.strangers():
@@ -203,6 +239,8 @@ class Executor(RemoteExecutor):
                     f"An earlier call submitted jobs that this one did not ask for; to cancel them: scancel {ids}"
                 )
             self.driver.ledger.release()
+        if self.has_left:
+            raise Detached("Snakemake's scheduler answers any exception with `cancel`.")
 
     # What the driver tells.
 

@@ -1,6 +1,8 @@
 """Commands of the user's that have a say: before a job is submitted, and after the scheduler killed one."""
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -61,7 +63,10 @@ def after_kill(command: str, job: Mapping[str, Any], stop: Event) -> str:
 
 def _run(name: str, command: str, given: Mapping[str, Any], stop: Event) -> str:
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(
+        command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+        start_new_session=True,  # a Ctrl-C at the terminal is the driver's to answer
+    )  # fmt: skip
     until = time.monotonic() + HOOK_SECONDS
     question: str | None = json.dumps(given)
     while True:
@@ -71,7 +76,7 @@ def _run(name: str, command: str, given: Mapping[str, Any], stop: Event) -> str:
         except subprocess.TimeoutExpired:
             question = None  # it was handed over at the first try
             if stop.is_set() or time.monotonic() >= until:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 why = "was stopped" if stop.is_set() else f"did not end within {HOOK_SECONDS} s"
                 raise HookError(f"{name} {why}: {command}") from None

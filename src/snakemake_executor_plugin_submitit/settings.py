@@ -5,6 +5,8 @@ from typing import Optional
 
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
+from snakemake_executor_plugin_submitit.detach import MODES
+
 
 def _setting(help_text: str) -> dict[str, object]:
     return {"help": help_text, "env_var": False, "required": False}
@@ -56,6 +58,16 @@ class ExecutorSettings(ExecutorSettingsBase):
     hold_minutes: int = field(
         default=60,
         metadata=_setting("A job is held at most so long; when no job is queued or running, none is held."),
+    )
+    detach: Optional[str] = field(
+        default=None,
+        metadata=_setting(
+            "When the call ends and leaves its jobs in SLURM, for the same command to come back to. on-signal: on "
+            "Ctrl-C, SIGTERM and SIGHUP, which otherwise cancel the jobs (Ctrl-C) or wait for them (SIGTERM); "
+            "when-submitted: also by itself, as soon as waiting for jobs is all that is left to do. Exit status 75 "
+            "says that work is left."
+        )
+        | {"choices": list(MODES)},
     )
     snakemake_in_job: bool = field(
         default=False,

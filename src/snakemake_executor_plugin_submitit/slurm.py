@@ -217,9 +217,11 @@ def run_command(*words: str, environment: Mapping[str, str] | None = None) -> st
     """
     try:
         # No input: sbatch would wait at a terminal for its script when an option has taken the file for its value.
+        # A session of its own: a Ctrl-C at the terminal is the driver's to answer.
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL, env=environment
-        )
+            words, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise SlurmBusyError(f"{words[0]} timed out after {COMMAND_SECONDS} s") from None
     except OSError as error:

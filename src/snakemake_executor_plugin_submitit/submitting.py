@@ -55,6 +55,16 @@ class Submitting(Base):
             return GATHER_SECONDS / 3
         return 0.0 if self._is_cut_short else None
 
+    @property
+    def _has_more_to_submit(self) -> bool:
+        """Whether tasks wait for something else than other jobs."""
+        return (
+            self._gathering_since is not None
+            or self._is_cut_short
+            or self._unsent is not None
+            or self._submitting.is_waiting
+        )
+
     def _gathered(self) -> bool:
         """Whether no more tasks are on their way."""
         if self._gathering_since is None:

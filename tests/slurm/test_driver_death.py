@@ -129,7 +129,7 @@ def test_second_driver_in_the_same_folder_is_refused(place: Place) -> None:
     first = place.start()
     place.wait_until_begun("running")
     second = place.snakemake()
-    assert second.status == 1
+    assert second.status == 75
     assert f"Another Snakemake drives the jobs of this folder: process {first.process.pid} on " in second.output
     place.go()
     ended = first.wait()
