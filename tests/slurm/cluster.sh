@@ -167,11 +167,13 @@ JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=2
 PartitionName=a100 Nodes=a100-[1-2] MaxTime=2-00:00:00 Default=YES
 PartitionName=v100 Nodes=v100-[1-2] MaxTime=2-00:00:00
+# Two kinds of GPU behind one name; SLURM gives v100-2 first.
+PartitionName=mixed Nodes=v100-2,a100-2 MaxTime=2-00:00:00
 CONF
     echo "$marker" >"$etc/gres.conf"
     for node in "${nodes[@]}"; do
         echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port++)) CPUs=16 Sockets=1" \
-            "CoresPerSocket=16 ThreadsPerCore=1 RealMemory=32000 Gres=gpu:${node%-*}:8" >>"$etc/slurm.conf"
+            "CoresPerSocket=16 ThreadsPerCore=1 RealMemory=32000 Gres=gpu:${node%-*}:8 Weight=$([[ $node == v100* ]] && echo 1 || echo 2)" >>"$etc/slurm.conf"
         echo "NodeName=$node AutoDetect=off Name=gpu Type=${node%-*} File=$state/gpus/$node/gpu[0-7]" >>"$etc/gres.conf"
         mkdir -p "$state/gpus/$node"
         for gpu in "$state/gpus/$node"/gpu{0..7}; do # SLURM wants a device; 60 is for local use, and has no driver
