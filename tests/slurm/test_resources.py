@@ -10,7 +10,7 @@ import pytest
 from snakemake_interface_common.exceptions import WorkflowError
 
 from snakemake_executor_plugin_submitit.resources import OURS, extra_options, sbatch_options
-from snakemake_executor_plugin_submitit.script import NODES_TMPDIR, job_script
+from snakemake_executor_plugin_submitit.script import NODES_TMPDIR, batch_script, job_script
 from snakemake_executor_plugin_submitit.slurm import submission_text
 from tests.slurm.cluster import queue, wait_for
 from tests.slurm.place import UNTIL_GO, Place
@@ -175,12 +175,14 @@ JOBS: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "gres": ({"slurm_partition": "a100", "runtime": 120, "mem_mb": 32000, "gres": "gpu:a100:2", "cpus_per_gpu": 8}, 1),
     "gpu_model": ({"slurm_account": "lab", "runtime": 120, "gpu": 4, "gpu_model": "a100", "cpus_per_task": 16}, 1),
     "mpi": ({"runtime": 600, "nodes": 2, "tasks_per_node": 16, "mpi": "srun", "mem_mb_per_cpu": 500}, 1),
+    "array": ({"slurm_partition": "a100", "runtime": 120, "gres": "gpu:a100:2"}, 1),
     "all_options": ({"slurm_partition": "a100,v100", "slurm_account": "lab", "qos": "short", "clusters": "one",
                      "constraint": "nvlink&(ib|roce)", "nodes": 1, "gres": "gpu:1,tmp:20G", "cpus_per_task": -1}, 1),
 }  # fmt: skip
 """Resources and threads of typical jobs."""
 
-SUBMISSION = Path("/study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef")
+LEDGER = Path("/study/.snakemake/auxiliary/submitit")
+SUBMISSION, BATCH = LEDGER / "jobs" / "0123456789abcdef", LEDGER / "batches" / "fedcba9876543210"
 
 
 def _is_golden(name: str, text: str) -> None:
@@ -198,7 +200,9 @@ def _is_golden(name: str, text: str) -> None:
 def test_submission_file_is_the_golden_one(job: str) -> None:
     resources, threads = JOBS[job]
     options = {**sbatch_options(resources, threads), "job-name": f"train_{job}"}
-    _is_golden(f"{job}.sbatch.sh", submission_text(SUBMISSION, options, f"exec bash {SUBMISSION}/job.sh"))
+    if job == "array":
+        options["array"] = "0-19"
+    _is_golden(f"{job}.sbatch.sh", submission_text(BATCH, options, f"exec bash {BATCH}/batch.sh"))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,8 @@ def test_submission_file_is_the_golden_one(job: str) -> None:
                     "shell": "/usr/bin/bash", "exports": {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"},
                     "tmpdir": NODES_TMPDIR}),
         ("tmpdir", {"inputs": [], "removed": [], "shell": "/bin/sh", "exports": {}, "tmpdir": "/scratch/it's mine"}),
+        ("shared", {"inputs": [], "removed": [], "shell": "/bin/bash", "exports": {}, "tmpdir": NODES_TMPDIR,
+                    "is_alone": False, "limit_minutes": 20}),
         ("snakemake_in_job", {"inputs": [], "removed": [], "shell": "/bin/bash", "exports": {}}),
     ],
 )  # fmt: skip
@@ -215,13 +221,27 @@ def test_job_script_is_the_golden_one(name: str, arguments: Mapping[str, Any]) -
     text = job_script(
         name="train_a100",
         folder=SUBMISSION,
-        ended=SUBMISSION.parent.parent / "ended" / SUBMISSION.name,
+        ended=LEDGER / "ended" / SUBMISSION.name,
         workdir=Path("/study"),
         latency_wait=5,
         restart_limit=3,
         **arguments,
     )
     _is_golden(f"{name}.job.sh", text)
+    _is_bash(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [("alone", [["0123456789abcdef"]]), ("array", [["00"], ["10"]]), ("shared", [["00", "01"], ["10", "11"]])],
+)
+def test_batch_script_is_the_golden_one(name: str, places: list[list[str]]) -> None:
+    text = batch_script(places, LEDGER)
+    _is_golden(f"{name}.batch.sh", text)
+    _is_bash(text)
+
+
+def _is_bash(text: str) -> None:
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
     assert (checked.returncode, checked.stderr) == (0, "")
 
@@ -229,7 +249,7 @@ def test_job_script_is_the_golden_one(name: str, arguments: Mapping[str, Any]) -
 def test_folder_with_a_percent_sign_is_not_a_pattern_of_slurm() -> None:
     """Or the job's log would be somewhere else."""
     text = submission_text(Path("/study/100%j/it's"), {}, "true")
-    assert """#SBATCH --output='/study/100%%j/it'"'"'s/%j_0_log.out'""" in text.splitlines()
+    assert """#SBATCH --output='/study/100%%j/it'"'"'s/0.log'""" in text.splitlines()
 
 
 # --- what SLURM gives ------------------------------------------------------------------------------------------------

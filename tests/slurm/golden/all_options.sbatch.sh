@@ -9,10 +9,10 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --open-mode=append
-#SBATCH --output=/study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/%j_0_log.out
+#SBATCH --output=/study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/0.log
 #SBATCH --partition=a100,v100
 #SBATCH --qos=short
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec bash /study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/job.sh
+exec bash /study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/batch.sh

@@ -8,9 +8,9 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --open-mode=append
-#SBATCH --output=/study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/%j_0_log.out
+#SBATCH --output=/study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/0.log
 #SBATCH --time=120
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-exec bash /study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/job.sh
+exec bash /study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/batch.sh

@@ -2,7 +2,8 @@
 # train_a100: runs /study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/command.sh once and says in /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef how it ended.
 # Written by snakemake-executor-plugin-submitit.
 
-id="$SLURM_JOB_ID"
+id="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" # as the driver knows it
+id="${id:-$SLURM_JOB_ID}"
 node="${SLURMD_NODENAME:-$(hostname)}"
 
 # Whoever makes this file does the work: a second copy of the same request, or one that was withdrawn, leaves.
@@ -13,7 +14,7 @@ fi
 
 rm -f /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef  # what it said before SLURM requeued it
 end() {
-    printf '%s %s %s\n' "$1" "$id" "$node" > /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef.tmp && mv -f /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef.tmp /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef
+    printf '%s %s %s %s\n' "$1" "$id" "$node" "${2:-itself}" > /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef.tmp && mv -f /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef.tmp /study/.snakemake/auxiliary/submitit/ended/0123456789abcdef
     exit "$1"
 }
 
@@ -54,5 +55,6 @@ if [ -n "$ending" ]; then
     wait "$command"
     status=$?
     while kill -0 -- "-$command" 2> /dev/null; do sleep 0.1; done
+    end "$status" signal
 fi
 end "$status"

@@ -1,0 +1,17 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-19
+#SBATCH --cpus-per-task=1
+#SBATCH --gres=gpu:a100:2
+#SBATCH --job-name=train_array
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --open-mode=append
+#SBATCH --output=/study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/%a.log
+#SBATCH --partition=a100
+#SBATCH --time=120
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+exec bash /study/.snakemake/auxiliary/submitit/batches/fedcba9876543210/batch.sh
