@@ -157,6 +157,8 @@ class Ledger:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self._path)
+        for token in self.ended_tokens() - {one.token for one in self.open.values()}:
+            (self.ended_folder / token).unlink(missing_ok=True)  # of a job that was given up before it ended
 
     def _events_to_keep(self) -> Iterator[dict[str, Any]]:
         yield {"event": "asked", "gpu_hours": self._gpu_hours_of_closed}
