@@ -4,7 +4,8 @@ from typing import Any
 
 import polars as pl
 
-from finetune_study import record
+from finetune_study import record, run
+from finetune_study.paths import RunPaths
 from finetune_study.record import Ending
 from tests.workflow.workplace import Workplace
 
@@ -82,3 +83,20 @@ def test_implied_runs_are_trained_when_their_witness_is_gone_or_somebody_asks(me
     assert "--implied-oom" not in said
     path.unlink()
     assert measured.planned() == {"plan": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
+
+
+def test_snakemake_that_starts_anew_in_a_job_finds_its_run_decided_in_the_meantime(fresh: Workplace) -> None:
+    """As executors start it that need Snakemake on the node: the plan is not allowed to run there."""
+    change(fresh, sequence_length=[64, 96])
+    raw = fresh.read()
+    raw["grid"][0]["recipes"] = "full"
+    fresh.write(raw)
+    assert fresh.snakemake("prepare").returncode == 0
+    short, long = sorted(fresh.run_folders(), key=lambda folder: "_s96_" in folder.name)
+    found = record.Record(run=run.load(short / "run.yaml"), ending=Ending(status="device_oom", phase="forward"))
+    record.write_record(RunPaths(short), found.model_copy(update={"ranks": [{}]}))
+    in_job = ("--target-jobs", f"finetune:run_id={long.name}", "--allowed-rules", "finetune", "--mode", "remote")
+    answer = fresh.snakemake(*in_job, "--force", "--nolock")
+    assert answer.returncode == 0, answer.stdout
+    assert f"{long.name}: implied_oom by {short.name}" in answer.stdout
+    assert ending(fresh, "_s96_").witness == short.name
