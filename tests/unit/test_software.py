@@ -108,12 +108,12 @@ def test_digest_changes_with_the_settings_and_with_a_lock_that_can_be_seen(tmp_p
     home = str(tmp_path)
     seen = [
         Software(python=f"{home}/bin/python"),
-        Software(python=f"{home}/bin/python", modules="m"),
+        Software(python=f"{home}/bin/python", modules=["m"]),
         Software(conda=home),
     ]
     unseen = [
         Software(),
-        Software(modules="m"),
+        Software(modules=["m"]),
         Software(conda="it"),
         Software(apptainer="a.sif", python="/bin/python"),
     ]
