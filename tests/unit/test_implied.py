@@ -177,7 +177,8 @@ def test_kinds_are_told_apart_by_all_that_defines_a_run() -> None:
     for one, other in itertools.combinations(list(RUNS)[::5], 2):
         same = rungs[RUNS[one].run_id].kind == rungs[RUNS[other].run_id].kind
         assert same == (one[:4] == other[:4])
-    assert rungs[RUNS[EASY].run_id] == Rung.of(RUNS[EASY].model_dump(mode="json"))
+    for run in RUNS.values():
+        assert rungs[run.run_id] == Rung.of(run.model_dump(mode="json"))
     longer = runs_of(handmade.study(**CONFIG | {"protocol": {"num_timed_steps": 9}}))[EASY]
     assert Rung.of(longer.model_dump(mode="json")).kind != rungs[RUNS[EASY].run_id].kind
 
@@ -255,6 +256,16 @@ def test_a_record_stands_as_long_as_its_witness(planned: Study) -> None:
     # Another witness will do.
     end(planned, middle)
     assert again(planned).outdated == frozenset()
+
+
+def test_a_harder_run_that_completed_takes_back_what_was_concluded(planned: Study) -> None:
+    """As when somebody asked to measure it."""
+    short, middle, long = planned.planned
+    end(planned, short)
+    study.write_plan(again(planned))
+    end(planned, long, status="completed", phase=None)
+    assert (again(planned).outdated, again(planned).implied) == (frozenset({middle}), {})
+    assert again(planned).pending == (middle,)
 
 
 def test_a_witness_that_left_the_study_is_one_all_the_same(planned: Study) -> None:

@@ -101,3 +101,24 @@ def test_what_is_missing_is_seen_beforehand(tmp_path: Path) -> None:
     assert software.missing(Software(python=gone, apptainer=here)) == {}
     assert software.missing(Software(apptainer=gone)) == {"apptainer": gone}
     assert software.missing(Software(apptainer="docker://a/b")) == {}
+
+
+def test_digest_changes_with_the_settings_and_with_a_lock_that_can_be_seen(tmp_path: Path) -> None:
+    """What lies in an image, or under a name alone, can't."""
+    home = str(tmp_path)
+    seen = [
+        Software(python=f"{home}/bin/python"),
+        Software(python=f"{home}/bin/python", modules=["m"]),
+        Software(conda=home),
+    ]
+    unseen = [
+        Software(),
+        Software(modules=["m"]),
+        Software(conda="it"),
+        Software(apptainer="a.sif", python="/bin/python"),
+    ]
+    before = [software.digest(one) for one in (*seen, *unseen)]
+    assert len(set(before)) == len(before)
+    (tmp_path / "finetune-study.lock").write_text("torch==2.13.0\n")
+    after = [software.digest(one) for one in (*seen, *unseen)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True] * 4
