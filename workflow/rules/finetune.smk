@@ -34,6 +34,7 @@ rule finetune:
         interpreter=get_interpreter,
         run=get_run_file,
         allocation=get_allocation,
+        places=get_places,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
         memory_snapshot=(
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
@@ -42,4 +43,4 @@ rule finetune:
         "rm -f {input.request:q};"
         " {params.interpreter} -m finetune_study.launch {params.run:q} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} --allocation {params.allocation:q}"
-        " {params.memory_snapshot}"
+        " {params.memory_snapshot} {params.places}"
