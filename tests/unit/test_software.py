@@ -53,7 +53,7 @@ def test_golden_files(name: str) -> None:
     command = software.interpreter(Software.model_validate(given), "python", cache)
     written = f"{command} -m finetune_study.launch results/runs/a/run.yaml\n".replace(str(LOAD), "<load_modules.sh>")
     golden = Path(__file__).parent / "golden" / "software" / f"{name}.sh"
-    if os.environ.get("WRITE_GOLDEN"):
+    if os.environ.get("RENEW_GOLDEN"):
         golden.write_text(written, encoding="utf-8")
     assert written == golden.read_text(encoding="utf-8")
 
