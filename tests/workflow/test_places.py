@@ -56,6 +56,6 @@ def test_variables_of_a_hardware_entry_are_left_to_its_nodes(fresh: Workplace) -
     raw["places"] = {"temporary": "/scratch/of the study"}
     raw["hardware"]["cpu"]["places"] = {"cache": "$SCRATCH/cache"}
     fresh.write(raw)
-    answer = fresh.snakemake("--dry-run", "--printshellcmds", "--workflow-profile", "none")
+    answer = fresh.snakemake("--dry-run", "--printshellcmds", "--quiet", "host")
     assert answer.returncode == 0, answer.stdout
     assert "'--cache=$SCRATCH/cache' '--temporary=/scratch/of the study'" in answer.stdout
