@@ -128,8 +128,8 @@ class Places(Section):
     """Folders for what is no result; with or without this section nothing is written to a home folder.
 
     `~/` and variables such as `$SCRATCH` are written out on the machine that uses the folder: those of the study where
-    Snakemake is called, those of a hardware entry on its nodes. Relative folders start where Snakemake is called. No part
-    of it makes a new run."""
+    Snakemake is called, those of a hardware entry on its nodes. Relative folders start where Snakemake is called. No
+    part of it makes a new run."""
 
     cache: Folder | None = None
     """Downloads of hub and package index, caches of torch, Triton and CUDA, and ops that DeepSpeed compiles.

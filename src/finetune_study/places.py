@@ -67,6 +67,17 @@ def cache_of(asked: Places, results: Results) -> Path:
     return _made(folder, "places.cache")
 
 
+def temporary_of(asked: Places) -> Path | None:
+    """The folder of temporary files, made; None is the machine's own.
+
+    Raises:
+        StudyError: when it can't be made or written to.
+    """
+    if asked.temporary is None:
+        return None
+    return _made(written_out(asked.temporary, "places.temporary"), "places.temporary")
+
+
 def _made(folder: Path, key: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +102,9 @@ def enter(asked: Places, results: Results) -> None:
         StudyError: when a folder can't be used.
     """
     os.environ.update(variables.for_preparation(cache_of(asked, results), os.environ))
-    if asked.temporary is not None:
-        os.environ["TMPDIR"] = str(_made(written_out(asked.temporary, "places.temporary"), "places.temporary"))
+    temporary = temporary_of(asked)
+    if temporary is not None:
+        os.environ["TMPDIR"] = str(temporary)
 
 
 @contextmanager
@@ -105,10 +117,7 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
     Raises:
         StudyError: when a folder can't be used.
     """
-    cache = cache_of(asked, results)
-    parent = None
-    if asked.temporary is not None:
-        parent = _made(written_out(asked.temporary, "places.temporary"), "places.temporary")
+    cache, parent = cache_of(asked, results), temporary_of(asked)
     with tempfile.TemporaryDirectory(prefix="finetune-study-", dir=parent, ignore_cleanup_errors=True) as temporary:
         compiled, kept = Path(temporary) / "torch_extensions", cache / "torch_extensions" / _kind(run)
         _copy_ops(kept, compiled)
