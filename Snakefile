@@ -3,6 +3,7 @@
 # results/
 #   plan.json                       every run of the study
 #   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
+#   cache                           downloads, caches, compiled ops, unless `places` names another folder; may be deleted
 #   runs/<run_id>/run.yaml          everything that defines the run
 #   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
 #   outcomes.parquet, outcomes.csv  one row per run

@@ -71,12 +71,17 @@ def report(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> Non
 
 
 @app.command()
-def prepare(run_yaml: Path, results: ResultsFolder = RESULTS) -> None:
+def prepare(
+    run_yaml: Path,
+    results: ResultsFolder = RESULTS,
+    cache: Annotated[str | None, typer.Option(help="Folder of downloads; default: the results' own.")] = None,
+) -> None:
     """Prepare model and data of one run, as `snakemake` does, to repeat it elsewhere."""
-    from finetune_study import data, model_source
+    from finetune_study import data, model_source, places
     from finetune_study import run as run_module
 
     run, where = run_module.load(run_yaml), Results(results)
+    places.enter(config_module.Places(cache=cache), where)
     for model, key in ((run.tokenizer, run.tokenizer_key), (run.model, run.model_key)):
         model_source.prepare(model, where.model(key))
     data.prepare(run, run.num_train_samples, where.model(run.tokenizer_key), where.data(run.data_key))

@@ -47,7 +47,16 @@ def _as_recipe(value: object) -> object:
     return {} if value is None else value
 
 
+def _check_folder(path: str) -> str:
+    if not path.strip():
+        raise ValueError("an empty text is no folder: name one, or leave the key out")
+    if path.startswith("~") and not path.startswith("~/"):
+        raise ValueError(f"{path!r}: another user's home folder is no place for this; `~/` is your own")
+    return path
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
+Folder = Annotated[str, AfterValidator(_check_folder)]
 Recipe = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_recipe)]
 
 
@@ -115,6 +124,23 @@ class Software(Section):
         return self
 
 
+class Places(Section):
+    """Folders for what is no result; with or without this section nothing is written to a home folder.
+
+    `~/` and variables such as `$SCRATCH` are written out on the machine that uses the folder: those of the study where
+    Snakemake is called, those of a hardware entry on its nodes. Relative folders start where Snakemake is called. No
+    part of it makes a new run."""
+
+    cache: Folder | None = None
+    """Downloads of hub and package index, caches of torch, Triton and CUDA, and ops that DeepSpeed compiles.
+
+    Null: `results/cache`. It may be shared by studies and deleted at any time between runs."""
+    temporary: Folder | None = None
+    """Temporary files: each run has a folder of its own in it, which goes when the run ends.
+
+    Null: `TMPDIR` of the machine, else `/tmp`."""
+
+
 class Slurm(Section):
     """What is asked of SLURM for a run; read only where Snakemake submits jobs. No part of it makes a new run."""
 
@@ -166,6 +192,8 @@ class Hardware(Section):
     """Variables that this place needs (for example `NCCL_SOCKET_IFNAME`); nothing else of them reaches a run."""
     software: Software = Software()
     """The Python that training uses there."""
+    places: Places = Places()
+    """Folders of its nodes, for example `{temporary: $SLURM_TMPDIR}`; what is null is as in `places` of the study."""
     slurm: Slurm = Slurm()
     """What is asked of SLURM there."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
@@ -302,6 +330,8 @@ class Config(Section):
     """Settings of training that all runs share."""
     protocol: Protocol = Protocol()
     """How each run is measured."""
+    places: Places = Places()
+    """Where caches and temporary files lie."""
     report: Report = Report()
     """What the report compares and shows."""
 

@@ -19,11 +19,13 @@ SECTIONS: tuple[tuple[str, type[Section]], ...] = (
     ("models.<target>.wheel", config.Wheel),
     ("hardware.<name>", config.Hardware),
     ("hardware.<name>.software", config.Software),
+    ("hardware.<name>.places", config.Places),
     ("hardware.<name>.slurm", config.Slurm),
     ("grid[]", config.GridBlock),
     ("data", config.Data),
     ("training", config.Training),
     ("protocol", config.Protocol),
+    ("places", config.Places),
     ("report", config.Report),
 )
 """In the order of the page; recipes have a part of their own."""

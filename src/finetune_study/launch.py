@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import allocation, data, facts, implied, oom, record, variables
+from finetune_study import allocation, data, facts, implied, oom, places, record, variables
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
+from finetune_study.config import Places
 from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
 from finetune_study.measure import cgroup
 from finetune_study.paths import MANIFEST, Results, RunPaths
@@ -102,6 +103,7 @@ class Launch:
         time_limit_seconds: float | None,
         memory_snapshot: bool,
         asked: Asked = NOTHING_MORE,
+        folders: Places = places.DEFAULT,
     ) -> None:
         """
         Args:
@@ -112,7 +114,9 @@ class Launch:
             time_limit_seconds: the run ends as `timeout` after it; None: never.
             memory_snapshot: keep the CUDA allocator's history of an OOM.
             asked: what the node must offer beside what the run says.
+            folders: where caches and temporary files go.
         """
+        self.folders = folders
         self.run, self.run_yaml, self.results, self.paths = run, run_yaml, results, paths
         self.time_limit, self.memory_snapshot, self.asked = time_limit_seconds, memory_snapshot, asked
         self.started = time.monotonic()
@@ -149,11 +153,12 @@ class Launch:
         self.about.environment["allocation"] = allocation.check(self.run, self.asked, os.environ)
         self._check_prepared()
         kills_before = cgroup.oom_kills()
-        try:
-            self._start(log)
-            stopped_by = self._wait()
-        finally:
-            self._end_all()
+        with places.opened(self.folders, self.run, self.results) as where:
+            try:
+                self._start(log, where)
+                stopped_by = self._wait()
+            finally:
+                self._end_all()
         if stopped_by == "timeout":
             return Verdict(ending=Ending(status="timeout", reason=f"time limit of {self.time_limit:g} s reached"))
         if stopped_by is not None:
@@ -187,13 +192,13 @@ class Launch:
             )
         return manifest
 
-    def _start(self, log: TextIO) -> None:
+    def _start(self, log: TextIO, where: dict[str, str]) -> None:
         run, world_size = self.run, self.run.num_gpus
         shutil.rmtree(self.paths.scratch, ignore_errors=True)
         self.paths.scratch.mkdir(parents=True)
         port = _free_port()
         threads = run.hardware.threads_per_gpu or variables.threads_of_rank(world_size, os.environ)
-        chosen = variables.set_for(run, threads, os.environ)
+        chosen = where | variables.set_for(run, threads, os.environ)
         self.about.environment["variables"] = chosen
         record.write_about(self.paths, self.about)
         for number in range(world_size):
@@ -386,6 +391,7 @@ def launch(
     time_limit_seconds: float | None = None,
     memory_snapshot: bool = False,
     asked: Asked = NOTHING_MORE,
+    folders: Places = places.DEFAULT,
 ) -> int:
     """Runs one run to its end and says how it ended.
 
@@ -397,6 +403,7 @@ def launch(
         time_limit_seconds: the run ends as `timeout` after it.
         memory_snapshot: keep the CUDA allocator's history of an OOM.
         asked: what the node must offer beside what the run says.
+        folders: where caches and temporary files go.
 
     Returns:
         Exit status: 0 for an outcome, `UNFIT_NODE_STATUS` where the node is not what the run asks for, 1 for any other
@@ -425,6 +432,7 @@ def launch(
             time_limit_seconds,
             memory_snapshot,
             asked,
+            folders,
         )
         verdict = started.execute()
     if verdict.ending is None:
@@ -449,6 +457,8 @@ def main() -> None:
     parser.add_argument("--time-limit-minutes", type=float, help="end the run as `timeout` after so many minutes")
     parser.add_argument("--memory-snapshot", action="store_true", help="keep the CUDA allocator's history of an OOM")
     parser.add_argument("--allocation", type=Asked.model_validate_json, default=NOTHING_MORE, help=ALLOCATION_HELP)
+    parser.add_argument("--cache", help="folder of caches and compiled ops (default: the results' own)")
+    parser.add_argument("--temporary", help="folder of temporary files (default: TMPDIR)")
     arguments = parser.parse_args()
     try:
         sys.exit(
@@ -460,6 +470,7 @@ def main() -> None:
                 time_limit_seconds=None if arguments.time_limit_minutes is None else 60 * arguments.time_limit_minutes,
                 memory_snapshot=arguments.memory_snapshot,
                 asked=arguments.allocation,
+                folders=Places(cache=arguments.cache, temporary=arguments.temporary),
             )
         )
     except StudyError as error:

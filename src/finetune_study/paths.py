@@ -105,6 +105,11 @@ class Results:
         return self.root / "prepared" / "data" / key
 
     @property
+    def cache(self) -> Path:
+        """Downloads, caches and compiled ops, where the config names no other folder; may be deleted."""
+        return self.root / "cache"
+
+    @property
     def outcomes_parquet(self) -> Path:
         return self.root / "outcomes.parquet"
 

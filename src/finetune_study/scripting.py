@@ -6,6 +6,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from finetune_study import places
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.study import Study, open_study
@@ -42,7 +43,9 @@ def opened(snakemake: Any) -> Iterator[Study]:
         redirect_stderr(stream),
     ):
         try:
-            yield open_study(snakemake.config, Results(Path("results")))
+            study = open_study(snakemake.config, Results(Path("results")))
+            places.enter(study.config.places, study.results)
+            yield study
         except StudyError as error:
             print(f"\n{error}\n  log:     {log}\n")
             sys.exit(1)

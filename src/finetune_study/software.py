@@ -1,5 +1,6 @@
 """How a hardware entry's own Python is called: in a virtual environment, with modules, in an image, in conda."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -12,24 +13,29 @@ from finetune_study.measure.environment import LOCK_COPY
 LOAD_MODULES = Path(__file__).with_name("load_modules.sh")
 
 
-def interpreter(software: Software, default: str) -> str:
+def interpreter(software: Software, default: str, cache: str) -> str:
     """The part of a shell command that calls Python; arguments follow it.
 
     Args:
         software: of a hardware entry.
         default: the interpreter where the entry names nothing.
+        cache: folder of the entry's caches, as the config names it.
     """
-    words = _python(software, default)
+    words = _python(software, default, cache)
     if not software.modules:
         return words
     return f". {_quoted(str(LOAD_MODULES), *software.modules)} && {words}"
 
 
-def _python(software: Software, default: str) -> str:
+def _python(software: Software, default: str, cache: str) -> str:
     if software.apptainer is not None:
         inside = _quoted(*software.apptainer_args, _home(software.apptainer), software.python or "python")
         # --nv: GPUs and the driver's libraries. Apptainer binds the working directory only where it can see it.
-        return f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {inside}'
+        command = f'apptainer exec --nv --bind "$PWD" --pwd "$PWD" {inside}'
+        if "://" not in software.apptainer:
+            return command
+        # An image that is fetched is kept, and Apptainer's own place for that is the home folder.
+        return f'APPTAINER_CACHEDIR="${{APPTAINER_CACHEDIR:-{_in_double_quotes(cache)}/apptainer}}" {command}'
     if software.conda is not None:
         by = "-p" if "/" in software.conda else "-n"
         # Where conda is a function of the login shell, this variable still says where its command is.
@@ -41,6 +47,12 @@ def _python(software: Software, default: str) -> str:
 
 def _home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+def _in_double_quotes(path: str) -> str:
+    """A folder of the config in which the node's shell writes out `~/` and variables."""
+    path = "$HOME" + path[1:] if path.startswith("~/") else path if path.startswith(("/", "$")) else f"$PWD/{path}"
+    return re.sub(r'(["`\\])', r"\\\1", path)
 
 
 def _quoted(*words: str) -> str:

@@ -5,21 +5,23 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from finetune_study import config as config_module
-from finetune_study import implied, record, slurm, software
+from finetune_study import implied, places, record, slurm, software
 from finetune_study import plan as plan_module
 from finetune_study import run as run_module
 from finetune_study.allocation import Asked
 from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
 from finetune_study.implied import Kin
-from finetune_study.paths import Results, RunPaths
+from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.plan import PlannedRun
+from finetune_study.prepared import read_manifest
 from finetune_study.record import Ending, Record
 from finetune_study.run import Run
 
@@ -151,7 +153,9 @@ class Study:
 
     def interpreter(self, run_id: str, default: str) -> str:
         """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
-        return software.interpreter(self.hardware(run_id).software, default)
+        hardware = self.hardware(run_id)
+        cache = places.of(self.config.places, hardware.places).cache or str(self.results.cache.absolute())
+        return software.interpreter(hardware.software, default, cache)
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
@@ -166,6 +170,10 @@ class Study:
     def allocation(self, run_id: str) -> Asked:
         """What the node must offer to a run, as far as its run.yaml does not say it."""
         return Asked.of(self.hardware(run_id))
+
+    def places(self, run_id: str) -> str:
+        """Options of `launch` that name the folders of a run's caches and temporary files, for a shell."""
+        return places.options(places.of(self.config.places, self.hardware(run_id).places))
 
     @property
     def data_files(self) -> list[str]:
@@ -235,7 +243,21 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     untrained = _check_records(results, planned)
     _check_files(config)
     slurm.check(config)
-    return Study(config, results, planned, _select(patterns, planned), untrained)
+    study = Study(config, results, planned, _select(patterns, planned), untrained)
+    _forget_purged(study)
+    return study
+
+
+def _forget_purged(study: Study) -> None:
+    """What a purge left of a prepared folder that a run still needs counts as nothing: without its manifest it is made
+    again. Weights may be links into a cache on another file system."""
+    pending = [study.run(run_id) for run_id in study.pending]
+    keys = {key for run in pending for key in (run.model_key, run.tokenizer_key)}
+    folders = {study.results.model(key) for key in keys} | {study.results.data(run.data_key) for run in pending}
+    for folder in folders:
+        if (folder / MANIFEST).exists() and read_manifest(folder) is None:
+            with suppress(OSError):
+                (folder / MANIFEST).unlink()
 
 
 def _select(patterns: str, planned: Mapping[str, PlannedRun]) -> tuple[str, ...]:

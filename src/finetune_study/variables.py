@@ -1,10 +1,13 @@
 """Environment variables of a rank: a list of what may pass and what is set; nothing else reaches a run.
 
+What keeps caches out of the home folder is also set where models and data are prepared.
+
 So a variable planted in somebody's shell changes no measurement, and the record names all that matter.
 """
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from finetune_study.run import Run
 
@@ -17,6 +20,39 @@ PASSED = (
 
 PASSED_PREFIXES = ("SLURM_", "SLURMD_", "APPTAINER_", "SINGULARITY_")
 """What a scheduler or a container says of the job."""
+
+
+CACHES = {
+    # Whoever keeps to the XDG folders: the hub's client, datasets, accelerate, torch.hub, torch's own kernels, pip.
+    "XDG_CACHE_HOME": "",
+    # These would write to ~/.triton, ~/.nv, ~/.config/matplotlib, ~/nltk_data, beside a module, or to a shared /tmp.
+    "TORCH_EXTENSIONS_DIR": "torch_extensions",
+    "TORCHINDUCTOR_CACHE_DIR": "torch_inductor",
+    "TRITON_HOME": "triton",
+    "TRITON_CACHE_DIR": "triton/cache",
+    "CUDA_CACHE_PATH": "cuda",
+    "MPLCONFIGDIR": "matplotlib",
+    "NUMBA_CACHE_DIR": "numba",
+    "NLTK_DATA": "nltk",
+}
+"""Variables that say where libraries keep caches, and the folder of each below the study's."""
+
+
+def of_cache(cache: Path) -> dict[str, str]:
+    """Sends the caches of all libraries to one folder."""
+    return {name: str(cache / folder) for name, folder in CACHES.items()}
+
+
+def for_preparation(cache: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """What is set where models and data are fetched; a hub cache of the user's own (`HF_HOME`) stays the user's.
+
+    Args:
+        cache: the study's folder of caches.
+        environment: the user's, which says where the hub's client finds the token of a gated model.
+    """
+    home = environment.get("HF_HOME") or f"{environment.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    token = environment.get("HF_TOKEN_PATH") or f"{home}/token"
+    return of_cache(cache) | {"HF_TOKEN_PATH": token}
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.slurm.cluster import SCRIPT, Cluster
 from tests.slurm.place import Place
+from tests.workflow.workplace import Workplace
 
 
 @pytest.fixture(scope="session")
@@ -29,5 +30,13 @@ def place(cluster: Cluster, tmp_path: Path) -> Iterator[Place]:
     place = Place(tmp_path)
     yield place
     place.leave()
+    cluster.mend()
+    cluster.clear(tmp_path)
+
+
+@pytest.fixture
+def workplace(cluster: Cluster, tmp_path: Path) -> Iterator[Workplace]:
+    """An empty folder for a study; its jobs are gone when the test is."""
+    yield Workplace(tmp_path)
     cluster.mend()
     cluster.clear(tmp_path)

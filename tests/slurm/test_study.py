@@ -4,8 +4,6 @@ import copy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,11 +78,9 @@ def submissions(place: Workplace) -> dict[str, int]:
 
 
 @pytest.fixture
-def place(cluster: Cluster, tmp_path: Path) -> Iterator[Workplace]:
+def place(workplace: Workplace) -> Workplace:
     """An empty folder; its jobs are gone when the test is."""
-    yield Workplace(tmp_path)
-    cluster.mend()
-    cluster.clear(tmp_path)
+    return workplace
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
 @pytest.mark.parametrize(
     ("modules", "strangers"),
     [
-        ("launch, allocation, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "altair")),
+        ("launch, allocation, places, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
         ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
         ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from finetune_study.record import read_record
 from tests.workflow.workplace import REPOSITORY, Workplace
 
 REPORTING = {"extract_metrics": 1, "aggregate": 1, "report": 1}
@@ -105,6 +106,36 @@ def test_new_versions_of_the_software_run_nothing_again(measured: Workplace, tmp
 def test_purged_model_and_data_are_not_missed(measured: Workplace, what: str) -> None:
     shutil.rmtree(measured.results / what)
     assert measured.planned() == {}
+
+
+def test_new_run_makes_its_own_model_and_data_again_and_no_other(measured: Workplace) -> None:
+    for name in ("prepared", "cache"):
+        shutil.rmtree(measured.results / name)
+    assert measured.planned() == {}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in map(measured.record, ("_full_", "_lora_"))}
+    raw = measured.read()
+    raw["models"]["wider"] = copy.deepcopy(raw["models"]["tiny"])
+    raw["models"]["wider"]["architecture"]["hidden_size"] = 96
+    raw["grid"].append(raw["grid"][0] | {"targets": "wider", "recipes": "full"})
+    measured.write(raw)
+    answer = measured.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    (new,) = {folder / "record.json" for folder in measured.run_folders()} - set(before)
+    run = read_record(new).run
+    assert [path.name for path in (measured.results / "prepared" / "models").iterdir()] == [run.model_key]
+    assert [path.name for path in (measured.results / "prepared" / "data").iterdir()] == [run.data_key]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+
+
+def test_model_that_was_purged_in_part_is_made_again_when_a_run_needs_it(measured: Workplace) -> None:
+    """A purge by age takes file by file, and weights may be links into a cache that is purged."""
+    (folder,) = (measured.results / "prepared" / "models").iterdir()
+    (folder / "tokenizer_config.json").unlink()
+    assert measured.planned() == {}
+    edit(measured, lambda raw: raw["grid"][0].update(recipes=["full", "lora", "new"]))
+    edit(measured, lambda raw: raw["recipes"].update(new={"lora": {"r": 2}}))
+    # The data follow, since they were made with the model's tokenizer.
+    assert measured.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
 
 
 def test_purged_run_yaml_is_not_missed(measured: Workplace) -> None:

@@ -65,6 +65,11 @@ def get_allocation(wildcards):
     return STUDY.allocation(wildcards.run_id).model_dump_json(exclude_none=True)
 
 
+def get_places(wildcards):
+    """Where caches and temporary files go, as options of the command."""
+    return STUDY.places(wildcards.run_id)
+
+
 def get_threads(wildcards):
     """Here all cores, since runs that share a machine would measure each other; a scheduler gives each job its own."""
     if workflow.local_exec:

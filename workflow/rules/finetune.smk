@@ -41,6 +41,7 @@ rule finetune:
         interpreter=get_interpreter,
         run=get_run_file,
         allocation=get_allocation,
+        places=get_places,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
         implied_oom=get_implied_oom,
         memory_snapshot=(
@@ -50,4 +51,4 @@ rule finetune:
         "rm -f {input.request:q};"
         " {params.interpreter} -m finetune_study.launch {params.run:q} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} --allocation {params.allocation:q}"
-        " {params.implied_oom} {params.memory_snapshot}"
+        " {params.implied_oom} {params.memory_snapshot} {params.places}"
