@@ -134,7 +134,8 @@ class Study:
 
     def interpreter(self, run_id: str, default: str) -> str:
         """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
-        return software.interpreter(self.hardware(run_id).software, default)
+        hardware = self.hardware(run_id)
+        return slurm.on_each_node(self.run(run_id), hardware, software.interpreter(hardware.software, default))
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
@@ -142,7 +143,7 @@ class Study:
 
     def allocation(self, run_id: str) -> Asked:
         """What the node must offer to a run, as far as its run.yaml does not say it."""
-        return Asked.of(self.hardware(run_id))
+        return Asked.of(self.hardware(run_id), self.run(run_id).nodes)
 
     @property
     def data_files(self) -> list[str]:
