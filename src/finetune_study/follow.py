@@ -86,10 +86,9 @@ def _work(run: Run, run_yaml: Path, results: Results, leader: Leader, place: Pla
         try:
             chosen = ranks.variables(leader.interface)
             ranks.start(run_yaml, results, log, chosen, (address, port), memory_snapshot=memory_snapshot)
-            while link.heard("stop") is None and not link.is_lost:
+            while not link.wait_for("stop", seconds=0) and not link.is_lost:
                 _tell(link, ranks.news())
                 signals.sleep(LOOK_SECONDS)
-                link.hear()
         except StoppedError as stop:
             link.send(stopped_by=str(stop))
         finally:

@@ -242,8 +242,9 @@ class Launch:
         self._note(self.ranks.end_all())
         until = time.monotonic() + ENDS_SECONDS
         while len(self.ends) < self.run.num_gpus and time.monotonic() < until:
-            signals.sleep(until - time.monotonic(), unstoppable=True)
             self._listen()
+            if len(self.ends) < self.run.num_gpus:
+                signals.sleep(until - time.monotonic(), unstoppable=True)
         for member in self.team.members.values():
             self._note(self._lost(member, f"its launcher on {member.name} does not answer"))
 

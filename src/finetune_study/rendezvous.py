@@ -138,12 +138,13 @@ class Link:
             StoppedError: when a signal comes first.
         """
         until = time.monotonic() + seconds
-        while all(self.heard(key) is None for key in keys):
+        while True:
+            self.hear()  # before any sleep: the signal may have come while somebody else was waited for
+            if any(self.heard(key) is not None for key in keys):
+                return True
             if self.is_lost or time.monotonic() >= until:
                 return False
             signals.sleep(until - time.monotonic())
-            self.hear()
-        return True
 
     def close(self) -> None:
         self._socket.close()
@@ -243,7 +244,10 @@ class Team:
             if left != self._paths.rendezvous(self.place.step or ""):
                 left.unlink(missing_ok=True)  # of a try whose launcher was killed
         until = time.monotonic() + seconds
-        while not self._is_complete():
+        while True:
+            self.hear()
+            if self._is_complete():
+                return
             if time.monotonic() >= until:
                 came = ", ".join(member.name for member in self.members.values()) or "none"
                 raise RunFailedError(
@@ -254,7 +258,6 @@ class Team:
                     "nodes must reach each other by TCP",
                 )
             signals.sleep(until - time.monotonic())
-            self.hear()
 
     def checks(self, seconds: float = CHECK_SECONDS) -> dict[int, dict[str, Any]]:
         """What the others found on their nodes, by their numbers.

@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,27 @@ class Other:
     """The launcher of another node, in a process of its own: it joins, says something, and waits for the end."""
 
     def __init__(self, paths: RunPaths, number: int = 1, nodes: int = 2, **message: Any) -> None:
-        self.came: SimpleQueue[str] = FORK.SimpleQueue()
+        self._came, self._says = FORK.Pipe(duplex=False)
         self.process = FORK.Process(target=self._act, args=(paths, place(number, nodes), message), daemon=True)
         self.process.start()
+
+    def said(self) -> str:
+        """What came to it next."""
+        assert self._came.poll(30), "nothing came"
+        return str(self._came.recv())
 
     def _act(self, paths: RunPaths, place: Place, message: dict[str, Any]) -> None:
         leader = rendezvous.join(paths, place, seconds=20)
         if leader is None:
-            self.came.put("over")
+            self._says.send("over")
             return
         assert abs(leader.ahead_seconds) < 5
         assert leader.interface
         leader.link.send(**message)
         if leader.link.wait_for("start", seconds=20):
-            self.came.put(leader.link.heard("start"))
+            self._says.send(leader.link.heard("start"))
         if leader.link.wait_for("over", seconds=20):
-            self.came.put("over")
+            self._says.send("over")
 
 
 def test_three_nodes_find_each_other_and_speak(tmp_path: Path) -> None:
@@ -109,8 +114,8 @@ def test_three_nodes_find_each_other_and_speak(tmp_path: Path) -> None:
         assert team.checks(20) == {1: {"of": 1}, 2: {"of": 2}}
         assert team.interface in [name for _, name in socket.if_nameindex()]
         team.tell(start="it begins")
-        assert [other.came.get() for other in others] == ["it begins", "it begins"]
-    assert [other.came.get() for other in others] == ["over", "over"]
+        assert [other.said() for other in others] == ["it begins", "it begins"]
+    assert [other.said() for other in others] == ["over", "over"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +123,7 @@ def test_one_that_comes_when_all_is_over_goes_home(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     with Team(paths, place(0)) as team, pytest.raises(RunFailedError, match=r"(?s)Not every node.*came: none"):
         team.gather(0.2)
-    assert Other(paths).came.get() == "over"
+    assert Other(paths).said() == "over"
 
 
 def test_what_an_earlier_try_left_is_not_taken_for_this_one(tmp_path: Path) -> None:
@@ -133,7 +138,7 @@ def test_what_an_earlier_try_left_is_not_taken_for_this_one(tmp_path: Path) -> N
     with Team(paths, place(0)) as team:
         team.gather(20)
         assert list(tmp_path.iterdir()) == [paths.rendezvous("7.0.0")]
-    assert other.came.get() == "over"
+    assert other.said() == "over"
 
 
 def test_a_stranger_is_sent_away(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_a_leader_that_is_not_there_is_missed(tmp_path: Path) -> None:
 
 def test_waiting_ends_with_a_signal(tmp_path: Path) -> None:
     with Team(RunPaths(tmp_path), place(0)) as team:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         with pytest.raises(StoppedError, match="SIGTERM"):
             team.gather(20)
 
@@ -168,7 +173,7 @@ def test_one_whose_node_will_not_do_is_heard(tmp_path: Path) -> None:
         team.gather(20)
         with pytest.raises(RunFailedError, match="the GPU of node-2 is in use"):
             team.checks(20)
-    assert other.came.get() == "over"
+    assert other.said() == "over"
 
 
 def test_one_that_dies_is_missed_at_once(tmp_path: Path) -> None:
