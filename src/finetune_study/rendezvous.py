@@ -330,8 +330,10 @@ def interface_of(address: str) -> str:
     """Name of the network interface that has an address of this node."""
     import psutil
 
+    # A name may stand for any address of the loopback, as Debian's own does; the interface lists one of them.
+    wanted = LOOPBACK if address.startswith("127.") else address
     found = psutil.net_if_addrs().items()
-    return next(str(name) for name, addresses in found if any(one.address == address for one in addresses))
+    return next(str(name) for name, addresses in found if any(one.address == wanted for one in addresses))
 
 
 # --- the other nodes -------------------------------------------------------------------------------------------------

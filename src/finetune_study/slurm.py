@@ -74,6 +74,7 @@ def on_each_node(run: Run, hardware: Hardware, python: str) -> str:
         *srun(run),
         f"--cpus-per-task={_cpus(run, hardware)}",  # since SLURM 22.05 srun does not take it over from sbatch
         "--overlap",  # the official executor has a step of its own around the command
+        "--export=ALL",  # where sbatch is told to pass no variables, srun would not either
         "--mpi=none",
         "--input=none",
         # The first node decides when the others end, not a default of the site.

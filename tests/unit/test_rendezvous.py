@@ -119,6 +119,10 @@ def test_three_nodes_find_each_other_and_speak(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_interface_is_that_of_the_address() -> None:
+    assert [rendezvous.interface_of(address) for address in ("127.0.0.1", "127.0.1.1")] == ["lo", "lo"]
+
+
 def test_one_that_comes_when_all_is_over_goes_home(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     with Team(paths, place(0)) as team, pytest.raises(RunFailedError, match=r"(?s)Not every node.*came: none"):
