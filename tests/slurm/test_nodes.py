@@ -111,11 +111,11 @@ class Going:
 
     def rank(self, number: int) -> int:
         """Its process: both nodes are on this machine."""
-        return _process("finetune_study.train", str(self.paths.rank_facts(number)))
+        return _process(f"RANK={number}", "finetune_study.train", f"{self.paths.folder.name}/ranks/{number}.jsonl")
 
     def launcher(self, node: int) -> int:
         """The process of a node's launcher."""
-        return _process("finetune_study.launch", str(self.paths.run_yaml), procid=node)
+        return _process(f"SLURM_PROCID={node}", "finetune_study.launch", f"{self.paths.folder.name}/run.yaml")
 
     def end(self) -> float:
         """Waits for the driver; seconds that it took."""
@@ -124,15 +124,14 @@ class Going:
         return time.monotonic() - began
 
 
-def _process(*words: str, procid: int | None = None) -> int:
-    """The one Python with these words on its command line, of this task of its step."""
+def _process(variable: str, module: str, file: str) -> int:
+    """The one Python that has this variable, runs this module and works on this file."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile
             command = (folder / "cmdline").read_bytes().decode().split("\0")
             variables = (folder / "environ").read_bytes().decode().split("\0")
-            here = any(word.endswith(words[1]) for word in command) and words[0] in command and command[1] == "-m"
-            if here and (procid is None or f"SLURM_PROCID={procid}" in variables):
+            if command[1:3] == ["-m", module] and any(w.endswith(file) for w in command) and variable in variables:
                 found.append(int(folder.name))
     (one,) = found
     return one
