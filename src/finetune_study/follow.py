@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 from finetune_study import allocation, rendezvous, signals
@@ -52,14 +53,14 @@ def follow(
             leader = rendezvous.join(paths, place)
             if leader is None:
                 return 0
-            link = leader.link
-            link.send(ahead_seconds=leader.ahead_seconds, **_check(run, asked))
-            while not link.wait_for("start", "over", seconds=LOOK_SECONDS) and not link.is_lost:
-                pass
-            if link.heard("start") is not None:
-                _work(run, run_yaml, results, leader, place, memory_snapshot=memory_snapshot)
-            while not link.wait_for("over", seconds=LOOK_SECONDS) and not link.is_lost:
-                pass
+            with closing(leader.link) as link:  # a closed one sends no signal when those are no longer blocked
+                link.send(ahead_seconds=leader.ahead_seconds, **_check(run, asked))
+                while not link.wait_for("start", "over", seconds=LOOK_SECONDS) and not link.is_lost:
+                    pass
+                if link.heard("start") is not None:
+                    _work(run, run_yaml, results, leader, place, memory_snapshot=memory_snapshot)
+                while not link.wait_for("over", seconds=LOOK_SECONDS) and not link.is_lost:
+                    pass
         except StoppedError as stop:
             print(f"{run.run_id}: node {place.number} was ended from outside by {stop}", file=sys.stderr, flush=True)
             return 1
