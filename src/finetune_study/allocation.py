@@ -1,4 +1,4 @@
-"""Checks on the node, before anything is measured, that it offers what the run asks for.
+"""Checks on a node, before anything is measured, that it offers what the run asks for.
 
 A GPU is asked for its name, memory and processes through the driver (NVML); a slice of one (MIG) has its own. An entry
 that is declared a stand-in has no GPU: there SLURM's word for type and number is checked, and the record says so.
@@ -56,10 +56,10 @@ class Asked(Section):
     """There are no GPUs: SLURM's word for their type and number is checked."""
 
     @classmethod
-    def of(cls, hardware: Hardware) -> Self:
-        """What a run on this hardware entry needs."""
+    def of(cls, hardware: Hardware, nodes: int = 1) -> Self:
+        """What a run on so many nodes of this hardware entry needs."""
         return cls(
-            nodes=1,
+            nodes=nodes,
             memory_gib=hardware.memory_gib if hardware.device == "cuda" else None,
             gpu_model=hardware.slurm.gpu_model,
             stand_in=hardware.slurm.stand_in,
@@ -90,7 +90,7 @@ def check(run: Run, asked: Asked, environment: Mapping[str, str]) -> dict[str, A
         wrong = _wrong_stand_in(run, asked, found)
     elif run.hardware.device == "cuda":
         by = "nvml"
-        found["gpus"] = _by_driver(variables.visible_gpus(run.num_gpus, environment))
+        found["gpus"] = _by_driver(variables.visible_gpus(run.gpus_per_node, environment))
         wrong = _wrong_gpus(run, asked, found["gpus"])
     else:
         by, wrong = "none", []
@@ -122,8 +122,8 @@ def _where(environment: Mapping[str, str]) -> str:
 
 def _wrong_gpus(run: Run, asked: Asked, gpus: list[dict[str, Any]]) -> list[str]:
     wrong = []
-    if len(gpus) < run.num_gpus:
-        wrong.append(f"{len(gpus)} GPUs instead of {run.num_gpus}")
+    if len(gpus) < run.gpus_per_node:
+        wrong.append(f"{len(gpus)} GPUs instead of {run.gpus_per_node}")
     if run.num_gpus > 1 and any(gpu["slice_of"] for gpu in gpus):
         wrong.append(f"{run.num_gpus} GPUs asked for; {mig.ONE_FOR_A_RUN}")
     for gpu in gpus:
@@ -235,10 +235,10 @@ def _is_divided(nvml: Any, handle: Any) -> bool:
 
 def _wrong_stand_in(run: Run, asked: Asked, found: Mapping[str, Any]) -> list[str]:
     wrong = []
-    if len(found["gpus"]) < run.num_gpus:
-        wrong.append(f"{len(found['gpus'])} GPUs instead of {run.num_gpus}")
-    if len(found["visible"]) < run.num_gpus:
-        wrong.append(f"CUDA_VISIBLE_DEVICES names {len(found['visible'])} GPUs instead of {run.num_gpus}")
+    if len(found["gpus"]) < run.gpus_per_node:
+        wrong.append(f"{len(found['gpus'])} GPUs instead of {run.gpus_per_node}")
+    if len(found["visible"]) < run.gpus_per_node:
+        wrong.append(f"CUDA_VISIBLE_DEVICES names {len(found['visible'])} GPUs instead of {run.gpus_per_node}")
     others = sorted({model for model in found["gpus"] if model != asked.gpu_model})
     if others:
         wrong.append(f"the GPUs are {', '.join(others)}, not {asked.gpu_model}")
@@ -246,7 +246,7 @@ def _wrong_stand_in(run: Run, asked: Asked, found: Mapping[str, Any]) -> list[st
 
 
 def _by_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Types of the GPUs that SLURM gave to this job, and their numbers as it put them into the environment."""
+    """Types of the GPUs that SLURM gave to this job here, and their numbers as it put them into the environment."""
     job = environment.get("SLURM_JOB_ID")
     if job is None:
         raise RunFailedError(
@@ -256,8 +256,9 @@ def _by_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
         )
     said = _show_job(job)
     # Of all lines that name types and numbers, those that say what the job got on its nodes.
-    got = "\n".join(line for line in said.splitlines() if line.lstrip().startswith("Nodes="))
-    gpus = [model or "untyped" for model, number in SLURM_GPUS.findall(got) for _ in range(int(number))]
+    got = [line for line in said.splitlines() if line.lstrip().startswith("Nodes=")]
+    own = next((line for line in got if _names_node(line, environment.get("SLURMD_NODENAME"))), "\n".join(got))
+    gpus = [model or "untyped" for model, number in SLURM_GPUS.findall(own) for _ in range(int(number))]
     nodes = SLURM_NODES.search(said)
     return {
         "nodes": int(nodes[1]) if nodes else None,
@@ -266,8 +267,20 @@ def _by_slurm(environment: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _names_node(line: str, node: str | None) -> bool:
+    """Whether a line `Nodes=a100-[1-2] …`, of nodes that gave alike, is about this one."""
+    nodes = line.split()[0].removeprefix("Nodes=")
+    return node is not None and (
+        node == nodes or ("[" in nodes and node in _scontrol("show", "hostnames", nodes).split())
+    )
+
+
 def _show_job(job: str) -> str:
-    command = ["scontrol", "show", "job", "--details", job]
+    return _scontrol("show", "job", "--details", job)
+
+
+def _scontrol(*words: str) -> str:
+    command = ["scontrol", *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:

@@ -185,7 +185,7 @@ class Hardware(Section):
     compute_capability: PositiveFloat | None = None
     """CUDA compute capability, for example 8.0; decides about bf16 and FlashAttention-2. Null: all is tried."""
     max_gpus: PositiveInt = 8
-    """Devices that one run may use."""
+    """Devices that one run may use on each of its nodes."""
     threads_per_gpu: PositiveInt | None = None
     """CPU threads of each process. Default: the cores that the run may use, shared out."""
     environment: dict[str, str] = {}
@@ -297,7 +297,9 @@ class GridBlock(Section):
     recipes: Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
     """Names under `recipes`."""
     num_gpus: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
-    """Devices of a run."""
+    """Devices of a run, over all its nodes."""
+    nodes: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
+    """Machines that the devices of a run are on, equally many on each. More than one needs SLURM."""
     sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)]
     """Context length in tokens; every sequence has exactly this length."""
     per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]

@@ -1,38 +1,40 @@
-"""The supervisor of a run on its node: starts the ranks, watches, and always writes down how it ended.
+"""The supervisor of a run: starts the ranks, watches, and always writes down how it ended.
 
     python -m finetune_study.launch results/runs/<run_id>/run.yaml
 
-repeats a run, Snakemake or not. It needs neither torch nor Snakemake, so it stays small when memory runs out around it.
+repeats a run, Snakemake or not. A run on several nodes has one supervisor on each: the first node's decides and writes,
+the others (follow.py) start the ranks of their nodes and tell it how they ended. It needs neither torch nor Snakemake,
+so it stays small when memory runs out around it.
 """
 
 import argparse
-import ctypes
 import datetime
 import fcntl
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import allocation, data, facts, implied, oom, places, record, variables
+from finetune_study import allocation, data, facts, implied, places, ranks, record, rendezvous, signals, slurm
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
 from finetune_study.config import Places
 from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
-from finetune_study.measure import cgroup
+from finetune_study.follow import follow
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
+from finetune_study.ranks import LOG_TAIL_LINES, End, Ranks
 from finetune_study.record import About, Ending, Failure, Record, Status
+from finetune_study.rendezvous import Member, Place, Team
 from finetune_study.run import Run
+from finetune_study.signals import StoppedError
 
 GRACE_SECONDS = 10.0
 """Peers of a rank that ended have this long to end by themselves: gloo notices a closed connection after about 3 s."""
@@ -40,37 +42,11 @@ GRACE_SECONDS = 10.0
 PROGRESS_SECONDS = 20.0
 """How often a line says how far a run is."""
 
-LOG_TAIL_LINES = 40
+ENDS_SECONDS = 30.0
+"""How long other nodes may take to kill their ranks and say so."""
 
-STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2}
-"""Signals that end a run from outside: a scheduler's, a terminal's."""
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): the signal a process gets when its parent dies."""
-
-
-@dataclass
-class Rank:
-    """One process of the run, and what is known of its end."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    facts_path: Path
-    ended_at: float | None = None
-    killed_by_us: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def reap(self) -> bool:
-        """Whether the process is over; its facts are read then."""
-        if self.ended_at is None and self.process.poll() is not None:
-            self.facts = facts.read(self.facts_path)
-            self.ended_at = self.facts.get("ended", {}).get("at", time.time())
-        return self.ended_at is not None
-
-    @property
-    def how(self) -> str:
-        """`completed`, `device_oom`, `host_oom`, `error`, or `died` for a process that could not say."""
-        return str(self.facts.get("ended", {}).get("how", "died"))
+LOST_SECONDS = 1.0
+"""By so much the news that a node's launcher is gone may be behind what the peers of its ranks say of it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +57,8 @@ class Verdict:
     cause: str = ""
     traceback: str | None = None
     interrupted: bool = False
+    node: int = 0
+    """Whose log tells of the failure."""
     unfit_node: bool = False
 
     @property
@@ -92,7 +70,7 @@ class Verdict:
 
 
 class Launch:
-    """One try of a run."""
+    """One try of a run, on its first node."""
 
     def __init__(
         self,
@@ -104,6 +82,7 @@ class Launch:
         memory_snapshot: bool,
         asked: Asked = NOTHING_MORE,
         folders: Places = places.DEFAULT,
+        team: Team | None = None,
     ) -> None:
         """
         Args:
@@ -115,8 +94,9 @@ class Launch:
             memory_snapshot: keep the CUDA allocator's history of an OOM.
             asked: what the node must offer beside what the run says.
             folders: where caches and temporary files go.
+            team: the run's other nodes; None: there are none.
         """
-        self.folders = folders
+        self.folders, self.team = folders, team or Team(paths, Place())
         self.run, self.run_yaml, self.results, self.paths = run, run_yaml, results, paths
         self.time_limit, self.memory_snapshot, self.asked = time_limit_seconds, memory_snapshot, asked
         self.started = time.monotonic()
@@ -126,44 +106,57 @@ class Launch:
             slurm_job_id=os.environ.get("SLURM_JOB_ID"),
             environment={
                 "host": socket.gethostname(),
-                "command": [sys.executable, "-m", "finetune_study.launch", str(run_yaml)],
+                "node": rendezvous.own_name(),
+                "command": [*slurm.srun(run), sys.executable, "-m", "finetune_study.launch", str(run_yaml)],
             },
         )
-        self.ranks: list[Rank] = []
+        self.ranks = Ranks(run, paths, self.team.place)
+        self.ends: dict[int, End] = {}
+        """Of all ranks on all nodes, as they become known."""
 
     def execute(self) -> Verdict:
-        """Runs to the end, and writes record.json or failure.json; signals wait until that is done."""
-        with _blocked_signals():
-            with self.paths.log.open("w", encoding="utf-8") as log:
-                try:
-                    verdict = self._supervise(log)
-                except StudyError as error:
-                    verdict = Verdict(cause=str(error), unfit_node=isinstance(error, UnfitNodeError))
-                except Exception as error:
-                    verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
-            if verdict.ending is not None:
-                record.write_record(self.paths, self._record(verdict.ending))
-                shutil.rmtree(self.paths.scratch, ignore_errors=True)
-            else:
-                # What the ranks told stays until the next try: a kill by the scheduler may yet become an outcome.
-                record.write_failure(self.paths, self._failure(verdict))
+        """Runs to the end, and writes record.json or failure.json."""
+        with self.paths.log.open("w", encoding="utf-8") as log:
+            try:
+                verdict = self._supervise(log)
+            except StoppedError as stop:
+                verdict = Verdict(cause=f"ended from outside by {stop}", interrupted=True)
+            except StudyError as error:
+                verdict = Verdict(cause=str(error), unfit_node=isinstance(error, UnfitNodeError))
+            except Exception as error:
+                verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        if verdict.ending is not None:
+            record.write_record(self.paths, self._record(verdict.ending))
+            shutil.rmtree(self.paths.scratch, ignore_errors=True)
+        else:
+            # What the ranks told stays until the next try: a kill by the scheduler may yet become an outcome.
+            record.write_failure(self.paths, self._failure(verdict))
         return verdict
 
     def _supervise(self, log: TextIO) -> Verdict:
-        self.about.environment["allocation"] = allocation.check(self.run, self.asked, os.environ)
+        self.team.place.check(self.run)
+        self.team.gather()
+        self._check_nodes()
         self._check_prepared()
-        kills_before = cgroup.oom_kills()
+        self.started = time.monotonic()  # waiting for other nodes is not the run's time
         with places.opened(self.folders, self.run, self.results) as where:
             try:
                 self._start(log, where)
-                stopped_by = self._wait()
+                is_late = self._wait()
             finally:
                 self._end_all()
-        if stopped_by == "timeout":
+        if is_late:
             return Verdict(ending=Ending(status="timeout", reason=f"time limit of {self.time_limit:g} s reached"))
-        if stopped_by is not None:
-            return Verdict(cause=f"ended from outside by {stopped_by}", interrupted=True)
-        return self._conclude(kills_before)
+        return self._conclude()
+
+    def _check_nodes(self) -> None:
+        """Each launcher looks at its own node."""
+        here = allocation.check(self.run, self.asked, os.environ)
+        others = self.team.checks()
+        self.about.environment["allocation"] = here
+        self.about.environment["other_nodes"] = [
+            {"node": member.host, "allocation": others[number]} for number, member in sorted(self.team.members.items())
+        ]
 
     def _check_prepared(self) -> None:
         model_manifest = self._prepared("model", self.results.model(self.run.model_key))
@@ -193,120 +186,98 @@ class Launch:
         return manifest
 
     def _start(self, log: TextIO, where: dict[str, str]) -> None:
-        run, world_size = self.run, self.run.num_gpus
         shutil.rmtree(self.paths.scratch, ignore_errors=True)
         self.paths.scratch.mkdir(parents=True)
-        port = _free_port()
-        threads = run.hardware.threads_per_gpu or variables.threads_of_rank(world_size, os.environ)
-        chosen = where | variables.set_for(run, threads, os.environ)
+        chosen = where | self.ranks.variables(self.team.interface)
         self.about.environment["variables"] = chosen
         record.write_about(self.paths, self.about)
-        for number in range(world_size):
-            cores = variables.cores_of_rank(number, world_size, os.environ)
-            distributed = world_size > 1 or any(t.is_deepspeed for t in run.parsed_techniques.values())
-            environment = (
-                variables.passed_on(os.environ)
-                | chosen
-                | (variables.for_rank(number, world_size, port) if distributed else {})
-            )
-            facts_path = self.paths.rank_facts(number)
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "finetune_study.train"),
-                    *(
-                        "--run-yaml",
-                        str(self.run_yaml),
-                        "--results",
-                        str(self.results.root),
-                        "--facts",
-                        str(facts_path),
-                    ),
-                    *(("--memory-snapshot", str(self.paths.memory_snapshot(number))) if self.memory_snapshot else ()),
-                ],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone
-                preexec_fn=lambda cores=cores: _prepare_child(cores),  # type: ignore[misc]
-            )
-            self.ranks.append(Rank(number, process, facts_path))
+        master = (self.team.address, ranks.free_port())
+        self.team.tell(start={"folder": str(self.paths.folder), "master": master})
+        self.ranks.start(self.run_yaml, self.results, log, chosen, master, memory_snapshot=self.memory_snapshot)
 
-    def _wait(self) -> str | None:
-        """Sleeps until the run is over; the name of what ended it from outside, if anything did."""
+    def _wait(self) -> bool:
+        """Sleeps until the run is over; whether its time was."""
         limit = None if self.time_limit is None else self.started + self.time_limit
         grace_over: float | None = None
         said = ""
-        while not self._all_ended():
+        while not self._is_over():
             now = time.monotonic()
             if limit is not None and now >= limit:
-                return "timeout"
-            if grace_over is None and any(r.ended_at is not None and r.how != "completed" for r in self.ranks):
+                return True
+            if grace_over is None and any(end.how != "completed" for end in self.ends.values()):
                 grace_over = now + GRACE_SECONDS
             if grace_over is not None and now >= grace_over:
-                return None
+                return False
             wake_at = min(t for t in (now + PROGRESS_SECONDS, limit, grace_over) if t is not None)
-            received = signal.sigtimedwait({signal.SIGCHLD, *STOPS}, max(0.0, wake_at - now))
-            if received is not None and received.si_signo in STOPS:
-                return signal.Signals(received.si_signo).name
-            if received is None and (line := self._last_line()) != said:
+            if not signals.sleep(wake_at - now) and (line := self._last_line()) != said:
                 said = line
                 print(f"{self.run.run_id}: {line}", flush=True)
-        return None
+        return False
 
-    def _all_ended(self) -> bool:
-        return sum(rank.reap() for rank in self.ranks) == len(self.ranks)
+    def _is_over(self) -> bool:
+        """Whether all ranks on all nodes have ended.
+
+        Raises:
+            StoppedError: when a signal asked for the end on another node.
+        """
+        self._note(self.ranks.news())
+        self._listen()
+        if (stop := self.team.stopped_by) is not None:
+            raise StoppedError(stop)
+        return len(self.ends) == self.run.num_gpus
+
+    def _note(self, ends: Iterable[End]) -> None:
+        self.ends |= {end.number: end for end in ends}
+
+    def _listen(self) -> None:
+        """What other nodes say of their ranks; where a launcher is gone, its ranks went with it."""
+        self._note(End(**message["end"]) for message in self.team.hear() if "end" in message)
+        for member in self.team.members.values():
+            if member.link.is_lost:
+                self._note(self._lost(member, f"its launcher on {member.name} is gone without a word"))
+
+    def _lost(self, member: Member, cause: str) -> Iterator[End]:
+        """Ends of a node that says nothing any more, as far as its ranks wrote them down."""
+        at, ahead = time.time() - LOST_SECONDS, member.link.heard("ahead_seconds") or 0.0
+        for number in ranks.numbers_of(self.run, member.number):
+            if number not in self.ends:
+                path = self.paths.rank_facts(number)
+                said = {"cause": f"rank {number}: {cause}"}
+                yield ranks.told(number, path, ahead) or End(number, "error", at, said, facts.read(path))
 
     def _last_line(self) -> str:
-        lines = _tail(self.paths.log, LOG_TAIL_LINES)
+        lines = ranks.tail(self.paths.log, LOG_TAIL_LINES)
         return next((line for line in reversed(lines) if line.startswith(("step ", "model ", "held-out"))), "starting")
 
     def _end_all(self) -> None:
-        for rank in self.ranks:
-            if not rank.reap():
-                rank.killed_by_us = True
-                _signal_group(rank.process.pid, signal.SIGKILL)
-        for rank in self.ranks:
-            rank.process.wait()
-            rank.reap()
+        self.team.tell(stop=True)
+        self._note(self.ranks.end_all())
+        until = time.monotonic() + ENDS_SECONDS
+        while len(self.ends) < self.run.num_gpus and time.monotonic() < until:
+            self._listen()
+            if len(self.ends) < self.run.num_gpus:
+                signals.sleep(until - time.monotonic(), unstoppable=True)
+        for member in self.team.members.values():
+            self._note(self._lost(member, f"its launcher on {member.name} does not answer"))
 
-    def _conclude(self, kills_before: int | None) -> Verdict:
+    def _conclude(self) -> Verdict:
         """The earliest end that was not ours and not `completed` decides; what its peers said is a consequence."""
-        bad = [rank for rank in self.ranks if rank.how != "completed" and not rank.killed_by_us]
+        bad = [end for end in self.ends.values() if end.is_bad]
         if not bad:
             return Verdict(ending=Ending(status="completed"))
-        first = min(bad, key=lambda rank: rank.ended_at or 0.0)
-        ended = first.facts.get("ended", {})
-        if first.how in ("device_oom", "host_oom"):
-            known = {name: ended[name] for name in Ending.model_fields if name in ended}
-            return Verdict(ending=Ending(status=cast(Status, first.how), rank=first.number, **known))
+        first = min(bad, key=lambda end: end.at)
         if first.how == "error":
-            return Verdict(cause=f"rank {first.number}: {ended['cause']}", traceback=ended["traceback"])
-        return self._conclude_death(first, kills_before)
-
-    def _conclude_death(self, rank: Rank, kills_before: int | None) -> Verdict:
-        """A rank that could not say why it ended: its exit status, the kernel and the log may."""
-        status = rank.process.returncode
-        kills = cgroup.oom_kills()
-        if status == -signal.SIGKILL and kills is not None and kills_before is not None and kills > kills_before:
-            limit = cgroup.memory_limit_bytes()
-            reason = f"the kernel killed rank {rank.number}: host memory ran out" + (
-                f" (the cgroup's limit is {limit / 2**30:.2f} GiB)" if limit else ""
-            )
-            return Verdict(ending=Ending(status="host_oom", reason=reason, rank=rank.number))
-        budget_holds = self.run.hardware.memory_budget_gib is not None and rank.facts.get("device_ready")
-        words = oom.HOST_ELSEWHERE.search("\n".join(_tail(self.paths.log, LOG_TAIL_LINES)))
-        if budget_holds and words:
-            reason = f"rank {rank.number} ended with status {status} and the words {words[0]!r}"
-            return Verdict(ending=Ending(status="device_oom", reason=reason, rank=rank.number))
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        return Verdict(cause=f"rank {rank.number} {how} and left no word")
+            node = first.number // self.run.gpus_per_node
+            return Verdict(cause=first.said["cause"], traceback=first.said.get("traceback"), node=node)
+        known = {name: first.said[name] for name in Ending.model_fields if name in first.said}
+        return Verdict(ending=Ending(status=cast(Status, first.how), rank=first.number, **known))
 
     def _record(self, ending: Ending) -> Record:
-        facts_of_ranks = {rank.number: rank.facts for rank in self.ranks}
+        facts_of_ranks = {end.number: end.facts for end in self.ends.values()}
         return record.assemble(self.run, ending, self.about, facts_of_ranks, time.monotonic() - self.started)
 
     def _failure(self, verdict: Verdict) -> Failure:
+        log = self.paths.log_of_node(verdict.node)
         return Failure(
             run_id=self.run.run_id,
             attempt=self.about.attempt - (verdict.interrupted or verdict.unfit_node),
@@ -314,52 +285,12 @@ class Launch:
             unfit_node=verdict.unfit_node,
             cause=verdict.cause,
             traceback=verdict.traceback,
-            log=str(self.paths.log),
-            log_tail="\n".join(_tail(self.paths.log, LOG_TAIL_LINES)),
+            log=str(log),
+            log_tail="\n".join(ranks.tail(log, LOG_TAIL_LINES)),
             started_at=self.about.started_at,
             duration_seconds=time.monotonic() - self.started,
             slurm_job_id=self.about.slurm_job_id,
         )
-
-
-def _tail(path: Path, lines: int) -> list[str]:
-    try:
-        with path.open("rb") as stream:
-            stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, stream.tell() - 64 * 1024))
-            return stream.read().decode("utf-8", errors="replace").splitlines()[-lines:]
-    except FileNotFoundError:
-        return []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _prepare_child(cores: list[int]) -> None:
-    """In the new process, before it becomes a rank: no signal blocked, its own cores, death with the supervisor."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, set())
-    os.sched_setaffinity(0, cores)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(pid, number)
-
-
-@contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Signals wait to be fetched by sigtimedwait: the supervisor sleeps in between and misses none."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *STOPS})
-    try:
-        yield
-    finally:
-        while signal.sigtimedwait(STOPS, 0) is not None:
-            pass  # they asked for the end, and this is the end
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -411,8 +342,11 @@ def launch(
     """
     run = run_module.load(run_yaml)
     paths = RunPaths(run_yaml.absolute().parent)
+    place = Place.of(run, os.environ)
     results = results or Results.of_run_yaml(run_yaml)
-    with locked(paths.lock):
+    if place.number > 0:
+        return follow(run, run_yaml.absolute(), results, paths, place, asked, folders, memory_snapshot=memory_snapshot)
+    with signals.blocked(), Team(paths, place) as team, locked(paths.lock):
         if paths.record.exists():
             if if_needed:
                 print(f"{run.run_id}: measured already, see {paths.record}")
@@ -433,10 +367,12 @@ def launch(
             memory_snapshot,
             asked,
             folders,
+            team,
         )
         verdict = started.execute()
     if verdict.ending is None:
-        print(f"{run.run_id}: FAILED: {verdict.cause}\n  log: {paths.log}", file=sys.stderr, flush=True)
+        log = paths.log_of_node(verdict.node)
+        print(f"{run.run_id}: FAILED: {verdict.cause}\n  log: {log}", file=sys.stderr, flush=True)
         return verdict.exit_status
     reason = f": {verdict.ending.reason.splitlines()[0]}" if verdict.ending.reason else ""
     print(f"{run.run_id}: {verdict.ending.status} after {time.monotonic() - started.started:.0f} s{reason}", flush=True)

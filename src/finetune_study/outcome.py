@@ -13,8 +13,9 @@ from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
 from finetune_study.record import Record, read_record
 from finetune_study.run import Run
+from finetune_study.slurm import srun
 
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
@@ -23,7 +24,8 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "run_id": (pl.String, "Name of the run."),
     "target": (pl.String, "Model entry of the config."),
     "hardware": (pl.String, "Hardware entry of the config."),
-    "num_gpus": (pl.Int64, "Devices, one process each."),
+    "num_gpus": (pl.Int64, "Devices, one process each, over all nodes."),
+    "nodes": (pl.Int64, "Machines that the devices are on, equally many on each."),
     "sequence_length": (pl.Int64, "Positions of every sequence."),
     "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
     "gradient_accumulation_steps": (pl.Int64, "Micro-batches per optimizer step."),
@@ -84,7 +86,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "attention_implementation": (pl.String, "Attention that the model really used."),
     "compute_dtype": (pl.String, "Number format of a linear layer's output in the forward pass."),
     "gpu_name": (pl.String, "Device as found; on a CPU study the processor."),
-    "host": (pl.String, "Where it ran."),
+    "host": (pl.String, "Where it ran; all of its nodes."),
     "model_source": (pl.String, "Where the weights came from."),
     "data_sha256": (pl.String, "Digest of the prepared data."),
     "torch_version": (pl.String, "Version of torch."),
@@ -163,6 +165,7 @@ def run_columns(run: Run) -> dict[str, Any]:
         "target": run.target,
         "hardware": run.hardware.name,
         "num_gpus": run.num_gpus,
+        "nodes": run.nodes,
         "sequence_length": run.sequence_length,
         "per_device_train_batch_size": run.per_device_train_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
@@ -171,7 +174,7 @@ def run_columns(run: Run) -> dict[str, Any]:
         "techniques": "+".join(run.parsed_techniques),
         "repeat": run.repeat,
         "memory_budget_gib": run.hardware.memory_budget_gib,
-        "command": f"python -m finetune_study.launch results/runs/{run.run_id}/run.yaml",
+        "command": " ".join([*srun(run), "python -m finetune_study.launch", f"results/runs/{run.run_id}/run.yaml"]),
         "settings": json.dumps(run.model_dump(mode="json"), ensure_ascii=False),
     }
 
@@ -213,7 +216,7 @@ def row(record: Record, price: float | None = None, prior: float | None = None) 
         "attention_implementation": first.get("attention_implementation"),
         "compute_dtype": first.get("compute_dtype"),
         "gpu_name": environment.get("device_name"),
-        "host": environment.get("host"),
+        "host": _hosts(environment),
         "model_source": environment.get("model", {}).get("source"),
         "data_sha256": environment.get("data", {}).get("sha256"),
         "torch_version": versions.get("torch"),
@@ -275,6 +278,11 @@ def _timing(record: Record, price: float | None) -> dict[str, Any]:
         "epoch_hours": epoch_hours,
         "cost_usd_per_epoch": None if price is None or epoch_hours is None else price * run.num_gpus * epoch_hours,
     }
+
+
+def _hosts(environment: dict[str, Any]) -> str | None:
+    hosts = [environment.get("host"), *(other["node"] for other in environment.get("other_nodes", ()))]
+    return ", ".join(host for host in hosts if host) or None
 
 
 def _values(record: Record, key: str) -> list[Any]:

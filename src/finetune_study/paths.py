@@ -35,6 +35,14 @@ class RunPaths:
         """What the supervisor and its ranks printed in the last try."""
         return self.folder / "launch.log"
 
+    def log_of_node(self, node: int) -> Path:
+        """What the ranks of one of the run's nodes printed; the first node's is the log."""
+        return self.log if node == 0 else self.folder / f"launch-node-{node}.log"
+
+    def rendezvous(self, step: str) -> Path:
+        """Where the launchers of a step of SLURM, one on each node, find the first one of them."""
+        return self.folder / f"rendezvous-{step}.json"
+
     @property
     def lock(self) -> Path:
         """Held while a supervisor works in this folder."""

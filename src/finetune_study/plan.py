@@ -33,11 +33,12 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
         block.targets,
         block.hardware,
         block.num_gpus,
+        block.nodes,
         block.sequence_length,
         block.per_device_train_batch_size,
         block.recipes,
     )
-    for target, hardware_name, num_gpus, sequence_length, micro_batch, recipe_name in axes:
+    for target, hardware_name, num_gpus, nodes, sequence_length, micro_batch, recipe_name in axes:
         model = config.models[target]
         hardware = config.hardware[hardware_name]
         recipe = techniques.complete(config.recipes[recipe_name], hardware, num_gpus)
@@ -50,6 +51,7 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
             tokenizer=config.models[model.tokenizer] if model.tokenizer else model,
             hardware=RunHardware.of(hardware_name, hardware),
             num_gpus=num_gpus,
+            nodes=nodes,
             sequence_length=sequence_length,
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=max(1, config.training.effective_batch_size // sequences_at_once),
@@ -61,15 +63,20 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
                 num_timed_steps=config.protocol.num_timed_steps,
             ),
         )
-        reason = _why_not(hardware, num_gpus, sequences_at_once, config.training.effective_batch_size)
+        reason = _why_not(hardware, num_gpus, nodes, sequences_at_once, config.training.effective_batch_size)
         yield PlannedRun(run=run, unsupported=reason or techniques.why_not(recipe, hardware))
 
 
-def _why_not(hardware: Hardware, num_gpus: int, sequences_at_once: int, effective_batch_size: int) -> str | None:
+def _why_not(
+    hardware: Hardware, num_gpus: int, nodes: int, sequences_at_once: int, effective_batch_size: int
+) -> str | None:
     if num_gpus > 1 and hardware.is_mig:
         return f"{num_gpus} GPUs asked for; {mig.ONE_FOR_A_RUN}"
-    if num_gpus > hardware.max_gpus:
-        return f"{num_gpus} GPUs asked for; this hardware has {hardware.max_gpus} for a run"
+    if num_gpus % nodes:
+        return f"{num_gpus} GPUs can't be shared out equally over {nodes} nodes"
+    if num_gpus > hardware.max_gpus * nodes:
+        each = f" on each of {nodes} nodes" if nodes > 1 else ""
+        return f"{num_gpus} GPUs asked for; this hardware has {hardware.max_gpus} for a run{each}"
     if effective_batch_size % sequences_at_once:
         return (
             f"an effective batch of {effective_batch_size} can't be made of steps of {sequences_at_once} sequences "

@@ -66,6 +66,7 @@ class Recommendation(Section):
     target: str
     hardware: str
     num_gpus: int
+    nodes: int
     sequence_length: int
     verdict: Verdict
     recipe: str | None

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from finetune_study.config import Data, Hardware, Model, Training
 from finetune_study.errors import RecordError
-from finetune_study.section import Section
+from finetune_study.section import LATER, Section
 from finetune_study.techniques import Techniques, parse
 
 IDENTITY_VERSION = 1
@@ -67,6 +67,8 @@ class Run(Section):
     """The model whose tokenizer prepares the data."""
     hardware: RunHardware
     num_gpus: PositiveInt
+    """Over all nodes."""
+    nodes: PositiveInt = Field(default=1, json_schema_extra=LATER)
     sequence_length: PositiveInt
     per_device_train_batch_size: PositiveInt
     gradient_accumulation_steps: PositiveInt
@@ -85,6 +87,11 @@ class Run(Section):
     def seed(self) -> int:
         """Seed of the random number generators: the study's, moved on by each repeat."""
         return self.training.seed + self.repeat - 1
+
+    @property
+    def gpus_per_node(self) -> int:
+        """Devices that the run takes of each node; ranks there, too."""
+        return self.num_gpus // self.nodes
 
     @property
     def num_steps(self) -> int:
@@ -130,8 +137,9 @@ def make(**settings: Any) -> Run:
     """A run from all its fields but the run_id, which follows from them."""
     run = Run(run_id="", **settings)
     identity = {"version": IDENTITY_VERSION, **run.model_dump(mode="json", exclude={"run_id"})}
+    nodes = f"n{run.nodes}" if run.nodes > 1 else ""
     head = (
-        f"{run.target}_{run.hardware.name}x{run.num_gpus}_s{run.sequence_length}"
+        f"{run.target}_{run.hardware.name}x{run.num_gpus}{nodes}_s{run.sequence_length}"
         f"_b{run.per_device_train_batch_size}_{run.recipe}_r{run.repeat}"
     )
     return run.model_copy(update={"run_id": f"{head}-{digest(identity)}"})

@@ -155,7 +155,8 @@ class Study:
         """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
         hardware = self.hardware(run_id)
         cache = places.of(self.config.places, hardware.places).cache or str(self.results.cache.absolute())
-        return software.interpreter(hardware.software, default, cache)
+        python = software.interpreter(hardware.software, default, cache)
+        return slurm.on_each_node(self.run(run_id), hardware, python)
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
@@ -169,7 +170,7 @@ class Study:
 
     def allocation(self, run_id: str) -> Asked:
         """What the node must offer to a run, as far as its run.yaml does not say it."""
-        return Asked.of(self.hardware(run_id))
+        return Asked.of(self.hardware(run_id), self.run(run_id).nodes)
 
     def places(self, run_id: str) -> str:
         """Options of `launch` that name the folders of a run's caches and temporary files, for a shell."""

@@ -4,7 +4,9 @@ import polars as pl
 
 from finetune_study.config import Config
 
-SETTING = ["target", "hardware", "num_gpus", "sequence_length"]
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+SETTING = ["target", "hardware", "num_gpus", "nodes", "sequence_length"]
 """Recipes are compared within one setting."""
 CONFIGURATION = [*SETTING, "per_device_train_batch_size", "recipe"]
 """Runs that differ in nothing of this are repeats of each other."""
@@ -12,7 +14,8 @@ CONFIGURATION = [*SETTING, "per_device_train_batch_size", "recipe"]
 COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "target": (pl.String, "Model entry of the config."),
     "hardware": (pl.String, "Hardware entry of the config."),
-    "num_gpus": (pl.Int64, "Devices, one process each."),
+    "num_gpus": (pl.Int64, "Devices, one process each, over all nodes."),
+    "nodes": (pl.Int64, "Machines that the devices are on."),
     "sequence_length": (pl.Int64, "Positions of every sequence."),
     "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
     "recipe": (pl.String, "Recipe of the config."),
@@ -57,6 +60,11 @@ def provenance() -> pl.Expr:
     """What must be equal for numbers to be compared: software, source of the weights, data."""
     parts = ("software_sha256", "model_source", "data_sha256")
     return pl.concat_str([pl.col(name).fill_null("unknown") for name in parts], separator=" ")
+
+
+def devices(hardware: str, num_gpus: int, nodes: int) -> str:
+    """For a reader; the number of nodes where there are several."""
+    return f"{hardware} {TIMES} {num_gpus}" + (f" on {nodes} nodes" if nodes > 1 else "")
 
 
 def show(value: float | None, unit: str = "") -> str:

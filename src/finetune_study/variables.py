@@ -60,13 +60,14 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k in PASSED or k.startswith(PASSED_PREFIXES)}
 
 
-def set_for(run: Run, threads: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """What is set for all ranks of a run; the config's `environment` has the last word.
+def set_for(run: Run, threads: int, environment: Mapping[str, str], interface: str = "lo") -> dict[str, str]:
+    """What is set for all ranks of a run on one node; the config's `environment` has the last word.
 
     Args:
         run: decides about the device and the hardware's own variables.
         threads: CPU threads of each rank.
         environment: the supervisor's own, which says what devices it was allotted.
+        interface: of the network over which the ranks speak with each other.
     """
     on_cpu = run.hardware.device == "cpu"
     common = {
@@ -86,15 +87,13 @@ def set_for(run: Run, threads: int, environment: Mapping[str, str]) -> dict[str,
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "DS_ACCELERATOR": "cpu" if on_cpu else "cuda",
     }
-    device = CPU_ONLY if on_cpu else _gpus_of(run, environment)
-    return common | device | run.hardware.environment
-
-
-CPU_ONLY = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    # NCCL finds its networks by itself; gloo would ask for the node's name, which may stand for its loopback.
+    cpu_only = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": interface}
+    return common | (cpu_only if on_cpu else _gpus_of(run, environment)) | run.hardware.environment
 
 
 def _gpus_of(run: Run, environment: Mapping[str, str]) -> dict[str, str]:
-    visible = ",".join(visible_gpus(run.num_gpus, environment))
+    visible = ",".join(visible_gpus(run.gpus_per_node, environment))
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
 
 
@@ -105,20 +104,27 @@ def allotted_gpus(environment: Mapping[str, str]) -> list[str] | None:
 
 
 def visible_gpus(num_gpus: int, environment: Mapping[str, str]) -> list[str]:
-    """As many of the allotted GPUs as a run asks for: transformers spreads one process over all that it sees."""
+    """As many of the node's allotted GPUs as a run asks for: transformers spreads one process over all that it sees."""
     allotted = allotted_gpus(environment)
     return [str(number) for number in range(num_gpus)] if allotted is None else allotted[:num_gpus]
 
 
-def for_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torch.distributed asks for."""
+def for_rank(rank: int, world_size: int, ranks_on_node: int, master: tuple[str, int]) -> dict[str, str]:
+    """What torch.distributed asks for, and so DeepSpeed; nothing is left for it to find out by MPI.
+
+    Args:
+        rank: number of the rank in the run.
+        world_size: ranks of the run.
+        ranks_on_node: as many on each node.
+        master: address and port of the first rank.
+    """
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % ranks_on_node),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": str(ranks_on_node),
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
     }
 
 
@@ -132,7 +138,7 @@ def threads_of_rank(world_size: int, environment: Mapping[str, str]) -> int:
     """How many CPU threads each rank has.
 
     Args:
-        world_size: how many ranks share the run's cores.
+        world_size: how many ranks share this node's cores.
         environment: the supervisor's own, in which SLURM says how many CPUs it gave.
     """
     _, given = _cores(environment)

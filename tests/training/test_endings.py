@@ -12,8 +12,9 @@ import pytest
 
 from finetune_study import data, record
 from finetune_study import launch as supervisor
-from finetune_study.launch import Launch
+from finetune_study.launch import Launch, Verdict
 from finetune_study.paths import MANIFEST, Results, RunPaths
+from finetune_study.ranks import End
 from finetune_study.run import Run
 from tests.training import lab as lab_module
 from tests.training.lab import LIMIT_SECONDS, WIDE, Ended, Lab, is_alive, launch, rank_facts, rank_pids, wait_for
@@ -107,28 +108,27 @@ def test_device_oom_of_two_ranks(lab: Lab) -> None:
     assert len(out.record.ranks) == 2
 
 
-def _handmade(tmp_path: Path, run: Run, *ends: tuple[str, float]) -> Launch:
-    """A launch whose ranks have ended so, at these times."""
+def _conclude(tmp_path: Path, run: Run, *ends: End) -> Verdict:
+    """Of a launch whose ranks have ended so."""
     paths = RunPaths(tmp_path)
     tried = Launch(run, paths.run_yaml, Results(tmp_path), paths, None, False)
-    for number, (how, at) in enumerate(ends):
-        rank = supervisor.Rank(number, None, paths.rank_facts(number))  # type: ignore[arg-type]
-        rank.facts = {"ended": {"how": how, "at": at, "cause": f"cause {number}", "traceback": "", "phase": "backward"}}
-        rank.ended_at = at
-        tried.ranks.append(rank)
-    return tried
+    tried.ends = {end.number: end for end in ends}
+    return tried._conclude()
+
+
+def _end(number: int, how: str, at: float, *, killed_by_us: bool = False) -> End:
+    return End(number, how, at, {"how": how, "cause": f"cause {number}", "phase": "backward"}, {}, killed_by_us)
 
 
 def test_the_earliest_end_decides(tmp_path: Path, lab: Lab) -> None:
     run = lab.run(num_gpus=2)
-    ending = _handmade(tmp_path, run, ("error", 14.0), ("device_oom", 10.0))._conclude(None).ending
+    ending = _conclude(tmp_path, run, _end(0, "error", 14.0), _end(1, "device_oom", 10.0)).ending
     assert ending is not None
     assert (ending.status, ending.rank, ending.phase) == ("device_oom", 1, "backward")
-    verdict = _handmade(tmp_path, run, ("error", 10.0), ("device_oom", 14.0))._conclude(None)
-    assert (verdict.ending, verdict.cause) == (None, "rank 0: cause 0")
-    tried = _handmade(tmp_path, run, ("died", 9.0), ("device_oom", 10.0))
-    tried.ranks[0].killed_by_us = True
-    ending = tried._conclude(None).ending
+    verdict = _conclude(tmp_path, run, _end(0, "error", 10.0), _end(1, "device_oom", 14.0))
+    assert (verdict.ending, verdict.cause) == (None, "cause 0")
+    killed = _end(0, "error", 9.0, killed_by_us=True)
+    ending = _conclude(tmp_path, run, killed, _end(1, "device_oom", 10.0)).ending
     assert ending is not None
     assert ending.rank == 1
 

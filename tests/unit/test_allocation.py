@@ -25,9 +25,10 @@ A100 = "NVIDIA A100-SXM4-80GB"
 ON_SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "a100-1"}
 
 
-def a_run(num_gpus: int = 1, **hardware: Any) -> Run:
+def a_run(num_gpus: int = 1, nodes: int = 1, **hardware: Any) -> Run:
     entry = {"memory_gib": 80, "max_gpus": 8, **hardware}
-    block = {"targets": "tiny", "hardware": "it", "recipes": "full", "sequence_length": 128, "num_gpus": num_gpus}
+    block = {"targets": "tiny", "hardware": "it", "recipes": "full", "sequence_length": 128}
+    block |= {"num_gpus": num_gpus, "nodes": nodes}
     study = handmade.study(hardware={"it": entry}, grid=[block])
     return handmade.planned(study)[0].run
 
@@ -222,8 +223,8 @@ DETAILS = """JobId=7 JobName=x
    NumNodes={nodes} NumCPUs=4 NumTasks=1 CPUs/Task=4 ReqB:S:C:T=0:0:*:*
    TRES=cpu=4,mem=100M,node=1,billing=4,gres/gpu=2
    JOB_GRES=gpu:h100:9
-     Nodes=a100-1 CPU_IDs=0-3 Mem=100 GRES={gres}
-   TresPerNode=gres:gpu:h100:9
+     Nodes={names} CPU_IDs=0-3 Mem=100 GRES={gres}
+{more}   TresPerNode=gres:gpu:h100:9
 """
 
 
@@ -231,11 +232,12 @@ DETAILS = """JobId=7 JobName=x
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a scontrol into the path that answers in the words of SLURM 22.05."""
 
-    def answers(gres: str, nodes: int = 1) -> None:
+    def answers(gres: str, nodes: int = 1, names: str = "a100-1", more: str = "") -> None:
         script = tmp_path / "scontrol"
-        text = DETAILS.format(gres=gres, nodes=nodes)
+        text = DETAILS.format(gres=gres, nodes=nodes, names=names, more=more)
+        hostnames = "[ \"$*\" = 'show hostnames a100-[1-2]' ] && echo a100-1 && echo a100-2 && exit"
         first = "[ \"$*\" = 'show job --details 7' ]"
-        script.write_text(f"#!/bin/sh\n{first} && cat <<'END'\n{text}END\n")
+        script.write_text(f"#!/bin/sh\n{hostnames}\n{first} && cat <<'END'\n{text}END\n")
         script.chmod(script.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
@@ -273,6 +275,18 @@ def test_stand_in_on_the_wrong_type_is_refused(slurm: Any, gres: str, visible: s
     message = refusal(a_run(2, **CPU), STAND_IN, variables, node_is_unfit=nodes == 1)
     assert words in message
     assert "slurm (stand-in)" in message
+
+
+def test_each_node_of_a_run_is_checked_by_its_own_line(slurm: Any) -> None:
+    """Nodes that gave alike share a line; SLURM's own tool says which nodes those are."""
+    two = a_run(4, nodes=2, **CPU)
+    asked = Asked(nodes=2, gpu_model="a100", stand_in=True)
+    here = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0,1", "SLURMD_NODENAME": "a100-2"}
+    slurm("gpu:a100:2(IDX:0-1)", 2, names="a100-[1-2]")
+    assert allocation.check(two, asked, here)["found"]["gpus"] == ["a100", "a100"]
+    slurm("gpu:a100:2(IDX:0-1)", 2, more="     Nodes=a100-2 CPU_IDs=0 GRES=gpu:a100:1(IDX:0)\n")
+    assert "1 GPUs instead of 2" in refusal(two, asked, here)
+    assert allocation.check(two, asked, here | {"SLURMD_NODENAME": "a100-1"})["found"]["gpus"] == ["a100", "a100"]
 
 
 def test_stand_in_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

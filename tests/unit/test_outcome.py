@@ -210,3 +210,13 @@ def test_collect_stops_at_a_damaged_record(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-100])
     with pytest.raises(RecordError, match=r"record\.json is damaged"):
         outcome.collect(results, [LORA.run_id], CPU.hardware)
+
+
+def test_run_over_several_nodes() -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128, "num_gpus": 2, "nodes": 2}
+    run = handmade.planned(handmade.study(grid=[block]))[0].run
+    record = handmade.completed(run, 1.0)
+    record.environment["other_nodes"] = [{"node": "node-2", "allocation": {}}]
+    row = outcome.row(record)
+    assert (row["num_gpus"], row["nodes"], row["host"]) == (2, 2, "node-1, node-2")
+    assert row["command"].startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m finetune_study.launch ")

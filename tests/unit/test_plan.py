@@ -80,3 +80,13 @@ def test_flash_attention_with_fp32_is_unsupported(raw: Raw) -> None:
     raw["recipes"] = {"x": ["flash_attention_2", "fp32"]}
     raw["grid"][0]["recipes"] = "x"
     assert "takes fp16 and bf16 alone" in str(planned(gpu(raw, 8.0))[0].unsupported)
+
+
+def test_gpus_of_a_run_are_shared_out_over_its_nodes(raw: Raw) -> None:
+    raw["training"]["effective_batch_size"] = 12
+    raw["grid"][0] |= {"recipes": "full", "num_gpus": [1, 3, 4, 6], "nodes": [1, 2]}
+    reasons = {(one.run.num_gpus, one.run.nodes): one.unsupported for one in planned(raw)}
+    assert {key for key, reason in reasons.items() if reason is None} == {(1, 1), (4, 2)}
+    assert reasons[3, 2] == "3 GPUs can't be shared out equally over 2 nodes"
+    assert reasons[4, 1] == "4 GPUs asked for; this hardware has 2 for a run"
+    assert reasons[6, 2] == "6 GPUs asked for; this hardware has 2 for a run on each of 2 nodes"

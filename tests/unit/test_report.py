@@ -280,3 +280,13 @@ def test_the_summary_has_predictions_only_where_there_is_one(tmp_path: Path) -> 
 
 def test_the_summary_of_an_empty_study(tmp_path: Path) -> None:
     assert tables.summary_text(handmade.frame(STUDY, tmp_path).clear()) == "no runs\n"
+
+
+def test_nodes_are_named_where_there_are_several(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}
+    study = handmade.study(grid=[block | {"num_gpus": 2, "nodes": [1, 2]}])
+    page = Text(built(study, tmp_path, *(handmade.completed(p.run, 1.0) for p in handmade.planned(study)))).text
+    assert "cpu × 2 on 2 nodes" in page
+    assert "cpu × 2, context 128" in page
+    figures = {path.stem for path in Results(tmp_path).figures.glob("*.svg")}
+    assert {"memory_tiny_cpux2", "memory_tiny_cpux2n2"} <= figures

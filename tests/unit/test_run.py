@@ -116,3 +116,24 @@ def test_edited_run_yaml_is_refused(raw: Raw, tmp_path: Path) -> None:
     path.write_text(run.dump(one).replace("learning_rate: 0.0004", "learning_rate: 0.5"), encoding="utf-8")
     with pytest.raises(RecordError, match="are not those of its run_id"):
         run.load(path)
+
+
+def test_number_of_nodes_is_part_of_a_run_where_there_are_several(raw: Raw) -> None:
+    before = run_ids(raw)
+    raw["grid"][0] |= {"nodes": 1}
+    assert run_ids(raw) == before
+    assert "nodes" not in run.dump(plan.plan(config.parse(raw))[0].run)
+    raw["grid"][0] |= {"num_gpus": 2, "nodes": [1, 2], "recipes": "full"}
+    one, two = (planned.run for planned in plan.plan(config.parse(raw)))
+    assert one.run_id.startswith("tiny_cpux2_s64_")
+    assert two.run_id.startswith("tiny_cpux2n2_s64_")
+    assert one.run_id.rsplit("-")[-1] != two.run_id.rsplit("-")[-1]
+    assert (one.gpus_per_node, two.gpus_per_node) == (2, 1)
+
+
+def test_run_yaml_of_several_nodes_is_read_back(raw: Raw, tmp_path: Path) -> None:
+    raw["grid"][0] |= {"num_gpus": 2, "nodes": 2, "recipes": "full"}
+    one = plan.plan(config.parse(raw))[0].run
+    path = tmp_path / "run.yaml"
+    path.write_text(run.dump(one), encoding="utf-8")
+    assert run.load(path) == one

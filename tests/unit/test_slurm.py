@@ -1,20 +1,29 @@
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune_study import slurm, study
-from finetune_study.config import Hardware, Protocol, Software
+from finetune_study.config import Hardware, Protocol, Slurm, Software
 from finetune_study.errors import ConfigError
 from finetune_study.paths import Results
+from finetune_study.run import Run
+from snakemake_executor_plugin_submitit.resources import sbatch_options
 from tests.unit import handmade
 
 
-def resources(num_gpus: int = 1, minutes: float = 30.0, **hardware: Any) -> dict[str, Any]:
+def a_run(num_gpus: int = 1, nodes: int = 1, **hardware: Any) -> Run:
+    entry = {"memory_gib": 80, "max_gpus": 8, **hardware}
+    block = {"targets": "tiny", "hardware": "it", "recipes": "full", "sequence_length": 128}
+    block |= {"num_gpus": num_gpus, "nodes": nodes}
+    return handmade.planned(handmade.study(hardware={"it": entry}, grid=[block]))[0].run
+
+
+def resources(num_gpus: int = 1, nodes: int = 1, minutes: float = 30.0, **hardware: Any) -> dict[str, Any]:
     """What a run on this hardware entry asks for; what it leaves to the cluster is left out."""
     entry = {"memory_gib": 80, "max_gpus": 8, **hardware}
-    block = {"targets": "tiny", "hardware": "it", "recipes": "full", "sequence_length": 128, "num_gpus": num_gpus}
-    run = handmade.planned(handmade.study(hardware={"it": entry}, grid=[block]))[0].run
+    run = a_run(num_gpus, nodes, **hardware)
     asked = slurm.resources(run, Hardware.model_validate(entry), Protocol(time_limit_minutes=minutes), "it-abc")
     assert (asked.pop("job_name"), asked.pop("submit_kind"), asked.pop("unfit_node_status")) == (
         run.run_id,
@@ -104,3 +113,59 @@ def test_runs_are_of_one_kind_where_they_fail_alike(raw: dict[str, Any], tmp_pat
     (tmp_path / "venv").mkdir()
     (tmp_path / "venv" / "finetune-study.lock").write_text("torch==2.13.0\n")
     assert slurm.submit_kind("it", entry) != before
+
+
+def test_several_nodes_are_asked_for_node_by_node() -> None:
+    asked = {"gpu_model": "a100", "cpus_per_gpu": 6, "mem_gib_per_gpu": 62.5}
+    one, two = resources(4, slurm=asked), resources(8, 2, slurm=asked)
+    assert two == one | {"nodes": 2, "tasks_per_node": 1}
+    assert "tasks_per_node" not in one
+    options = sbatch_options({**two, "mem_mb": two["mem"]}, threads=1)
+    assert {name: options[name] for name in ("nodes", "ntasks-per-node", "cpus-per-task", "gres", "mem")} == {
+        "nodes": 2,
+        "ntasks-per-node": 1,
+        "cpus-per-task": 24,
+        "gres": "gpu:a100:4",
+        "mem": "256000M",
+    }
+
+
+def command(run: Run, python: str, folder: Path, **variables: str) -> list[str]:
+    """Words that reach `srun`, or Python, when the shell runs a launcher's command so."""
+    words = folder / "words"
+    for name in ("srun", "python"):
+        path = folder / name
+        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$0" "$@" > {words}\n[ "$1" != --fail ] || exit 7\n')
+        path.chmod(0o755)
+    shell = slurm.on_each_node(run, Hardware(memory_gib=80, slurm=Slurm(cpus_per_gpu=3)), python)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
+    subprocess.run(["bash", "-euc", f"{shell} -m launch \"it's here\" '$HOME'"], env=environment, check=True)
+    return words.read_text().splitlines()
+
+
+def test_a_launcher_is_called_on_each_node_in_a_job_and_here_otherwise(tmp_path: Path) -> None:
+    modules = tmp_path / "load.sh"
+    modules.write_text("set +eu\nset --\n")  # as load_modules.sh does
+    two, python = a_run(4, 2), f". {modules} a b && python"
+    arguments = ["-m", "launch", "it's here", "$HOME"]
+    assert command(two, python, tmp_path) == [str(tmp_path / "python"), *arguments]
+    name, *words = command(two, python, tmp_path, SLURM_JOB_ID="7")
+    assert name == str(tmp_path / "srun")
+    assert words[:3] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
+    assert "--cpus-per-task=6" in words
+    assert words[-7:] == ["bash", str(slurm.ON_NODE), python, *arguments]
+    assert slurm.on_each_node(a_run(4), Hardware(memory_gib=80), python) == python
+
+
+def test_what_is_called_on_a_node_gets_its_signals_and_gives_its_status(tmp_path: Path) -> None:
+    """SLURM signals the first process of a step alone."""
+    waits = tmp_path / "waits.sh"
+    waits.write_text("trap 'echo ended; exit 3' TERM; echo ready; while :; do sleep 0.05; done\n")
+    process = subprocess.Popen(
+        ["bash", str(slurm.ON_NODE), f"true && bash {waits}"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    assert process.communicate(timeout=30)[0] == "ended\n"
+    assert subprocess.run(["bash", str(slurm.ON_NODE), "bash -c", "exit 7"]).returncode == 7

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_study import table
+from finetune_study import recommend, table
 from tests.unit import handmade
 
 THRICE = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3})
@@ -103,6 +103,20 @@ def test_settings_and_micro_batches_are_kept_apart(tmp_path: Path) -> None:
     assert comparisons.height == 6
     lora = [row for row in comparisons.to_dicts() if row["recipe"] == "lora"]
     assert {row["not_compared"] for row in lora} == {"the baseline is not planned here"}
+
+
+def test_runs_on_several_nodes_are_not_mixed_with_those_on_one(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}
+    study = handmade.study(grid=[block | {"num_gpus": 2, "nodes": [1, 2]}])
+    one, two = (planned.run for planned in handmade.planned(study))
+    documents = handmade.completed(one, 1.0), handmade.completed(two, 5.0)
+    rows = handmade.compared(study, tmp_path, *documents).to_dicts()
+    assert [(row["nodes"], row["num_repeats"], row["step_time_seconds_median"]) for row in rows] == [
+        (1, 1, 1.0),
+        (2, 1, 5.0),
+    ]
+    assert [table.devices("cpu", 2, row["nodes"]) for row in rows] == ["cpu × 2", "cpu × 2 on 2 nodes"]
+    assert [one.nodes for one in recommend.recommend(handmade.compared(study, tmp_path))] == [1, 2]
 
 
 def test_gpu_memory_is_what_tensors_hold(tmp_path: Path) -> None:

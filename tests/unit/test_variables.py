@@ -77,3 +77,31 @@ def test_run_sees_as_many_gpus_as_it_asks_for(
     raw["grid"][0]["num_gpus"] = num_gpus
     run = plan.plan(config.parse(raw))[0].run
     assert variables.set_for(run, threads=1, environment=allotted)["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_ranks_find_each_other_by_variables_alone() -> None:
+    """Of the second of two nodes with two ranks each, the second rank."""
+    assert variables.for_rank(3, 4, 2, ("10.0.0.7", 29500)) == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.0.0.7",
+        "MASTER_PORT": "29500",
+    }
+
+
+def test_gloo_takes_the_network_that_leads_to_the_other_nodes(raw: dict[str, Any]) -> None:
+    run = plan.plan(config.parse(raw))[0].run
+    assert variables.set_for(run, 1, {})["GLOO_SOCKET_IFNAME"] == "lo"
+    assert variables.set_for(run, 1, {}, interface="ib0")["GLOO_SOCKET_IFNAME"] == "ib0"
+    raw["hardware"]["cpu"]["environment"] = {"GLOO_SOCKET_IFNAME": "eth7"}
+    run = plan.plan(config.parse(raw))[0].run
+    assert variables.set_for(run, 1, {}, interface="ib0")["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+def test_run_sees_the_gpus_of_its_own_node(raw: dict[str, Any]) -> None:
+    raw["hardware"]["cpu"]["device"] = "cuda"
+    raw["grid"][0] |= {"num_gpus": 4, "nodes": 2}
+    run = plan.plan(config.parse(raw))[0].run
+    assert variables.set_for(run, 1, {"CUDA_VISIBLE_DEVICES": "3,4,5"})["CUDA_VISIBLE_DEVICES"] == "3,4"

@@ -29,6 +29,7 @@ rule finetune:
         qos=slurm_resource("qos"),
         constraint=slurm_resource("constraint"),
         nodes=slurm_resource("nodes"),
+        tasks_per_node=slurm_resource("tasks_per_node"),
         gres=slurm_resource("gres"),
         cpus_per_task=slurm_resource("cpus_per_task"),
         mem=slurm_resource("mem"),

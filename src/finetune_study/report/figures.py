@@ -1,4 +1,4 @@
-"""Peak memory and step time per recipe, one pair of figures for each target, hardware and number of devices."""
+"""Peak memory and step time per recipe, a pair of figures for each target, hardware, number of devices and of nodes."""
 
 import io
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import polars as pl
 import vl_convert
 
 from finetune_study.config import Config
-from finetune_study.report.tables import STATES, TIMES
-from finetune_study.table import show
+from finetune_study.report.tables import STATES
+from finetune_study.table import TIMES, devices, show
 
 INK, MUTED, LINE, BAR, MEMORY, PAPER = "#1f2328", "#5f6872", "#d5d9de", "#3f7cac", "#b4431f", "#fffffe"
 """Colours of a figure; the page puts its own in their place. Blue and vermilion stay apart for colour-blind readers."""
@@ -52,8 +52,8 @@ QUANTITIES = (
 
 
 def draw(config: Config, comparisons: pl.DataFrame) -> list[Figure]:
-    """Two figures for each target, hardware and number of devices, in the order of the comparisons."""
-    groups = comparisons.group_by("target", "hardware", "num_gpus", maintain_order=True)
+    """Two figures for each target, hardware, number of devices and of nodes, in the order of the comparisons."""
+    groups = comparisons.group_by("target", "hardware", "num_gpus", "nodes", maintain_order=True)
     return [_figure(config, group.to_dicts(), quantity) for _, group in groups for quantity in QUANTITIES]
 
 
@@ -69,13 +69,14 @@ def save(figures: list[Figure], folder: Path) -> None:
 
 def _figure(config: Config, rows: list[dict[str, Any]], quantity: Quantity) -> Figure:
     first = rows[0]
-    where = f"{first['target']}, {first['hardware']} {TIMES} {first['num_gpus']}"
+    where = f"{first['target']}, {devices(first['hardware'], first['num_gpus'], first['nodes'])}"
+    nodes = f"n{first['nodes']}" if first["nodes"] > 1 else ""
     limit = config.hardware[first["hardware"]].memory_gib if quantity.limited else None
     marks = _marks(rows, quantity, limit)
     stream = io.StringIO()
     _chart(marks, [*config.recipes], quantity, limit).save(stream, format="svg")
     return Figure(
-        name=f"{quantity.name}_{first['target']}_{first['hardware']}x{first['num_gpus']}",
+        name=f"{quantity.name}_{first['target']}_{first['hardware']}x{first['num_gpus']}{nodes}",
         title=f"{quantity.axis.partition(' (')[0]}: {where}",
         caption=_caption(rows, limit),
         svg=stream.getvalue(),

@@ -94,6 +94,7 @@ def _templates() -> jinja2.Environment:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"show": show, "in_words": tables.in_words}
+    environment.globals["devices"] = table.devices
     return environment
 
 

@@ -11,11 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from finetune_study.table import peak_memory, show
+from finetune_study.table import devices, peak_memory, show
 
 Row = dict[str, Any]
-
-TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def _loss(row: Row) -> str:
 COLUMNS = [
     Column("Recipe", lambda row: row["recipe"]),
     Column("Target", lambda row: row["target"]),
-    Column("Hardware", lambda row: f"{row['hardware']} {TIMES} {row['num_gpus']}"),
+    Column("Hardware", lambda row: devices(row["hardware"], row["num_gpus"], row["nodes"])),
     Column("Context", lambda row: str(row["sequence_length"]), lambda row: row["sequence_length"], "tokens"),
     Column(
         "Micro-batch",
