@@ -100,6 +100,11 @@ class Results:
         return self.root / "prepared" / "data" / key
 
     @property
+    def doctor(self) -> Path:
+        """Scripts, logs and findings of the doctor's jobs; empty when all was well."""
+        return self.root / "doctor"
+
+    @property
     def outcomes_parquet(self) -> Path:
         return self.root / "outcomes.parquet"
 
