@@ -19,7 +19,7 @@ LITTLE_TEMPORARY_GIB = 1.0
 
 
 STARTUP_SECONDS = 30.0
-"""What an interpreter may take beside `startup_minutes`: SLURM's limit has a margin of minutes (slurm.MARGIN_MINUTES)."""
+"""What an interpreter may take beside `startup_minutes`: SLURM's limit has a margin of minutes (MARGIN_MINUTES)."""
 
 
 def judge(probe: Probe, entry: Entry, findings: Findings) -> None:
