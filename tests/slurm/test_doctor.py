@@ -34,13 +34,13 @@ def place(cluster: Cluster, tmp_path: Path) -> Iterator[Workplace]:
 
 @pytest.fixture
 def small_qos(cluster: Cluster) -> Iterator[str]:
-    """A QOS of root's that allows one GPU and ten minutes; gone when the test is."""
+    """A QOS of root's that allows one GPU and five minutes; gone when the test is."""
 
     def sacctmgr(*words: str) -> None:
         subprocess.run(["sacctmgr", "--immediate", "--quiet", *words], check=True, stdout=subprocess.DEVNULL)
 
     try:
-        sacctmgr("add", "qos", QOS, "set", "MaxTRESPerJob=gres/gpu=1", "MaxWall=10")
+        sacctmgr("add", "qos", QOS, "set", "MaxTRESPerJob=gres/gpu=1", "MaxWall=5")
         sacctmgr("modify", "user", "root", "where", "account=lab", "set", f"qos+={QOS}")
         wait_for(lambda: QOS in ask("scontrol", "show", "assoc_mgr", f"qos={QOS}", "flags=qos"), "SLURM knows the QOS")
         yield QOS
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_seen_before_a_job_is_submitted(place: Workplace, small
     assert said.found("no-partition", "partition") == "there is no partition `h100`; there are a100, v100"
     assert "types there: v100" in said.found("other-model", "gpus")
     assert f"QOS `{small_qos}` allows gres/gpu=1 for a job, 2 are asked for" in said.found("small-qos", "limits")
-    assert f"QOS `{small_qos}`, MaxWall is 10 min" in said.found("small-qos", "time")
+    assert f"QOS `{small_qos}`, MaxWall is 5 min" in said.found("small-qos", "time")
     assert "partition `a100`, MaxTime is 2880 min" in said.found("slow", "time")
     assert "Requested node configuration is not available" in said.found("no-feature", "sbatch") or (
         "Invalid feature specification" in said.found("no-feature", "sbatch")
@@ -213,7 +213,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
     assert "1 GPUs instead of 2" in said.found("fewer", "allocation")
     assert "NVML does not answer" in said.found("no-gpu", "allocation")
     assert "torch can't use the GPU of rank 0" in said.found("no-gpu", "gpu")
-    assert "will never start, and was cancelled: QOSMaxGRESPerJob" in said.found("never", "job")
+    assert "will never start, and was cancelled: QOSMax" in said.found("never", "job")
     assert "did not start in time, and was cancelled: BeginTime" in said.found("late", "job")
     assert [job for job in queue() if job.workdir == place.folder] == []
     left = {path.name.rsplit("-", 1)[0] for path in (place.results / "doctor").iterdir()}
