@@ -25,33 +25,6 @@ MIG = re.compile(r"\dg\.\d+gb")
 """In the type of a slice of a GPU: `nvidia-smi` tells the memory of the whole."""
 
 
-def drafts(cluster: Cluster, entries: Iterable[Entry]) -> list[Entry]:
-    """An entry for each kind of GPU in each partition that no entry of the config describes."""
-    known = {(place.partition, place.model) for entry in entries for place in places(cluster, entry)}
-    found: dict[tuple[str, str | None], Entry] = {}
-    for node in cluster.nodes:
-        for model, number in node.gpus.items():
-            place = (node.partition, model)
-            if place in known or place in found:
-                continue
-            cpus = max(1, node.cpus // max(1, sum(node.gpus.values())))
-            slurm = Slurm(
-                partition=node.partition,
-                account=cluster.default_account,
-                gpu_model=model,
-                cpus_per_gpu=cpus,
-                mem_gib_per_gpu=memory_of_gpu_gib(node),
-            )
-            hardware = Hardware(memory_gib=UNKNOWN_MEMORY_GIB, max_gpus=number, slurm=slurm)
-            found[place] = Entry(_name(node.partition, model), hardware, is_used=False, is_draft=True)
-    return list(found.values())
-
-
-def _name(*parts: str | None) -> str:
-    words = dict.fromkeys(re.sub(r"[^a-z0-9.-]+", "-", part.lower()).strip("-.") for part in parts if part)
-    return "-".join(filter(None, words)) or "gpu"
-
-
 @dataclass(frozen=True)
 class Place:
     """GPUs of one type in one partition."""
@@ -65,17 +38,50 @@ class Place:
         return max(gpus_of(node, self.model) for node in self.nodes)
 
 
+def drafts(cluster: Cluster, entries: Iterable[Entry]) -> list[Entry]:
+    """An entry for each kind of GPU in each partition that no entry of the config describes."""
+    known = {(place.partition, place.model) for entry in entries for place in places(cluster, entry)}
+    found = []
+    for partition in cluster.partitions:
+        for place in _kinds(cluster, partition, None):
+            if (partition, place.model) in known:
+                continue
+            slurm = Slurm.model_validate(_share(cluster, place))
+            hardware = Hardware(memory_gib=UNKNOWN_MEMORY_GIB, max_gpus=place.per_node, slurm=slurm)
+            found.append(Entry(_name(partition, place.model), hardware, is_used=False, is_draft=True))
+    return found
+
+
+def _share(cluster: Cluster, place: Place) -> dict[str, Any]:
+    """What a run there asks of SLURM for each GPU: its part of the smallest node."""
+    share = {
+        "partition": place.partition,
+        "account": cluster.default_account,
+        "gpu_model": place.model,
+        "cpus_per_gpu": min(max(1, node.cpus // sum(node.gpus.values())) for node in place.nodes),
+        "mem_gib_per_gpu": float(min(map(memory_of_gpu_gib, place.nodes))),
+    }
+    return {key: value for key, value in share.items() if value is not None}
+
+
+def _name(*parts: str | None) -> str:
+    words = dict.fromkeys(re.sub(r"[^a-z0-9.-]+", "-", part.lower()).strip("-.") for part in parts if part)
+    return "-".join(filter(None, words)) or "gpu"
+
+
 def places(cluster: Cluster, entry: Entry) -> list[Place]:
     """Where the GPUs of an entry are; empty for one that asks for none, or for what is not there."""
     partition = cluster.partition(entry.hardware.slurm.partition)
     if partition is None or not entry.asks_for_gpus:
         return []
-    asked = entry.hardware.slurm.gpu_model
-    nodes = cluster.nodes_of(partition.name)
-    models = [asked] if asked else sorted({model for node in nodes for model in node.gpus}, key=str)
-    return [
-        Place(partition.name, model, having) for model in models if (having := [n for n in nodes if model in n.gpus])
-    ]
+    return _kinds(cluster, partition.name, entry.hardware.slurm.gpu_model)
+
+
+def _kinds(cluster: Cluster, partition: str, model: str | None) -> list[Place]:
+    """The types of GPUs of a partition with their nodes; all of them where none is named."""
+    nodes = cluster.nodes_of(partition)
+    models = [model] if model else sorted({name for node in nodes for name in node.gpus}, key=str)
+    return [Place(partition, one, having) for one in models if (having := [n for n in nodes if one in n.gpus])]
 
 
 def describe(cluster: Cluster, entries: Iterable[Entry], gpus: Mapping[str, list[dict[str, str]]]) -> str:
@@ -118,15 +124,7 @@ def _body(cluster: Cluster, entry: Entry, place: Place, gpus: list[dict[str, str
     said: dict[str, Any] = hardware.model_dump(mode="json", exclude_unset=True)
     if entry.is_draft:
         del said["memory_gib"]
-    node = min(place.nodes, key=lambda node: (node.memory_mb, node.cpus))
-    share = {
-        "partition": place.partition,
-        "account": cluster.default_account,
-        "gpu_model": place.model,
-        "cpus_per_gpu": max(1, node.cpus // max(1, sum(node.gpus.values()))),
-        "mem_gib_per_gpu": memory_of_gpu_gib(node),
-    }
-    said["slurm"] = {key: value for key, value in (share | said.get("slurm", {})).items() if value is not None}
+    said["slurm"] = _share(cluster, place) | {k: v for k, v in said.get("slurm", {}).items() if v is not None}
     said["max_gpus"] = min(hardware.max_gpus, place.per_node)
     if gpus and hardware.device == "cuda":
         said |= _by_driver(gpus[0], said.get("memory_gib"), place.model)

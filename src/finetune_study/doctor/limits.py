@@ -296,7 +296,7 @@ def _node_size(entry: Entry, cluster: Cluster, partition: Partition, findings: F
             findings.warn(
                 "memory",
                 f"a run asks for none, and gets {given:.1f} GiB by default: little for training",
-                f"set {key}.mem_gib_per_gpu, for example {_share(nodes):g}",
+                f"set {key}.mem_gib_per_gpu, for example {min(map(memory_of_gpu_gib, nodes))}",
             )
         else:
             findings.ok("memory", f"a run asks for none, and gets {given:.1f} GiB by default")
@@ -307,10 +307,6 @@ def _node_size(entry: Entry, cluster: Cluster, partition: Partition, findings: F
 def _limit(partition: Partition, key: str) -> float:
     value = partition.says.get(key, "UNLIMITED")
     return UNLIMITED if value in ("UNLIMITED", "0") else float(value)
-
-
-def _share(nodes: list[Node]) -> int:
-    return min(memory_of_gpu_gib(node) for node in nodes)
 
 
 def memory_of_gpu_gib(node: Node) -> int:
