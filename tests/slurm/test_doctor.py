@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from finetune_study import config as config_module
-from tests.slurm.cluster import Cluster, ask, queue, wait_for
+from tests.slurm.cluster import Cluster, Queued, ask, queue, wait_for
 from tests.slurm.test_study import stand_in
 from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import Workplace
@@ -103,6 +104,11 @@ def jobs_of(place: Workplace) -> list[str]:
         *("--format", "JobName,WorkDir"),
     )
     return sorted(line.split("|")[0] for line in answer.splitlines() if line.endswith(f"|{place.folder}"))
+
+
+def waiting_jobs(place: Workplace) -> list[Queued]:
+    """Jobs from here that are not over."""
+    return [job for job in queue() if job.workdir == place.folder]
 
 
 def test_all_is_well(place: Workplace) -> None:
@@ -215,7 +221,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
     assert "torch can't use the GPU of rank 0" in said.found("no-gpu", "gpu")
     assert "will never start, and was cancelled: QOSMax" in said.found("never", "job")
     assert "did not start in time, and was cancelled: BeginTime" in said.found("late", "job")
-    assert [job for job in queue() if job.workdir == place.folder] == []
+    assert waiting_jobs(place) == []
     left = {path.name.rsplit("-", 1)[0] for path in (place.results / "doctor").iterdir()}
     assert left == set(entries), "logs of what was wrong stay"
 
@@ -261,6 +267,20 @@ def test_folder_that_can_not_be_written_gets_no_job(place: Workplace) -> None:
     assert said.wrong("here") == {"results"}
     assert said.found("a100", "job") == "none was submitted: results would have stopped it"
     assert jobs_of(place) == []
+
+
+def test_interrupted_doctor_leaves_no_job(place: Workplace) -> None:
+    write(place, {"a100": stand_in("a100", extra="--begin=now+1hour")})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune_study.cli", "doctor"],
+        cwd=place.folder,
+        # As in a terminal, where these tests were not started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    wait_for(lambda: waiting_jobs(place), "its job is in the queue")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert waiting_jobs(place) == []
 
 
 def test_table_names_what_to_mend(place: Workplace) -> None:

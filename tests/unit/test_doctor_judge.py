@@ -129,6 +129,14 @@ def test_facts_about_the_ranks(rank: dict[str, Any], check: str, verdict: str, w
 NO_COMPILER = {"compatible": True, "why_not": None, "tools": {"c++": "/usr/bin/c++", "ninja": "/x", "nvcc": None}}
 
 
+def test_gpu_that_the_config_leaves_open() -> None:
+    findings = Findings("a100")
+    judge(probe(), Entry("a100", Hardware(memory_gib=80)), findings)
+    (found,) = [one for one in findings.all if one.check == "gpu"]
+    assert found.verdict == "warning"
+    assert found.mend.endswith("gpu: NVIDIA A100-SXM4-80GB, compute_capability: 8.0")
+
+
 def test_compiled_ops_are_needed_for_offload_alone() -> None:
     found = judged(probe({"ops": NO_COMPILER}))["compiled ops"]
     assert (found.verdict, "not on PATH: nvcc" in found.found) == ("warning", True)

@@ -114,6 +114,8 @@ def test_a_cluster_is_read() -> None:
     assert default is not None
     assert (default.name, default.max_minutes, default.qos) == ("a100", 2880, None)
     assert here.partition("h100") is None
+    assert here.partition("v100,a100") == here.partitions["v100"]
+    assert here.partition("v100,h100") is None
     assert [node.is_usable for node in here.nodes_of("v100")] == [True, False]
     assert here.nodes_of("a100", "v100") == []
     assert not default.refuses("Accounts", "nobody")

@@ -257,8 +257,9 @@ def _gpu(probe: Probe, entry: Entry, findings: Findings) -> None:
             f"compute capability {', '.join(sorted(others))} ({found}), not {asked}",
             f"set hardware.{entry.name}.compute_capability: {min(others)}",
         )
-    elif asked is None:
-        findings.warn("gpu", found, f"set hardware.{entry.name}.compute_capability: {gpus[0]['compute_capability']}")
+    elif asked is None or entry.hardware.gpu is None:
+        known = f"gpu: {gpus[0]['name']}, compute_capability: {gpus[0]['compute_capability']}"
+        findings.warn("gpu", f"{found}; the config leaves open what it is", f"set in hardware.{entry.name} {known}")
     else:
         findings.ok("gpu", found)
 

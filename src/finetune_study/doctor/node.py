@@ -36,8 +36,8 @@ REQUEST, BEGAN, GPUS, ENDED, LOCK, PING, PONG = "request.json", "began", "gpus.c
 SEEN_SECONDS = 60.0
 """How long the login node may take to see a file: as long as NFS keeps what it knows of a folder (acdirmax)."""
 
-RANKS_SECONDS = 200.0
-"""For all that the ranks do; a compiler that builds DeepSpeed's optimizer takes most of it."""
+RANKS_SECONDS = 420.0
+"""For all that the ranks do: imports from a slow file system and a compiler for DeepSpeed's optimizer take minutes."""
 
 NETWORK_SECONDS = 3.0
 
@@ -72,7 +72,7 @@ def look(folder: Path) -> None:
         version=importlib.metadata.version("finetune-study"),
         sources=sources_digest(),
         package=str(Path(finetune_study.__file__).parent),
-        startup_seconds=round(time.time() - (folder / BEGAN).stat().st_mtime, 1),
+        startup_seconds=round(time.time() - float((folder / BEGAN).read_text(encoding="ascii")), 1),
     )
     request = Request.model_validate_json((folder / REQUEST).read_text(encoding="utf-8"))
     facts.tell(seen_after_seconds=_ping(folder), lock=_lock(folder / LOCK))

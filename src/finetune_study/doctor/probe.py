@@ -52,7 +52,7 @@ SCRIPT = """\
 #!/bin/bash
 # Written by `finetune-study doctor`: looks at a node as a run on {names} would find it.
 cd {workdir} || exit 1
-touch {began}
+date +%s.%N > {began}
 # By the driver's own tool, which needs none of our software; older ones do not know the last field.
 fields=name,memory.total,driver_version
 nvidia-smi --query-gpu=$fields,compute_cap --format=csv,noheader,nounits > {gpus} 2> /dev/null ||
@@ -136,7 +136,7 @@ def prepare(group: list[Entry], cluster: Cluster, results: Results) -> Probe:
         entry.hardware.max_gpus,
         *([per_node] if per_node and entry.asks_for_gpus else []),
     ]
-    num_gpus = min(most)
+    num_gpus = 1 if entry.is_draft else min(most)
     runs = {one.name: entries_module.pretended(one, num_gpus) for one in group}
     longest = partition.max_minutes if partition else UNLIMITED
     asked = entries_module.probe_resources(entry, runs[entry.name], longest)

@@ -21,7 +21,7 @@ from finetune_study.facts import Facts
 PACKAGES = ("transformers", "peft", "accelerate", "datasets", "deepspeed")
 """What training imports beside torch."""
 
-PEERS_SECONDS = 90
+PEERS_SECONDS = 120
 """How long ranks wait for each other; a blocked network shows as this."""
 
 MESSAGE_BYTES = 64 * 2**20

@@ -200,7 +200,7 @@ class Partition:
         return None if name in ("N/A", "(null)") else name
 
     def refuses(self, kind: str, name: str) -> bool:
-        """Whether it is closed to one account, QOS or group (`kind`: `Accounts`, `Qos`, `Groups`)."""
+        """Whether it is closed to an account or QOS (`kind`: `Accounts`, `Qos`)."""
         allowed, denied = _names(self.says.get(f"Allow{kind}", "ALL")), _names(self.says.get(f"Deny{kind}", ""))
         return (allowed is not None and name not in allowed) or (denied is not None and name in denied)
 
@@ -278,9 +278,10 @@ class Cluster:
         return bool(words & implied) if implied else bool(words - {"none", "nojobs", "nosteps"})
 
     def partition(self, name: str | None) -> Partition | None:
-        """The partition of a name, or the default one."""
+        """The partition of a name, or the default one; the first of several, which SLURM takes in a list."""
         if name is not None:
-            return self.partitions.get(name)
+            found = [self.partitions.get(one) for one in name.split(",")]
+            return found[0] if all(found) else None
         return next((one for one in self.partitions.values() if one.is_default), None)
 
     def nodes_of(self, partition: str, gpu_model: str | None = None) -> list[Node]:

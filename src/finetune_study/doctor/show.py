@@ -3,6 +3,7 @@
 import json
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from finetune_study.doctor.examine import Examination
@@ -21,15 +22,10 @@ def table(examination: Examination, console: Console) -> None:
             shown.add_section()
         name = "" if last == one.where else one.where
         style = STYLE[one.verdict]
-        shown.add_row(name, one.check, f"[{style}]{one.verdict}[/]", _plain(one.found), _plain(one.mend))
+        shown.add_row(name, one.check, f"[{style}]{one.verdict}[/]", escape(one.found), escape(one.mend))
         last = one.where
     console.print(shown)
     console.print(f"\n{summary(examination)}", highlight=False)
-
-
-def _plain(text: str) -> str:
-    """Text in which rich sees no markup."""
-    return text.replace("[", r"\[")
 
 
 def summary(examination: Examination) -> str:
