@@ -81,6 +81,22 @@ def test_what_the_config_says_stays_and_what_the_driver_knows_better_is_mended()
     assert described(cluster(), [near], {"mine": A100})[1]["mine"]["memory_gib"] == 79
 
 
+def test_names_are_used_once() -> None:
+    """The config has an entry of that name already, for something else."""
+    cpu = Entry("v100", Hardware(device="cpu", memory_gib=3))
+    other = Entry("v100-32gb", Hardware.model_validate({"memory_gib": 80, "slurm": {"partition": "a100"}}))
+    drafts = describe.drafts(cluster(), [cpu, other])
+    assert [one.name for one in drafts] == ["v100-2"]
+    _, found = described(cluster(), [cpu, other, *drafts], {"v100-2": "Tesla V100-SXM2-32GB, 32768, 560.35.03, 7.0"})
+    assert list(found) == ["v100-32gb", "v100-2-32gb"]
+
+
+def test_entry_that_gets_any_of_several_types() -> None:
+    entry = Entry("any", Hardware.model_validate({"memory_gib": 80, "slurm": {"partition": "gpu"}}))
+    _, found = described(mixed(), [entry], {})
+    assert "gpu_model" not in found["any"]["slurm"]
+
+
 def test_entries_without_gpus_are_not_described() -> None:
     entry = Entry("cpu", Hardware(device="cpu", memory_gib=3))
     assert described(cluster(), [entry], {})[1] == {}

@@ -1,9 +1,10 @@
 """The cluster's description: hardware entries for all its GPUs, as YAML that loads as a configuration."""
 
 import datetime
+import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ class Place:
         return max(gpus_of(node, self.model) for node in self.nodes)
 
 
-def drafts(cluster: Cluster, entries: Iterable[Entry]) -> list[Entry]:
+def drafts(cluster: Cluster, entries: Sequence[Entry]) -> list[Entry]:
     """An entry for each kind of GPU in each partition that no entry of the config describes."""
     known = {(place.partition, place.model) for entry in entries for place in places(cluster, entry)}
+    names = {entry.name for entry in entries}
     found = []
     for partition in cluster.partitions:
         for place in _kinds(cluster, partition, None):
@@ -48,7 +50,9 @@ def drafts(cluster: Cluster, entries: Iterable[Entry]) -> list[Entry]:
                 continue
             slurm = Slurm.model_validate(_share(cluster, place))
             hardware = Hardware(memory_gib=UNKNOWN_MEMORY_GIB, max_gpus=place.per_node, slurm=slurm)
-            found.append(Entry(_name(partition, place.model), hardware, is_used=False, is_draft=True))
+            name = _free(_name(partition, place.model), names)
+            names.add(name)
+            found.append(Entry(name, hardware, is_used=False, is_draft=True))
     return found
 
 
@@ -69,6 +73,12 @@ def _name(*parts: str | None) -> str:
     return "-".join(filter(None, words)) or "gpu"
 
 
+def _free(name: str, taken: Container[str]) -> str:
+    """A name that nobody has yet."""
+    others = (f"{name}-{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in others if other not in taken)
+
+
 def places(cluster: Cluster, entry: Entry) -> list[Place]:
     """Where the GPUs of an entry are; empty for one that asks for none, or for what is not there."""
     partition = cluster.partition(entry.hardware.slurm.partition)
@@ -84,7 +94,7 @@ def _kinds(cluster: Cluster, partition: str, model: str | None) -> list[Place]:
     return [Place(partition, one, having) for one in models if (having := [n for n in nodes if one in n.gpus])]
 
 
-def describe(cluster: Cluster, entries: Iterable[Entry], gpus: Mapping[str, list[dict[str, str]]]) -> str:
+def describe(cluster: Cluster, entries: Sequence[Entry], gpus: Mapping[str, list[dict[str, str]]]) -> str:
     """The text of the file.
 
     Args:
@@ -94,16 +104,20 @@ def describe(cluster: Cluster, entries: Iterable[Entry], gpus: Mapping[str, list
     """
     today = datetime.date.today().isoformat()
     blocks: list[str] = []
-    names: set[str] = set()
+    names = {entry.name for entry in entries if not entry.is_draft}
     is_empty = True
     for entry in entries:
         where = places(cluster, entry)
         if not where:
             continue
-        body = _body(cluster, entry, where[0], gpus.get(entry.name, []))
+        # An entry that names no type where there are several gets any of them.
+        place = where[0]
+        if len(where) > 1:
+            place = Place(place.partition, None, [node for node in cluster.nodes_of(place.partition) if node.gpus])
+        body = _body(cluster, entry, place, gpus.get(entry.name, []))
         name = entry.name if not entry.is_draft else _full_name(entry, body, names)
         names.add(name)
-        blocks.append(_block(cluster, name, body, where[0]))
+        blocks.append(_block(cluster, name, body, place))
         is_empty = is_empty and "memory_gib" not in body
     asked = "`finetune-study doctor --describe`"
     head = (
@@ -149,7 +163,7 @@ def _full_name(entry: Entry, body: Mapping[str, Any], taken: set[str]) -> str:
     """A draft is called by its GPUs: `a100-80gb`; by its partition as well where that is taken."""
     memory = f"{body['memory_gib']:.0f}gb" if "memory_gib" in body else None
     short = _name(entry.hardware.slurm.gpu_model or entry.hardware.slurm.partition, memory)
-    return short if short not in taken else _name(entry.name, memory)
+    return short if short not in taken else _free(_name(entry.name, memory), taken)
 
 
 def _block(cluster: Cluster, name: str, body: dict[str, Any], place: Place) -> str:
@@ -185,8 +199,8 @@ def write(path: Path, text: str, *, force: bool) -> Path:
         StudyError: when the place can't be written.
     """
     if path.exists() and not force:
-        numbers = iter(range(2, 1000))
-        path = next(free for n in numbers if not (free := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+        others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        path = next(other for other in others if not other.exists())
     try:
         write_atomically(path, text)
     except OSError as error:
