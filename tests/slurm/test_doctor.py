@@ -106,6 +106,18 @@ def jobs_of(place: Workplace) -> list[str]:
     return sorted(line.split("|")[0] for line in answer.splitlines() if line.endswith(f"|{place.folder}"))
 
 
+def start(place: Workplace) -> "subprocess.Popen[str]":
+    """A doctor at work."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune_study.cli", "doctor", "--json"],
+        cwd=place.folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        # As in a terminal, where these tests were not started in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def waiting_jobs(place: Workplace) -> list[Queued]:
     """Jobs from here that are not over."""
     return [job for job in queue() if job.workdir == place.folder]
@@ -204,6 +216,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
         "no-torch": stand_in("a100") | {"software": {"python": bare_python(no_torch, *WITHOUT_TORCH)}},
         "fewer": stand_in("v100", extra="--gres=gpu:v100:1"),
         "no-gpu": gpu,
+        "small-memory": stand_in("a100", mem_gib_per_gpu=0.15),
         "never": stand_in("v100", qos=small_qos),
         "late": stand_in("v100", extra="--begin=now+1hour"),
     }
@@ -217,6 +230,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
     assert "this project is not installed in it" in said.found("bare", "software")
     assert "torch: ModuleNotFoundError: No module named 'torch'" in said.found("no-torch", "packages")
     assert "1 GPUs instead of 2" in said.found("fewer", "allocation")
+    assert said.wrong("small-memory") == {"host memory"}, said.document
     assert "NVML does not answer" in said.found("no-gpu", "allocation")
     assert "torch can't use the GPU of rank 0" in said.found("no-gpu", "gpu")
     assert "will never start, and was cancelled: QOSMax" in said.found("never", "job")
@@ -269,17 +283,33 @@ def test_folder_that_can_not_be_written_gets_no_job(place: Workplace) -> None:
     assert jobs_of(place) == []
 
 
+def test_job_that_somebody_cancels(place: Workplace) -> None:
+    write(place, {"a100": stand_in("a100", extra="--begin=now+1hour")})
+    process = start(place)
+    (job,) = wait_for(lambda: waiting_jobs(place), "its job is in the queue")
+    subprocess.run(["scancel", job.slurm_id], check=True)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"job {job.slurm_id} ended without a word seen here: CANCELLED" in " ".join(output.split()), output
+
+
+def test_accounting_that_does_not_answer(cluster: Cluster, place: Workplace) -> None:
+    write(place, {"a100": stand_in("a100")})
+    cluster.stop_daemon("slurmdbd")
+    said = doctor(place, "--no-jobs")
+    cluster.start_daemon("slurmdbd")
+    assert said.wrong("here") == {"accounting"}
+    assert "onnect" in said.found("here", "accounting")
+    assert said.wrong("a100") == set(), "what needs no accounting is checked all the same"
+
+
 def test_interrupted_doctor_leaves_no_job(place: Workplace) -> None:
     write(place, {"a100": stand_in("a100", extra="--begin=now+1hour")})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "finetune_study.cli", "doctor"],
-        cwd=place.folder,
-        # As in a terminal, where these tests were not started in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start(place)
     wait_for(lambda: waiting_jobs(place), "its job is in the queue")
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
+    process.communicate(timeout=60)
+    assert process.returncode != 0
     assert waiting_jobs(place) == []
 
 

@@ -129,6 +129,14 @@ def test_facts_about_the_ranks(rank: dict[str, Any], check: str, verdict: str, w
 NO_COMPILER = {"compatible": True, "why_not": None, "tools": {"c++": "/usr/bin/c++", "ninja": "/x", "nvcc": None}}
 
 
+def test_too_little_host_memory() -> None:
+    one = probe({"transformers": None, "at": "transformers"}, ranks=["killed by SIGKILL", "ended"], oom_kills=1)
+    said = judged(one)
+    assert said["host memory"].verdict == "wrong"
+    assert "packages" not in said
+    assert judged(probe(ranks=["killed by SIGKILL", "ended"], oom_kills=0))["packages"].verdict == "ok"
+
+
 def test_gpu_that_the_config_leaves_open() -> None:
     findings = Findings("a100")
     judge(probe(), Entry("a100", Hardware(memory_gib=80)), findings)

@@ -42,10 +42,11 @@ def judge(probe: Probe, entry: Entry, findings: Findings) -> None:
     _study_folder(probe, findings)
     _other_folders(probe, findings)
     _allocation(probe, entry, findings)
-    _packages(probe, entry, findings)
-    _gpu(probe, entry, findings)
-    _ranks(probe, entry, findings)
-    _ops(probe, entry, findings)
+    if not _ran_out_of_memory(probe, entry, findings):
+        _packages(probe, entry, findings)
+        _gpu(probe, entry, findings)
+        _ranks(probe, entry, findings)
+        _ops(probe, entry, findings)
     network = probe.facts.get("network", {})
     if network:
         reached = "can't be reached" if "error" in network else "can be reached"
@@ -175,6 +176,20 @@ def _allocation(probe: Probe, entry: Entry, findings: Findings) -> None:
     limit = probe.facts.get("memory_limit_bytes")
     memory = f", memory limit {limit / GIB:.1f} GiB" if limit else ""
     findings.ok("allocation", f"as asked, by {said['by']}: {found or 'a node'}{memory}")
+
+
+def _ran_out_of_memory(probe: Probe, entry: Entry, findings: Findings) -> bool:
+    """Whether the kernel killed a rank that did nothing but start."""
+    killed = [rank for rank, ending in enumerate(probe.facts.get("ranks", [])) if ending == "killed by SIGKILL"]
+    if not (killed and probe.facts.get("oom_kills")):
+        return False
+    at = probe.ranks[killed[0]].get("at", "its start")
+    findings.wrong(
+        "host memory",
+        f"the kernel killed rank {killed[0]} at `{at}`: the job's memory is too small to start training",
+        f"raise hardware.{entry.name}.slurm.mem_gib_per_gpu",
+    )
+    return True
 
 
 def _short(value: Any) -> str:

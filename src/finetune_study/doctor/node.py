@@ -85,7 +85,10 @@ def look(folder: Path) -> None:
     for name, run in request.runs.items():
         facts.append("allocation", {"entry": name, **_allocation(run, request.asked[name])})
     some_run = next(iter(request.runs.values()))
+    kills_before = cgroup.oom_kills()
     facts.tell(ranks=_ranks(some_run, folder, request.uses_offload))
+    kills = cgroup.oom_kills()
+    facts.tell(oom_kills=None if kills is None or kills_before is None else kills - kills_before)
     facts.tell(network=_network())
     facts.ended("completed")
 

@@ -40,6 +40,9 @@ NEVER_STARTS = (
 )  # fmt: skip
 """Reasons of squeue(1)'s JOB REASON CODES that do not pass by themselves."""
 
+KILLED = ("CANCELLED", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "TIMEOUT")
+"""States of squeue(1)'s JOB STATE CODES of a job that could not say its last word: nothing is to be waited for."""
+
 LATENCY_SECONDS = 30.0
 """How long a file of a node may take to be seen here: `latency-wait` of slurm/config.yaml."""
 
@@ -238,10 +241,14 @@ def _follow(probe: Probe, queued: dict[str, Queued] | None, now: float, wait_unt
         probe.queued = queued.get(job)
         if probe.queued is None:
             probe.gone_since = probe.gone_since or now
-            if now > probe.gone_since + LATENCY_SECONDS and not probe.is_over:
-                probe.problem = f"job {job} ended without a word seen here: {scheduler.end_of(job)}"
+            ending = scheduler.end_of(job)
+            was_killed = ending.startswith(KILLED)
+            if not probe.is_over and (was_killed or now > probe.gone_since + LATENCY_SECONDS):
+                probe.problem = f"job {job} ended without a word seen here: {ending}"
                 probe.mend = (
-                    f"is {probe.folder} seen on the nodes under this path? Its log, if there is one: job.log there"
+                    "call the doctor again: somebody or something ended the job"
+                    if was_killed
+                    else f"is {probe.folder} seen on the nodes under this path? Its log, if there is one: job.log there"
                 )
             return
         probe.gone_since = None
