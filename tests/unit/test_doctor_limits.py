@@ -69,7 +69,7 @@ def test_all_is_well() -> None:
         ({"DenyQos": "normal"}, "qos", "does not take QOS `normal`"),
         ({"MaxTime": "00:40:00"}, "time", "a run asks for 45 min"),
         ({"MaxCPUsPerNode": "3"}, "cpus", "a run asks for 4 CPUs; a node has 3"),
-        ({"MaxMemPerNode": "4096"}, "memory", "a run asks for 6.0 GiB; a node gives 4.0 GiB"),
+        ({"MaxMemPerNode": "4096"}, "memory", "a run asks for 6 GiB; a node has 4 GiB"),
     ],
 )
 def test_partitions_that_do_not_take_a_run(says: dict[str, str], check: str, words: str) -> None:
@@ -153,6 +153,12 @@ def test_default_memory_that_is_small_and_gpus_that_a_node_does_not_have_are_war
     assert verdicts(entry(max_gpus=16), cluster())["gpus"][0] == "warning"
 
 
+def test_runs_that_would_leave_gpus_of_a_node_idle_are_warned_of() -> None:
+    said = verdicts(entry(num_gpus=1, cpus_per_gpu=5, mem_gib_per_gpu=8), cluster())
+    assert said["cpus"] == ("warning", "a run asks for 5 CPUs; a node has 16 CPUs: 5 of its GPUs have to stay idle")
+    assert said["memory"] == ("warning", "a run asks for 8 GiB; a node has 31.25 GiB: 5 of its GPUs have to stay idle")
+
+
 def test_sbatch_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(words: list[str]) -> None:
         raise SchedulerError("Invalid feature specification")
@@ -165,7 +171,7 @@ def test_entry_without_gpus_needs_none() -> None:
     one = Entry("cpu", Hardware(device="cpu", memory_gib=3, max_gpus=2))
     said = verdicts(one, cluster())
     assert "gpus" not in said
-    assert said["cpus"] == ("ok", "a run asks for 8; a node has 16")
+    assert said["cpus"] == ("ok", "a run asks for 8 CPUs; a node has 16 CPUs")
 
 
 def test_cluster_without_accounting_has_no_accounts_to_check() -> None:

@@ -277,31 +277,45 @@ def _node_size(entry: Entry, cluster: Cluster, partition: Partition, findings: F
         return
     cpus, key = int(asked["cpus_per_task"] or 1), f"hardware.{entry.name}.slurm"
     num_gpus = max(scheduler.gpus(str(asked["gres"] or "")).values(), default=0)
-    memory = float(asked["mem"]) if asked["mem"] is not None else None
-    most_cpus = min(max(node.cpus for node in nodes), _limit(partition, "MaxCPUsPerNode"))
-    most_memory = min(max(node.memory_mb for node in nodes), _limit(partition, "MaxMemPerNode"))
-    if cpus > most_cpus:
-        findings.wrong("cpus", f"a run asks for {cpus} CPUs; a node has {most_cpus:g}", f"lower {key}.cpus_per_gpu")
+    share = max(gpus_of(node, model) for node in nodes) / num_gpus if num_gpus else 0.0
+    most = min(max(node.cpus for node in nodes), _limit(partition, "MaxCPUsPerNode"))
+    _fit(_Ask("cpus", cpus, most, " CPUs", f"{key}.cpus_per_gpu"), num_gpus, share, findings)
+    most = min(max(node.memory_mb for node in nodes), _limit(partition, "MaxMemPerNode")) / 1024
+    memory = _Ask("memory", float(asked["mem"] or 0) / 1024, most, " GiB", f"{key}.mem_gib_per_gpu")
+    if memory.asked:
+        _fit(memory, num_gpus, share, findings)
+        return
+    given = min(partition.default_memory_mb(cpus, num_gpus, cluster.config) / 1024, most)
+    found = f"a run asks for none, and gets {given:.1f} GiB by default"
+    if given < SMALL_MEMORY_GIB * max(1, num_gpus):
+        fair = min(map(memory_of_gpu_gib, nodes))
+        findings.warn("memory", f"{found}: little for training", f"set {memory.key}, for example {fair}")
     else:
-        findings.ok("cpus", f"a run asks for {cpus}; a node has {most_cpus:g}")
-    if memory is not None and memory > most_memory:
-        findings.wrong(
-            "memory",
-            f"a run asks for {memory / 1024:.1f} GiB; a node gives {most_memory / 1024:.1f} GiB",
-            f"lower {key}.mem_gib_per_gpu",
-        )
-    elif memory is None:
-        given = min(partition.default_memory_mb(cpus, num_gpus, cluster.config), most_memory) / 1024
-        if given < SMALL_MEMORY_GIB * max(1, num_gpus):
-            findings.warn(
-                "memory",
-                f"a run asks for none, and gets {given:.1f} GiB by default: little for training",
-                f"set {key}.mem_gib_per_gpu, for example {min(map(memory_of_gpu_gib, nodes))}",
-            )
-        else:
-            findings.ok("memory", f"a run asks for none, and gets {given:.1f} GiB by default")
+        findings.ok("memory", found)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What the largest run asks of a node, of one kind."""
+
+    check: str
+    asked: float
+    most: float
+    unit: str
+    key: str
+
+
+def _fit(ask: _Ask, num_gpus: int, share: float, findings: Findings) -> None:
+    """Whether it fits, also when such runs use all GPUs of a node: `share` of them."""
+    found = f"a run asks for {ask.asked:.4g}{ask.unit}; a node has {ask.most:.4g}{ask.unit}"
+    if ask.asked > ask.most:
+        findings.wrong(ask.check, found, f"lower {ask.key}")
+    elif ask.asked * share > ask.most:
+        idle = int(share * num_gpus - num_gpus * (ask.most // ask.asked))
+        fair = int(ask.most / (share * num_gpus))
+        findings.warn(ask.check, f"{found}: {idle} of its GPUs have to stay idle", f"lower {ask.key} to {max(1, fair)}")
     else:
-        findings.ok("memory", f"a run asks for {memory / 1024:.1f} GiB; a node has {most_memory / 1024:.1f} GiB")
+        findings.ok(ask.check, found)
 
 
 def _limit(partition: Partition, key: str) -> float:
