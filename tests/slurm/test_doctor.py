@@ -217,6 +217,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
         "fewer": stand_in("v100", extra="--gres=gpu:v100:1"),
         "no-gpu": gpu,
         "small-memory": stand_in("a100", mem_gib_per_gpu=0.15),
+        "quote": stand_in("v100", extra="--comment='x"),
         "never": stand_in("v100", qos=small_qos),
         "late": stand_in("v100", extra="--begin=now+1hour"),
     }
@@ -233,6 +234,7 @@ def test_what_is_wrong_on_the_node_or_in_the_queue(place: Workplace, small_qos: 
     assert said.wrong("small-memory") == {"host memory"}, said.document
     assert "NVML does not answer" in said.found("no-gpu", "allocation")
     assert "torch can't use the GPU of rank 0" in said.found("no-gpu", "gpu")
+    assert "quotes come in pairs" in said.found("quote", "job")
     assert "will never start, and was cancelled: QOSMax" in said.found("never", "job")
     assert "did not start in time, and was cancelled: BeginTime" in said.found("late", "job")
     assert waiting_jobs(place) == []

@@ -58,7 +58,7 @@ def probe(rank: dict[str, Any] | None = None, tmp_path: Path = Path("/nowhere"),
     """A job whose node said all of NODE, with changes; None takes a fact away."""
     said = {name: value for name, value in {**copy.deepcopy(NODE), **facts}.items() if value is not None}
     ranks = [{name: value for name, value in {**RANK, **(rank or {})}.items() if value is not None} for _ in range(2)]
-    return Probe([entry()], 2, tmp_path, [], 15, "7", facts=said, ranks=ranks)
+    return Probe([entry()], 2, tmp_path, {}, "7", facts=said, ranks=ranks)
 
 
 def judged(one: Probe, *, offload: bool = False) -> dict[str, Finding]:

@@ -169,6 +169,11 @@ def test_options_of_sbatch() -> None:
     ]  # fmt: skip
 
 
+def test_extra_options_with_a_quote_too_few() -> None:
+    with pytest.raises(SchedulerError, match="quotes come in pairs"):
+        scheduler.options({"slurm_extra": "--reservation='gpu week"})
+
+
 def test_errors_are_slurms_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refusal as sbatch 22.05 prints it, by a command that does nothing else."""
     (tmp_path / "sbatch").write_text(

@@ -332,7 +332,7 @@ def _slurms_word(entry: Entry, findings: Findings) -> None:
     """What the checks before can't know: features, reservations, a site's own rules."""
     try:
         scheduler.would_take(scheduler.options(entry.resources))
-    except (SchedulerError, ValueError) as error:
+    except SchedulerError as error:
         findings.wrong(
             "sbatch",
             f"SLURM would not take {entry.largest.run_id}: {error}",

@@ -72,9 +72,8 @@ class Probe:
     entries: list[Entry]
     num_gpus: int
     folder: Path
-    words: list[str]
-    """Options of sbatch."""
-    runtime_minutes: float
+    resources: dict[str, str | int | None]
+    """What it asks of SLURM, as `slurm.resources` names it."""
     slurm_id: str | None = None
     queued: Queued | None = None
     """What SLURM said of it last."""
@@ -162,9 +161,7 @@ def prepare(group: list[Entry], cluster: Cluster, results: Results) -> Probe:
         **quoted,
     )
     write_atomically(folder / "job.sh", script)
-    output = str(folder / "job.log").replace("%", "%%")
-    words = [*scheduler.options(asked), f"--output={output}", "--no-requeue"]
-    return Probe(group, num_gpus, folder, words, float(asked["runtime"] or 0))
+    return Probe(group, num_gpus, folder, asked)
 
 
 def run(probes: Iterable[Probe], wait_minutes: float, say: Callable[[str], None]) -> None:
@@ -195,12 +192,14 @@ def run(probes: Iterable[Probe], wait_minutes: float, say: Callable[[str], None]
 
 def _submit(probe: Probe, say: Callable[[str], None]) -> None:
     names = ", ".join(entry.name for entry in probe.entries)
+    output = str(probe.folder / "job.log").replace("%", "%%")
     try:
-        probe.slurm_id = scheduler.submit(probe.words, probe.folder / "job.sh")
+        words = [*scheduler.options(probe.resources), f"--output={output}", "--no-requeue"]
+        probe.slurm_id = scheduler.submit(words, probe.folder / "job.sh")
         say(f"{names}: SLURM job {probe.slurm_id}")
-    except (SchedulerError, ValueError) as error:
+    except SchedulerError as error:
         probe.problem = f"SLURM refuses it: {error}"
-        probe.mend = f"mend hardware.{probe.entries[0].name}.slurm; `sbatch` was called with {' '.join(probe.words)}"
+        probe.mend = f"mend hardware.{probe.entries[0].name}.slurm"
 
 
 def _wait(probes: list[Probe], wait_minutes: float, say: Callable[[str], None]) -> None:
@@ -263,7 +262,7 @@ def _follow(probe: Probe, queued: dict[str, Queued] | None, now: float, wait_unt
                     else "wait longer with --wait-minutes, or try when the queue is shorter (`squeue --start`)"
                 )
             return
-    if now > wait_until + 60 * (probe.runtime_minutes + 2):
+    if now > wait_until + 60 * (float(probe.resources["runtime"] or 0) + 2):
         probe.problem = f"job {job} does not end"
         probe.mend = "look at `scontrol show job` and at the node's state"
 

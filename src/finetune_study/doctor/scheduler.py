@@ -74,6 +74,9 @@ def options(resources: Mapping[str, str | int | None]) -> list[str]:
 
     Args:
         resources: as `slurm.resources` gives them: `mem` in MB, `runtime` in minutes.
+
+    Raises:
+        SchedulerError: when `slurm_extra` can't be taken apart.
     """
     given = {"tasks": 1, **{name: value for name, value in resources.items() if value is not None}}
     if "tasks_per_node" in given:
@@ -81,7 +84,10 @@ def options(resources: Mapping[str, str | int | None]) -> list[str]:
     words = [
         f"--{option}={given[name]}{'M' if name == 'mem' else ''}" for name, option in OPTIONS.items() if name in given
     ]
-    return [*words, *shlex.split(str(given.get("slurm_extra") or ""))]
+    try:
+        return [*words, *shlex.split(str(given.get("slurm_extra") or ""))]
+    except ValueError as error:
+        raise SchedulerError(f"slurm.extra is {given['slurm_extra']!r}: {error} (quotes come in pairs)") from None
 
 
 # --- parsing ---------------------------------------------------------------------------------------------------------
