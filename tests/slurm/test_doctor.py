@@ -295,16 +295,6 @@ def test_job_that_somebody_cancels(place: Workplace) -> None:
     assert f"job {job.slurm_id} ended without a word seen here: CANCELLED" in " ".join(output.split()), output
 
 
-def test_accounting_that_does_not_answer(cluster: Cluster, place: Workplace) -> None:
-    write(place, {"a100": stand_in("a100")})
-    cluster.stop_daemon("slurmdbd")
-    said = doctor(place, "--no-jobs")
-    cluster.start_daemon("slurmdbd")
-    assert said.wrong("here") == {"accounting"}
-    assert "onnect" in said.found("here", "accounting")
-    assert said.wrong("a100") == set(), "what needs no accounting is checked all the same"
-
-
 def test_interrupted_doctor_leaves_no_job(place: Workplace) -> None:
     write(place, {"a100": stand_in("a100", extra="--begin=now+1hour")})
     process = start(place)
