@@ -104,6 +104,41 @@ def before_submit(results: ResultsFolder = RESULTS) -> None:
 
 
 @app.command()
+def doctor(
+    config: ConfigFile = CONFIG,
+    results: ResultsFolder = RESULTS,
+    hardware: Annotated[list[str] | None, typer.Option(help="Only this hardware entry; may be repeated.")] = None,
+    jobs: Annotated[bool, typer.Option(help="Submit a short job for each hardware entry.")] = True,
+    wait_minutes: Annotated[float, typer.Option(min=0, help="How long a job may wait in the queue.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    describe: Annotated[
+        bool, typer.Option("--describe", help="Write hardware entries for all GPUs of the cluster to FILE.")
+    ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="With --describe. Default: slurm/<name of the cluster>.yaml.", show_default=False),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE; else a new one is written beside it.")] = False,
+) -> None:
+    """Examine the cluster: is all there that the study needs, and if not, how is it mended?"""
+    from finetune_study.doctor import command
+
+    raw = config_module.load(config) if config.exists() or not describe else None
+    is_well = command.run(
+        raw,
+        Results(results),
+        only=hardware or [],
+        with_jobs=jobs,
+        wait_minutes=wait_minutes,
+        as_json=as_json,
+        describe=describe,
+        file=file,
+        force=force,
+    )
+    sys.exit(0 if is_well else 1)
+
+
+@app.command()
 def config_docs(
     folder: Annotated[Path, typer.Argument(help="Where the schema and the README go.")] = Path("config"),
     check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where a file is out of step.")] = False,

@@ -43,6 +43,9 @@ class RunFailedError(StudyError):
 class UnfitNodeError(RunFailedError):
     """The node is not what the run asks for; on another one the run may well succeed."""
 
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes that are not; empty: this one."""
+
 
 UNFIT_NODE_STATUS = os.EX_UNAVAILABLE
 """Exit status of a try that ended for an unfit node: 69, "a required resource is unavailable" of sysexits.h."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune_study import allocation, places, rendezvous, signals
 from finetune_study.allocation import Asked
 from finetune_study.config import Places
-from finetune_study.errors import RunFailedError
+from finetune_study.errors import RunFailedError, UnfitNodeError
 from finetune_study.paths import Results, RunPaths
 from finetune_study.ranks import End, Ranks
 from finetune_study.rendezvous import Leader, Link, Place
@@ -79,7 +79,7 @@ def _check(run: Run, asked: Asked) -> dict[str, object]:
     try:
         return {"allocation": allocation.check(run, asked, os.environ)}
     except RunFailedError as error:
-        return {"refusal": str(error)}
+        return {"refusal": str(error), "is_unfit": isinstance(error, UnfitNodeError)}
 
 
 def _work(

@@ -36,6 +36,9 @@ from finetune_study.rendezvous import Member, Place, Team
 from finetune_study.run import Run
 from finetune_study.signals import StoppedError
 
+UNFIT_NODES_FILE = "UNFIT_NODES_FILE"
+"""Environment variable: where the executor reads which nodes are not what a job asks for, a name on each line."""
+
 GRACE_SECONDS = 10.0
 """Peers of a rank that ended have this long to end by themselves: gloo notices a closed connection after about 3 s."""
 
@@ -59,14 +62,15 @@ class Verdict:
     interrupted: bool = False
     node: int = 0
     """Whose log tells of the failure."""
-    unfit_node: bool = False
+    unfit_nodes: tuple[str, ...] = ()
+    """SLURM's names of nodes that are not what the run asks for."""
 
     @property
     def exit_status(self) -> int:
         """Of the supervisor."""
         if self.ending is not None:
             return 0
-        return UNFIT_NODE_STATUS if self.unfit_node else 1
+        return UNFIT_NODE_STATUS if self.unfit_nodes else 1
 
 
 class Launch:
@@ -121,8 +125,11 @@ class Launch:
                 verdict = self._supervise(log)
             except StoppedError as stop:
                 verdict = Verdict(cause=f"ended from outside by {stop}", interrupted=True)
+            except UnfitNodeError as error:
+                verdict = Verdict(cause=str(error), unfit_nodes=error.nodes or (rendezvous.own_name(),))
+                _tell_executor(verdict.unfit_nodes)
             except StudyError as error:
-                verdict = Verdict(cause=str(error), unfit_node=isinstance(error, UnfitNodeError))
+                verdict = Verdict(cause=str(error))
             except Exception as error:
                 verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         if verdict.ending is not None:
@@ -280,9 +287,9 @@ class Launch:
         log = self.paths.log_of_node(verdict.node)
         return Failure(
             run_id=self.run.run_id,
-            attempt=self.about.attempt - (verdict.interrupted or verdict.unfit_node),
+            attempt=self.about.attempt - (verdict.interrupted or bool(verdict.unfit_nodes)),
             interrupted=verdict.interrupted,
-            unfit_node=verdict.unfit_node,
+            unfit_node=bool(verdict.unfit_nodes),
             cause=verdict.cause,
             traceback=verdict.traceback,
             log=str(log),
@@ -291,6 +298,13 @@ class Launch:
             duration_seconds=time.monotonic() - self.started,
             slurm_job_id=self.about.slurm_job_id,
         )
+
+
+def _tell_executor(nodes: tuple[str, ...]) -> None:
+    """Which nodes to leave out; without a word it would be the first one of the job."""
+    path = os.environ.get(UNFIT_NODES_FILE)
+    if path is not None:
+        Path(path).write_text("\n".join(nodes) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -118,6 +118,11 @@ class Results:
         return self.root / "cache"
 
     @property
+    def doctor(self) -> Path:
+        """Scripts, logs and findings of the doctor's jobs; empty when all was well."""
+        return self.root / "doctor"
+
+    @property
     def outcomes_parquet(self) -> Path:
         return self.root / "outcomes.parquet"
 

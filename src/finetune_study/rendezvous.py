@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from finetune_study import record, signals
-from finetune_study.errors import RunFailedError
+from finetune_study.errors import RunFailedError, UnfitNodeError
 from finetune_study.paths import RunPaths
 from finetune_study.run import Run
 from finetune_study.slurm import srun
@@ -263,7 +263,8 @@ class Team:
         """What the others found on their nodes, by their numbers.
 
         Raises:
-            RunFailedError: when one is not what the run asks for, or its launcher is gone.
+            UnfitNodeError: when one is not what the run asks for.
+            RunFailedError: when one can't be checked, or its launcher is gone.
             StoppedError: when a signal comes first.
         """
         for member in self.members.values():
@@ -274,7 +275,11 @@ class Team:
                     do="the job's log says what happened there",
                 )
         if refusals := [refusal for m in self.members.values() if (refusal := m.link.heard("refusal")) is not None]:
-            raise RunFailedError("\n".join(refusals))
+            unfit = tuple(member.host for member in self.members.values() if member.link.heard("is_unfit"))
+            error = (UnfitNodeError if unfit else RunFailedError)("\n".join(refusals))
+            if isinstance(error, UnfitNodeError):
+                error.nodes = unfit
+            raise error
         return {number: member.link.heard("allocation") for number, member in self.members.items()}
 
     def tell(self, **message: Any) -> None:

@@ -14,6 +14,9 @@ from snakemake_executor_plugin_submitit.script import batch_script, job_script
 from snakemake_executor_plugin_submitit.slurm import submit
 from snakemake_executor_plugin_submitit.task import Task, Work
 
+UNFIT_NODES_FILE = "UNFIT_NODES_FILE"
+"""Environment variable of works that know of unfit nodes: where they may name them, if it is not the batch script's."""
+
 EXCLUDE = ("--exclude", "-x")
 
 
@@ -105,6 +108,7 @@ def send(batch: Batch, ledger: Ledger, extra: Sequence[str], latency_wait: int, 
         assert task.submission is not None
         work, submission, folder = task.work, task.submission, ledger.folder_of(task.submission)
         (folder / "command.sh").write_text(work.command + "\n", encoding="utf-8")
+        unfit = {} if work.unfit_node_status is None else {UNFIT_NODES_FILE: str(folder / "unfit")}
         script = job_script(
             name=work.name,
             folder=folder,
@@ -114,7 +118,7 @@ def send(batch: Batch, ledger: Ledger, extra: Sequence[str], latency_wait: int, 
             inputs=work.inputs,
             removed=work.removed,
             latency_wait=latency_wait,
-            exports=work.exports,
+            exports={**work.exports, **unfit},
             tmpdir=work.tmpdir,
             restart_limit=restart_limit,
             is_alone=len(batch.tasks) == 1,

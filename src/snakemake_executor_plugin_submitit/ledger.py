@@ -282,6 +282,13 @@ class Ledger:
         """Whether a job has begun the work."""
         return self.claimed_by(submission) not in (None, WITHDRAWN)
 
+    def unfit_nodes(self, submission: Submission) -> list[str]:
+        """Nodes that the work itself calls not what was asked for."""
+        try:
+            return (self.folder_of(submission) / "unfit").read_text(encoding="utf-8").split()
+        except FileNotFoundError:
+            return []
+
     def withdraw(self, submission: Submission) -> bool:
         """Takes the work back, so that a job of this submission that starts later leaves at once.
 

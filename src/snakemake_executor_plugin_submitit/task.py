@@ -51,7 +51,7 @@ class Work:
     kind: str | None = None
     """Works of one kind have a canary in common, and stop together when they fail alike."""
     unfit_node_status: int | None = None
-    """The command ends with it to say that this node is not what was asked for."""
+    """The command ends with it to say that its node is not what was asked for."""
 
     @property
     def per_job(self) -> int:

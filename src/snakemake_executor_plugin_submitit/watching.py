@@ -82,9 +82,11 @@ class Watching(Base):
 
     def _leave_node(self, task: Task, ended: Ended) -> None:
         """The command says that its node is not what was asked for: it is tried on another one."""
+        assert task.submission is not None
+        unfit = self.ledger.unfit_nodes(task.submission) or [ended.node]
         nodes = self._excluded.setdefault(task.work.asked, set())
-        nodes.add(ended.node)
-        what = f"node {ended.node} is not what was asked for (status {ended.status})"
+        nodes.update(unfit)
+        what = f"node {' and '.join(unfit)} is not what was asked for (status {ended.status})"
         if task.resubmissions >= self.settings.resubmit_limit:
             tried = f"tried were {', '.join(sorted(nodes))}"
             self._fail_alike(task, f"SLURM job {ended.slurm_id}: {what}; {tried}", "unfit nodes")

@@ -172,8 +172,9 @@ PartitionName=mixed Nodes=v100-2,a100-2 MaxTime=2-00:00:00
 CONF
     echo "$marker" >"$etc/gres.conf"
     for node in "${nodes[@]}"; do
+        [[ $node == v100* ]] && weight=1 || weight=2
         echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port++)) CPUs=16 Sockets=1" \
-            "CoresPerSocket=16 ThreadsPerCore=1 RealMemory=32000 Gres=gpu:${node%-*}:8 Weight=$([[ $node == v100* ]] && echo 1 || echo 2)" >>"$etc/slurm.conf"
+            "CoresPerSocket=16 ThreadsPerCore=1 RealMemory=32000 Gres=gpu:${node%-*}:8 Weight=$weight" >>"$etc/slurm.conf"
         echo "NodeName=$node AutoDetect=off Name=gpu Type=${node%-*} File=$state/gpus/$node/gpu[0-7]" >>"$etc/gres.conf"
         mkdir -p "$state/gpus/$node"
         for gpu in "$state/gpus/$node"/gpu{0..7}; do # SLURM wants a device; 60 is for local use, and has no driver
@@ -230,7 +231,7 @@ start_slurmctld() {
 usable() { # NODE...
     local node
     for node; do
-        running "$node" slurmd && [[ $(sinfo -hN -n "$node" -o %T) =~ ^(idle|mixed|allocated|completing)$ ]] || return 1
+        running "$node" slurmd && [[ $(sinfo -hN -n "$node" -o %T | sort -u) =~ ^(idle|mixed|allocated|completing)$ ]] || return 1
     done
 }
 

@@ -15,6 +15,7 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
         ("launch, allocation, places, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
         ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
+        ("doctor.node, doctor.command", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),
     ],
 )
