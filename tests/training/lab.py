@@ -109,6 +109,7 @@ class Lab:
         recipe: Mapping[str, Any] | None = None,
         *,
         num_gpus: int = 1,
+        nodes: int = 1,
         micro_batch: int = 2,
         sequence_length: int = 256,
         architecture: Mapping[str, Any] | None = None,
@@ -126,6 +127,7 @@ class Lab:
                 "hardware": "cpu",
                 "recipes": "recipe",
                 "num_gpus": num_gpus,
+                "nodes": nodes,
                 "sequence_length": sequence_length,
                 "per_device_train_batch_size": micro_batch,
             }
