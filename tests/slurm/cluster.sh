@@ -127,7 +127,7 @@ install_packages() {
 }
 
 configure() {
-    local node gpu port=17001 minor=0 host version
+    local node weight gpu port=17001 minor=0 host version
     host=$(hostname -s)
     version=$(cgroup_version)
     mkdir -p "$etc" "$state"/{run,log,spool,slurmctld}
