@@ -179,7 +179,22 @@ def test_kills_by_slurm_are_outcomes_and_are_not_run_again(place: Workplace) -> 
     assert set(submissions(place).values()) == {1}
 
 
-def test_run_that_landed_on_the_wrong_type_fails_without_a_number(place: Workplace) -> None:
+def test_run_that_landed_on_the_wrong_type_is_measured_on_another_node(place: Workplace) -> None:
+    """A partition with two kinds of GPU behind one name, asked for a GPU of any kind: SLURM gives the other kind first."""
+    one_run(place)
+    answer = submit(place, "--set-resources", "finetune:gres='gpu:1'", "finetune:slurm_partition=mixed")
+    assert answer.returncode == 0, answer.stdout
+    assert "node v100-2 is not what was asked for (status 69); submitting it again (1 of 3)" in answer.stdout
+    assert set(statuses(place).values()) == {"completed"}
+    (folder,) = place.run_folders()
+    assert [(job.state, job.node) for job in jobs_of(place, folder.name)] == [
+        ("FAILED", "v100-2"),
+        ("COMPLETED", "a100-2"),
+    ]
+    assert record.read_record(folder / "record.json").attempt == 1
+
+
+def test_run_for_which_no_node_is_fit_fails_without_a_number(place: Workplace) -> None:
     one_run(place)
     answer = submit(place, "--set-resources", "finetune:gres='gpu:1'", "finetune:slurm_partition=v100")
     assert answer.returncode != 0
@@ -187,8 +202,9 @@ def test_run_that_landed_on_the_wrong_type_fails_without_a_number(place: Workpla
     assert not (folder / "record.json").exists()
     failure = record.read_failure(folder / "failure.json")
     assert "v100, not a100" in failure.cause
-    assert f"{folder.name}: SLURM job {failure.slurm_job_id}: SLURM state FAILED" in answer.stdout
-    assert failure.slurm_job_id == jobs_of(place, folder.name)[0].slurm_id
+    assert (failure.unfit_node, failure.attempt) == (True, 0)
+    assert "(without the nodes v100-1, v100-2, which were not what was asked for)" in answer.stdout
+    assert {job.node for job in jobs_of(place, folder.name)} == {"v100-1", "v100-2"}
     # Mended, the same command measures it.
     answer = submit(place)
     assert answer.returncode == 0, answer.stdout
