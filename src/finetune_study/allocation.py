@@ -239,9 +239,10 @@ def _wrong_stand_in(run: Run, asked: Asked, found: Mapping[str, Any]) -> list[st
         wrong.append(f"{len(found['gpus'])} GPUs instead of {run.gpus_per_node}")
     if len(found["visible"]) < run.gpus_per_node:
         wrong.append(f"CUDA_VISIBLE_DEVICES names {len(found['visible'])} GPUs instead of {run.gpus_per_node}")
-    others = sorted({model for model in found["gpus"] if model != asked.gpu_model})
+    wanted = asked.gpu_model or run.hardware.gpu
+    others = sorted({model for model in found["gpus"] if model != wanted})
     if others:
-        wrong.append(f"the GPUs are {', '.join(others)}, not {asked.gpu_model}")
+        wrong.append(f"the GPUs are {', '.join(others)}, not {wanted}")
     return wrong
 
 

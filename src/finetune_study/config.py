@@ -217,8 +217,11 @@ class Hardware(Section):
     def _gpus_are_real_or_declared(self) -> Self:
         if self.slurm.stand_in and self.device != "cpu":
             raise ValueError("`slurm.stand_in` trains on the CPU: set `device: cpu`, or leave it out for a real GPU")
-        if self.slurm.stand_in and self.slurm.gpu_model is None:
-            raise ValueError("`slurm.stand_in` needs `slurm.gpu_model`: which GPU does this entry play?")
+        if self.slurm.stand_in and self.slurm.gpu_model is None and self.gpu is None:
+            raise ValueError(
+                "`slurm.stand_in` needs `slurm.gpu_model`, or `gpu` where SLURM is asked for a GPU of any type: which "
+                "one does this entry play?"
+            )
         if self.device == "cpu" and self.slurm.gpu_model is not None and not self.slurm.stand_in:
             raise ValueError(
                 "a run on the CPU asks SLURM for no GPU: leave out `slurm.gpu_model`, or set `device: cuda`; on a test "

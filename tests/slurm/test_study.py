@@ -180,7 +180,7 @@ def test_kills_by_slurm_are_outcomes_and_are_not_run_again(place: Workplace) -> 
 
 
 def test_run_that_landed_on_the_wrong_type_is_measured_on_another_node(place: Workplace) -> None:
-    """A partition with two kinds of GPU behind one name, asked for a GPU of any kind: SLURM gives the other kind first."""
+    """Of a partition with two kinds of GPU, which is asked for a GPU of any kind, SLURM gives the other kind first."""
     one_run(place)
     answer = submit(place, "--set-resources", "finetune:gres='gpu:1'", "finetune:slurm_partition=mixed")
     assert answer.returncode == 0, answer.stdout

@@ -143,7 +143,7 @@ def test_shipped_config_is_valid() -> None:
     ("hardware", "words"),
     [
         ({"device": "cuda", "slurm": {"stand_in": True, "gpu_model": "a100"}}, "`slurm.stand_in` trains on the CPU"),
-        ({"slurm": {"stand_in": True}}, "`slurm.stand_in` needs `slurm.gpu_model`"),
+        ({"slurm": {"stand_in": True}}, "`slurm.stand_in` needs `slurm.gpu_model`, or `gpu`"),
         (
             {"slurm": {"gpu_model": "a100"}},
             "a run on the CPU asks SLURM for no GPU: leave out `slurm.gpu_model`, or set",
