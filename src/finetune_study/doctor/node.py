@@ -38,6 +38,9 @@ REQUEST, BEGAN, GPUS, ENDED, LOCK, PING, PONG = "request.json", "began", "gpus.c
 SEEN_SECONDS = 60.0
 """How long the login node may take to see a file: as long as NFS keeps what it knows of a folder (acdirmax)."""
 
+PEERS_SECONDS = 10.0
+"""Peers of a rank that failed have so long to end by themselves."""
+
 RANKS_SECONDS = 420.0
 """For all that the ranks do: imports from a slow file system and a compiler for DeepSpeed's optimizer take minutes."""
 
@@ -181,19 +184,25 @@ def _ranks(run: Run, folder: Path, where: dict[str, str], uses_offload: bool) ->
             start_new_session=True,
         )
         processes.append(process)
+    return _ends(processes)
+
+
+def _ends(processes: list["subprocess.Popen[bytes]"]) -> list[str]:
+    """Waits for all; the peers of one that failed, which wait for it in vain, have a moment left."""
     until = time.monotonic() + RANKS_SECONDS
+    while time.monotonic() < until and any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            until = min(until, time.monotonic() + PEERS_SECONDS)
+        time.sleep(0.1)
     endings = []
     for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        status = process.poll()
+        if status is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            endings.append(f"did not end within {RANKS_SECONDS:g} s")
-            continue
-        status = process.returncode
         endings.append(
-            "ended" if status == 0
+            "did not end, and was killed" if status is None
+            else "ended" if status == 0
             else f"killed by {signal.Signals(-status).name}" if status < 0
             else f"exit status {status}"
         )  # fmt: skip
