@@ -80,7 +80,8 @@ class Profile:
     parameters: list[Parameters]
     largest_layer: float
     """Elements of the largest layer's frozen and trained weights, adapters apart."""
-    num_tensors: int
+    largest_trained: dict[Monomial, float]
+    """Elements of the largest trained tensor."""
     phases: npt.NDArray[np.int64]
     """Of each moment: FORWARD or BACKWARD."""
     kinds: list[str]
@@ -134,7 +135,7 @@ class Profile:
                 for p in self.parameters
             ],
             "largest_layer": self.largest_layer,
-            "num_tensors": self.num_tensors,
+            "largest_trained": _dump(self.largest_trained),
             "phases": self.phases.tolist(),
             "kinds": self.kinds,
             "monomials": self.monomials.tolist(),
@@ -155,7 +156,8 @@ class Profile:
             Parameters(**{**p, "numbers": _load(p["numbers"]), "rows": _load(p["rows"])}) for p in raw["parameters"]
         ]
         work = [Work(w["phase"], w["kind"], _load(w["amount"])) for w in raw["work"]]
-        return cls(**{**raw, **arrays, "parameters": parameters, "work": work})
+        return cls(**{**raw, **arrays, "parameters": parameters, "work": work,
+                      "largest_trained": _load(raw["largest_trained"])})  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> "Profile":

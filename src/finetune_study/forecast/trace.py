@@ -688,7 +688,7 @@ class _Tracer:
             hidden_size=text.hidden_size,
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
-            num_tensors=sum(1 for _ in self.skeleton.parameters()),
+            largest_trained=self._largest_trained(model),
             phases=phases,
             kinds=kinds,
             monomials=monomials,
@@ -756,6 +756,15 @@ class _Tracer:
             else:
                 _add(rows, self.sizes.factor(parameter.numel()), self._times(layer))
         return [Parameters(*sort, dict(numbers), dict(rows)) for sort, (numbers, rows) in sums.items()]
+
+
+    def _largest_trained(self, model: Any) -> dict[Monomial, float]:
+        trained = [self.sizes.factor(p.numel()) for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ModelError("Nothing would be trained", where="techniques", given=str(self.layout.peft))
+        usual_rank = 16  # of a low-rank matrix, only to say which of them is the largest
+        coefficient, monomial = max(trained, key=lambda item: item[0] * usual_rank ** item[1][2])
+        return {monomial: coefficient}
 
 
 def _add(polynomial: dict[Monomial, float], term: tuple[float, Monomial], times: int) -> None:
