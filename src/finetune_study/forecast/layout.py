@@ -10,7 +10,7 @@ from typing import Any, Literal
 Dtype = Literal["float32", "float16", "bfloat16"]
 BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -24,8 +24,9 @@ class Layout:
     """Number format of the weights as they are loaded."""
     autocast: Dtype | None = None
     """Number format of autocast; None: every operation computes in the weights' own."""
-    attention: Literal["fused", "math", "eager"] = "fused"
-    """Kernel: one that keeps only its output and a row of sums, torch's unfused one, or transformers' own code."""
+    attention: Literal["sdpa", "math", "flash", "eager"] = "sdpa"
+    """`sdpa`: torch's choice of kernel; `math`: its unfused one; `flash`: FlashAttention, with masks of its own; `eager`:
+    transformers' own code."""
     windowed: bool = False
     """The context is longer than the model's attention window, and the kernel is given a mask for it."""
     checkpoint_every: int = 0

@@ -12,8 +12,6 @@ import numpy as np
 
 from finetune_study.forecast.layout import BYTES
 from finetune_study.forecast.profile import (
-    BACKWARD,
-    FORWARD,
     GRADIENT,
     LOGITS,
     NEW_GRADIENT,
@@ -61,6 +59,9 @@ DDP_COPIES_OF_GRADIENTS = 1
 FRAGMENTATION = 0.10
 """Share of what comes and goes in a step that the caching allocator holds beyond the peak; between 0 and 0.24 is seen at
 fixed lengths (torch.cuda.memory_reserved against memory_allocated)."""
+FRAGMENTATION_OF_VARYING_LENGTHS = 1.0
+"""The same where lengths vary: a block that a shorter sequence left can't hold a longer one's tensor, so that most sizes
+are there twice."""
 ALLOCATOR_GRAIN_BYTES = 20 * 2**20
 """The caching allocator's segment for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator.cpp, kLargeBuffer)."""
 
@@ -74,6 +75,8 @@ class Situation:
     num_gpus: int = 1
     gradient_accumulation_steps: int = 1
     device: str = "cuda"
+    lengths_vary: bool = False
+    """Sequences are padded to the longest of their batch alone, not to the context."""
     hopper: bool = False
     """Compute capability 9: a larger cuBLAS workspace."""
 
@@ -255,7 +258,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
     if recipe.has("activation_offload"):
         activations = activations * min(1.0, 2 / profile.depth)  # the layer at work, and one under way
-    logits = curves[LOGITS] + _chunked_logits(profile, recipe, at)
+    logits = curves[LOGITS] + np.where(profile.turn, _chunked_logits(profile, recipe, at), 0.0)
     new = curves[NEW_GRADIENT]
     if recipe.has("optimizer_in_backward"):
         held = np.zeros_like(new)
@@ -266,7 +269,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     workspace = 0.0
     if at.device == "cuda":
         workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES["hopper" if at.hopper else "other"]
-    backward = profile.phases == BACKWARD
+    backward = profile.backward
     moving = states.buckets + states.gathered + np.where(backward, states.reducing, 0.0)
     fixed = states.parameters + states.optimizer_states + workspace
     total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving
@@ -275,7 +278,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     step = fixed + states.held_gradients + states.step_transient + states.buckets + kept_gathered
     phases = {
         "load": states.parameters,
-        "forward": float(total[profile.phases == FORWARD].max(initial=0.0)),
+        "forward": float(total[~backward].max(initial=0.0)),
         "backward": float(total[backward].max(initial=0.0)),
         "optimizer_step": step,
     }
@@ -303,7 +306,11 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         }
     allocated = max(step, float(total[peak]))
     coming_and_going = max(0.0, allocated - fixed)
-    reserved = allocated if at.device == "cpu" else allocated + FRAGMENTATION * coming_and_going + ALLOCATOR_GRAIN_BYTES
+    if at.device == "cpu":
+        reserved = allocated
+    else:
+        share = FRAGMENTATION_OF_VARYING_LENGTHS if at.lengths_vary else FRAGMENTATION
+        reserved = allocated + share * coming_and_going + ALLOCATOR_GRAIN_BYTES
     ordered = {name: categories[name] for name in CATEGORIES}
     return Memory(ordered, phases, allocated, reserved, context, states.paged_states)
 
@@ -317,14 +324,22 @@ def _virtual(recipe: Recipe) -> int:
 def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
     """Logits where the loss is computed in chunks; the trace then ends at the last hidden state."""
     tokens, vocabulary, width = at.batch * at.context, profile.vocabulary, BYTES[recipe.compute]
+    head = vocabulary * profile.hidden_size
+    # A trained output layer gets a gradient from every chunk: one that is there and one that is added to it
+    gradient = 0 if recipe.peft else 2 * head * width
     if recipe.has("liger"):
-        # liger_kernel/ops/fused_linear_cross_entropy.py: as many chunks as the vocabulary is wider than the model
+        # liger_kernel/ops/fused_linear_cross_entropy.py: as many chunks as the vocabulary is wider than the model;
+        # one chunk's logits, and the gradient of the hidden states
         chunks = max(1, -(-vocabulary // profile.hidden_size))
-        return float(-(-tokens // chunks) * vocabulary * width + tokens * profile.hidden_size * width)
+        return float(-(-tokens // chunks) * vocabulary * width + tokens * profile.hidden_size * width + gradient / 2)
     if recipe.has("chunked_cross_entropy"):
-        # The chunks' 16-bit logits are kept together, each saves its log-softmax in fp32, one has an fp32 gradient
+        # The chunks' logits are kept together, each saves its log-softmax, one has a gradient; a compiler computes the
+        # log-softmax again
         chunks = max(1, recipe.setting("chunked_cross_entropy", "num_chunks", 8))
-        return float(tokens * vocabulary * (width + 4) + -(-tokens // chunks) * vocabulary * 4)
+        saved = 4 if recipe.techniques["chunked_cross_entropy"].get("upcast", True) else width
+        if recipe.has("torch_compile"):
+            return float(tokens * vocabulary * width * (1 + 1 / chunks) + gradient)
+        return float(tokens * vocabulary * (width + saved + saved / chunks) + gradient)
     return 0.0
 
 

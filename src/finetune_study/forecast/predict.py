@@ -27,6 +27,7 @@ INPUT = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "techniques",
+    "lengths_vary",
 )
 """Keys of a row; any other key that begins with `x_`, and `id`, is passed through."""
 
@@ -113,6 +114,7 @@ class Question:
     batch: int
     accumulation: int
     recipe: recipe.Recipe
+    lengths_vary: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -142,7 +144,7 @@ def read_question(row: Mapping[str, Any]) -> Question:
         warnings.append(f"sequence_length is above the model's {longest} positions")
     return Question(
         config, device, numbers["num_gpus"], numbers["sequence_length"], numbers["per_device_train_batch_size"],
-        numbers["gradient_accumulation_steps"], resolved, warnings,
+        numbers["gradient_accumulation_steps"], resolved, row.get("lengths_vary") is True, warnings,
     )  # fmt: skip
 
 
@@ -227,7 +229,7 @@ def outputs(question: Question, profile: Profile) -> dict[str, Any]:
         question.recipe,
         memory.Situation(
             question.batch, question.context, question.num_gpus, question.accumulation, device.device,
-            (device.compute_capability or 0) >= 9,
+            question.lengths_vary, (device.compute_capability or 0) >= 9,
         ),
     )  # fmt: skip
     warnings = list(question.warnings)

@@ -83,7 +83,7 @@ class Profile:
     largest_trained: dict[Monomial, float]
     """Elements of the largest trained tensor."""
     phases: npt.NDArray[np.int64]
-    """Of each moment: FORWARD or BACKWARD."""
+    """Of each moment: FORWARD or BACKWARD, plus 2 between the last layer's forward and its backward."""
     kinds: list[str]
     """Of each column."""
     monomials: npt.NDArray[np.int64]
@@ -103,6 +103,16 @@ class Profile:
         point = np.array([batch, context, rank], dtype=np.float64)
         factors = np.prod(point ** self.monomials, axis=1)
         return {kind: self.alive[:, mask] @ factors[mask] for kind, mask in self._columns_of.items()}
+
+    @cached_property
+    def backward(self) -> npt.NDArray[np.bool_]:
+        """Moments of the backward pass."""
+        return self.phases % 2 == BACKWARD
+
+    @cached_property
+    def turn(self) -> npt.NDArray[np.bool_]:
+        """Moments between the last layer's forward and its backward, where the loss is."""
+        return self.phases >= 2
 
     def amount(self, phases: tuple[str, ...], kind: str, batch: int, context: int, rank: int) -> float:
         """Counted work of a kind."""

@@ -83,9 +83,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("every", "use_reentrant"),
     "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights",
              "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "rank_pattern"),
-    "zero3": ("stage3_max_live_parameters", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size"),
+    "zero3": ("stage3_max_live_parameters", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+              "reduce_bucket_size"),
+    "zero1": ("reduce_bucket_size",), "zero2": ("reduce_bucket_size",),
     "bf16": ("dtype",), "fp16": ("dtype",),
-    "chunked_cross_entropy": ("num_chunks",),
+    "chunked_cross_entropy": ("num_chunks", "upcast"),
     "sdpa": ("kernel",),
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
@@ -201,7 +203,8 @@ class Recipe:
             weights=self.weights,
             autocast=self.autocast,
             attention="eager" if self.attention == "eager"
-            else "math" if self.techniques.get("sdpa", {}).get("kernel") == "math" else "fused",  # fmt: skip
+            else "flash" if self.attention.startswith("flash")
+            else "math" if self.techniques.get("sdpa", {}).get("kernel") == "math" else "sdpa",  # fmt: skip
             windowed=windowed,
             checkpoint_every=self.setting("gradient_checkpointing", "every", 1) if self.has("gradient_checkpointing") else 0,
             use_reentrant=bool(self.techniques.get("gradient_checkpointing", {}).get("use_reentrant", False)),

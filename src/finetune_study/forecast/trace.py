@@ -19,7 +19,7 @@ import json
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,8 @@ class Storage:
     born: int
     layer: int
     in_forward: bool
-    from_matmul: bool
+    kept: bool
+    """A compiler would not compute it again."""
     after_layers: bool
     died: int | None = None
     accumulated: int | None = None
@@ -127,6 +128,7 @@ class Tape(TorchDispatchMode):
         self.forward, self.after_layers, self.recomputing = True, False, False
         self.storages: list[Storage] = []
         self.layer_of_time: list[int] = []
+        self.turn_of_time: list[bool] = []
         self._alive: dict[int, int] = {}
         self.work: dict[tuple[str, str, int], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
         self.kernels: dict[tuple[str, int], int] = defaultdict(int)
@@ -139,6 +141,7 @@ class Tape(TorchDispatchMode):
     def tick(self) -> None:
         self.now += 1
         self.layer_of_time.append(self.layer)
+        self.turn_of_time.append(self.after_layers)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
@@ -146,22 +149,34 @@ class Tape(TorchDispatchMode):
             self._scratch(attention_scratch(args))
         out = func(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        from_matmul = packet in MATMULS or packet in ATTENTION_FORWARD
+        product = packet in MATMULS or packet in ATTENTION_FORWARD
+        if product and self.forward:
+            self._keep(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
         for tensor in outputs:
-            self._see(tensor, from_matmul)
+            self._see(tensor, product)
         if packet not in NO_KERNEL and not _is_view(func):
             self._count(packet, args, kwargs or {}, outputs)
         self.tick()
         return out
 
-    def _see(self, tensor: torch.Tensor, from_matmul: bool) -> None:
+    def _keep(self, operands: Iterable[torch.Tensor]) -> None:
+        """A compiler keeps what backward's products read, save weights in another format.
+
+        torch/_functorch/config.py: ban_recompute_materialized_backward.
+        """
+        for tensor in operands:
+            number = self._alive.get(tensor.untyped_storage()._cdata, -1)
+            if number >= 0 and self.sizes.factor(self.storages[number].size)[1][1]:
+                self.storages[number].kept = True
+
+    def _see(self, tensor: torch.Tensor, kept: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive:
             return
         self._alive[key] = number = len(self.storages)
         self.storages.append(
-            Storage(storage.nbytes(), self.now, self.layer, self.forward, from_matmul, self.after_layers)
+            Storage(storage.nbytes(), self.now, self.layer, self.forward, kept, self.after_layers)
         )
         weakref.finalize(storage, self._die, key, number)
 
@@ -240,8 +255,9 @@ def attention_scratch(args: Any) -> int:
 class _CudaManners(TorchFunctionMode):
     """What CUDA does and a CPU does not: one-byte dropout masks, and autocast's list of operations in fp32."""
 
-    def __init__(self, tape: Tape, autocast: bool) -> None:
+    def __init__(self, tape: Tape, autocast: bool, flash: bool) -> None:
         super().__init__()
+        self._flash = flash
         functional = torch.nn.functional
         # https://docs.pytorch.org/docs/stable/amp.html, "CUDA ops that can autocast to float32"; those that models use
         self.tape = tape
@@ -255,6 +271,10 @@ class _CudaManners(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.dropout:
             return self._dropout(*args, **kwargs)
+        if self._flash and func is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = (*args, *kwargs.values())[:3]
+            args = (query, key, value)
+            kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
         if func in self._in_fp32:
             args = tuple(_to_fp32(a) for a in args)
             kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}
@@ -278,6 +298,23 @@ def _to_fp32(value: Any) -> Any:
 
 
 # --- the model --------------------------------------------------------------------------------------------------
+
+
+FUSED = "finetune_study_fused"
+"""Name under which transformers knows our attention function."""
+
+
+def _fused_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """A kernel with masks and windows of its own, as FlashAttention has: no mask in memory, keys are not repeated."""
+    grouped = query.shape[1] != key.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register(FUSED, _fused_attention)
+transformers.AttentionMaskInterface.register(FUSED, lambda *args, **kwargs: None)
 
 
 def make_config(settings: dict[str, Any]) -> Any:
@@ -340,6 +377,11 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         ModelError: for a configuration from which no causal language model can be made.
     """
     config = _plain_rope(config)
+    kind = _class_of(config)
+    if attention == FUSED and not kind._supports_attention_backend:
+        attention = "sdpa"  # code from before transformers' attention functions; `_CudaManners` mends the call
+    if attention == "sdpa" and not kind._supports_sdpa:
+        attention = "eager"  # as transformers does it by itself where nothing is asked
     try:
         with _default_dtype(dtype), _no_initialisation():
             model = transformers.AutoModelForCausalLM.from_config(
@@ -354,6 +396,18 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         ) from None
     model.config.use_cache = False
     return model
+
+
+def _class_of(config: Any) -> Any:
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(
+            "The architecture is no causal language model of transformers",
+            where="model_config.model_type",
+            given=config.model_type,
+            allowed="one that AutoModelForCausalLM takes, for example llama, falcon, mistral, qwen2, gemma, gpt_neox",
+        )
+    return mapping[type(config)]
 
 
 def _plain_rope(config: Any) -> Any:
@@ -480,7 +534,7 @@ def quantize(model: Any) -> None:
     """Turns the layers' linear modules into quantised ones; the output layer stays, as in transformers."""
     head = model.get_output_embeddings()
     for module in model.modules():
-        if type(module) is torch.nn.Linear and module is not head:
+        if isinstance(module, torch.nn.Linear) and module is not head:
             module.__class__ = QuantizedLinear
             module.weight.requires_grad_(False)
 
@@ -534,7 +588,7 @@ def adapt(model: Any, layout: Layout, rank: int) -> Any:
 def traced_model(config: Any, layout: Layout, rank: int) -> Any:
     """The model as it is trained."""
     weights = getattr(torch, layout.weights)
-    model = build(config, weights, "eager" if layout.attention == "eager" else "sdpa")
+    model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
     model.train()
     if layout.quantized:
         quantize(model)
@@ -581,10 +635,12 @@ class _Tracer:
         avoid = set(integers(config.to_dict())) | {2 * n for n in integers(config.to_dict())}
         candidates = primes_above(1009, avoid)
         self.rank_prime, batch = next(candidates), next(candidates)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
         start = max(2048, window + 1) if window and layout.windowed else 2048
         context = next(primes_above(start, avoid))
-        if window and not layout.windowed and context >= window:
-            context = next(primes_above(max(window // 2, 3), avoid))
+        most = min(window or positions, positions) if not layout.windowed else positions
+        if context >= most:  # learned positions end there, and a window begins to mask
+            context = next(primes_above(max(most // 2, 3), avoid))
         self.sizes = Sizes(batch, context, self.rank_prime, layout.virtual_tokens)
 
     def run(self) -> Profile:
@@ -611,13 +667,15 @@ class _Tracer:
         self._follow(model, tape)
         autocast = self.layout.autocast
         with contextlib.ExitStack() as manners, tape:
-            manners.enter_context(_CudaManners(tape, autocast is not None))
+            manners.enter_context(_CudaManners(tape, autocast is not None, self.layout.attention == "flash"))
             if self.layout.attention == "math":
                 manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
                 loss = self._loss(model, ids)
             tape.end_of_forward, tape.forward = tape.now, False
-            torch.autograd.backward([loss])  # unlike loss.backward() it leaves the modes on
+            # As loss.backward() does, which would leave the function mode out while checkpoints recompute.
+            engine = torch.autograd.Variable._execution_engine
+            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
             tape.tick()
 
     def _loss(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -645,7 +703,7 @@ class _Tracer:
             if isinstance(first, torch.Tensor):
                 key = tape._alive.get(first.untyped_storage()._cdata, -1)
                 if key >= 0:
-                    tape.storages[key].from_matmul = True  # the residual stream is kept, compiled or not
+                    tape.storages[key].kept = True  # the residual stream is kept, compiled or not
                 if first.grad_fn is not None and tape.forward:
                     first.grad_fn.register_prehook(lambda gradients: enter(number))
 
@@ -666,7 +724,7 @@ class _Tracer:
         if storage.after_layers and monomial[1] and coefficient % vocabulary == 0:
             return LOGITS
         if storage.in_forward and (storage.died is None or storage.died > end_of_forward):
-            return SAVED if storage.from_matmul else POINTWISE
+            return SAVED if storage.kept else POINTWISE
         return TEMPORARY
 
     def _profile(self, model: Any, tape: Tape) -> Profile:
@@ -721,8 +779,9 @@ class _Tracer:
         alive = np.cumsum(delta, axis=0)[: tape.now]
         layer = np.array(tape.layer_of_time[: tape.now])
         phases = (np.arange(tape.now) >= tape.end_of_forward).astype(np.int64)
+        phases += 2 * np.array(tape.turn_of_time[: tape.now], dtype=np.int64)
         keep = np.array([not (self.stack.period and number in self.stack.middle and self.stack.times > 1) for number in layer])
-        keep &= _local_peaks(delta[: tape.now])
+        keep &= _local_peaks(delta[: tape.now]) | (phases >= 2)
         alive, phases = _undominated(alive[keep], phases[keep])
         return (
             [kind for kind, _ in columns],
