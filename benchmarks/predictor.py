@@ -116,6 +116,8 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
     model = LITGPT_MODELS[row["model"]]
     # Its checkpoints hold the output layer apart, also where a model ties it to the embedding.
     shape = predict.architectures()[model] | {"tie_word_embeddings": False}
+    if shape["model_type"] == "phi":
+        shape["hidden_act"] = "gelu_pytorch_tanh"  # one kernel; transformers' `gelu_new` is eight operations
     techniques: dict[str, Any] = {"bf16_pure": {}, "flash_attention_2": {}}
     if row["method"] == "full":
         techniques["chunked_cross_entropy"] = {"num_chunks": 1, "upcast": False}
@@ -127,6 +129,7 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
         }  # fmt: skip
         if row["quantization"]:
             techniques[name]["bnb_4bit_use_double_quant"] = row["quantization"].endswith("dq")
+            techniques[name]["prepare_model_for_kbit_training"] = False
             techniques["paged_adamw"] = {}
     if row["sharding"]:
         techniques["fsdp"] = {}
@@ -266,6 +269,8 @@ def torchtune(row: dict[str, Any], document: dict[str, Any]) -> Case:
             "r": row["lora_rank"], "lora_dropout": row.get("lora_dropout", 0.0),
             "target_modules": modules(model, row["lora_targets"]),
         }  # fmt: skip
+    if row["method"] == "qlora":
+        techniques["qlora"]["prepare_model_for_kbit_training"] = False
     if row.get("sharding"):
         techniques["fsdp"] = {}
     if row.get("cpu_offload"):
@@ -350,13 +355,15 @@ def bert(row: dict[str, Any], document: dict[str, Any]) -> Case:
     techniques: dict[str, Any] = {precision: {}, "eager": {}, optimizer: {}, "liger": {}}
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
-    case.question = _question(shape, "v100-16gb", 1, row["seq_len"], row["micro_batch"], row["grad_accum"], techniques)
+    # torch before 2.0 zeroed gradients between steps and kept them, as accumulation does.
+    accumulation = max(2, row["grad_accum"])
+    case.question = _question(shape, "v100-16gb", 1, row["seq_len"], row["micro_batch"], accumulation, techniques)
     return case
 
 
 @adapter("mosaicml_llm_foundry_throughput.json")
 def mosaic(row: dict[str, Any], document: dict[str, Any]) -> Case:
-    """MosaicML: every row ran; MPT's layers are those of GPT-NeoX without biases and rotary positions."""
+    """MosaicML: every row ran; MPT's layers are those of GPT-2 without biases, with a plain GELU."""
     label = f"{row['model']} {row['gpu']}x{row['num_gpus']} {row['seq_len']} b{row['micro_batch']}"
     case = Case("mosaicml", label, "fsdp", kind="none", fits=True)
     case.seconds, case.tokens_per_second = row["step_time_s"], row["tokens_per_s"]
@@ -367,10 +374,13 @@ def mosaic(row: dict[str, Any], document: dict[str, Any]) -> Case:
         case.unused = "FP8 by TransformerEngine"
         return case
     width, depth, heads = shapes[row["model"]]
-    shape = {"model_type": "gpt_neox", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
-             "num_attention_heads": heads, "vocab_size": 50368, "max_position_embeddings": row["seq_len"],
-             "use_parallel_residual": False, "tie_word_embeddings": True}  # fmt: skip
-    techniques: dict[str, Any] = {"bf16": {}, "flash_attention_2": {}, "fsdp": {}}
+    shape = {"model_type": "gpt2", "n_embd": width, "n_layer": depth, "n_head": heads, "vocab_size": 50368,
+             "n_positions": row["seq_len"], "activation_function": "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+             "attn_pdrop": 0.0}  # fmt: skip
+    # Its loss is flash-attn's fused cross entropy, on 16-bit logits.
+    precision = "bf16" if row["precision"] == "amp_bf16" else "bf16_pure"
+    loss = {"num_chunks": 1, "upcast": False}
+    techniques: dict[str, Any] = {precision: {}, "flash_attention_2": {}, "fsdp": {}, "chunked_cross_entropy": loss}
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
     card = row["gpu"].replace("_", "-")

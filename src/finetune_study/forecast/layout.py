@@ -41,6 +41,8 @@ class Layout:
     """Number format of what PEFT adds."""
     quantized: Literal["nf4", "int8"] | None = None
     """How the frozen linear layers are stored."""
+    upcast: bool = False
+    """What is not quantised is turned to fp32 (peft.prepare_model_for_kbit_training)."""
     loss: Literal["full", "hidden"] = "full"
     """`full`: logits of all positions at once, as transformers does it; `hidden`: up to the last hidden state."""
 

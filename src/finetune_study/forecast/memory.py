@@ -305,12 +305,11 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
             "communication": float(np.broadcast_to(moving, total.shape)[peak]),
         }
     allocated = max(step, float(total[peak]))
-    coming_and_going = max(0.0, allocated - fixed)
-    if at.device == "cpu":
-        reserved = allocated
-    else:
+    reserved = allocated
+    if at.device == "cuda":
         share = FRAGMENTATION_OF_VARYING_LENGTHS if at.lengths_vary else FRAGMENTATION
-        reserved = allocated + share * coming_and_going + ALLOCATOR_GRAIN_BYTES
+        varying = activations + logits + curves[TEMPORARY] + new
+        reserved = max(allocated, float((total + share * varying).max())) + ALLOCATOR_GRAIN_BYTES
     ordered = {name: categories[name] for name in CATEGORIES}
     return Memory(ordered, phases, allocated, reserved, context, states.paged_states)
 

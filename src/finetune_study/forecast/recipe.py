@@ -91,7 +91,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "sdpa": ("kernel",),
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-                     "load_in_8bit", "load_in_4bit")  # fmt: skip
+                     "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training")  # fmt: skip
 SETTINGS["adalora"] = (*SETTINGS["lora"], "init_r", "target_r", "tinit", "tfinal", "deltaT", "orth_reg_weight", "total_step")
 
 
@@ -212,6 +212,7 @@ class Recipe:
             virtual_tokens=self._virtual_tokens(),
             adapters=self.adapters,
             quantized=self.quantized,  # type: ignore[arg-type]
+            upcast=bool(self.quantized and self.autocast and self.techniques["qlora"].get("prepare_model_for_kbit_training", True)),
             loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
         )  # fmt: skip
 
@@ -227,7 +228,7 @@ class Recipe:
         method = {"lora": "LORA", "qlora": "LORA", "adalora": "ADALORA", "ia3": "IA3", "adaption_prompt": "ADAPTION_PROMPT",
                   "prompt_tuning": "PROMPT_TUNING", "prefix_tuning": "PREFIX_TUNING", "p_tuning": "P_TUNING"}[self.peft]  # fmt: skip
         for key in ("autocast_adapter_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8bit",
-                    "load_in_4bit", "bnb_4bit_compute_dtype", "init_lora_weights"):  # fmt: skip
+                    "load_in_4bit", "bnb_4bit_compute_dtype", "init_lora_weights", "prepare_model_for_kbit_training"):  # fmt: skip
             settings.pop(key, None)  # they change no size, or are dealt with elsewhere
         if method == "LORA":
             for key in ("r", "lora_alpha", "use_rslora"):

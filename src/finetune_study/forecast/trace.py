@@ -539,6 +539,16 @@ def quantize(model: Any) -> None:
             module.weight.requires_grad_(False)
 
 
+def upcast(model: Any) -> None:
+    """What peft.prepare_model_for_kbit_training does to weights that are not quantised."""
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear):
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                    module._parameters[name] = torch.nn.Parameter(parameter.data.float(), requires_grad=False)
+    model.tie_weights()
+
+
 @contextlib.contextmanager
 def _fake_parameters_can_move() -> Iterator[None]:
     """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does."""
@@ -592,6 +602,8 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
     model.train()
     if layout.quantized:
         quantize(model)
+    if layout.upcast:
+        upcast(model)
     if layout.checkpoint_every:
         model.gradient_checkpointing_enable({"use_reentrant": layout.use_reentrant})
         for number, layer in enumerate(layer_stack(model)[1]):
