@@ -244,6 +244,8 @@ def torchtune(row: dict[str, Any], document: dict[str, Any]) -> Case:
         case.unused = "conditions are unsure, says the table"
     elif card is None:
         case.unused = "the GPU is not stated"
+    elif card == "a6000":
+        case.unused = "more operations per second than an A6000 has: it was another card"
     if case.unused or card is None:
         return case
     case.fits = True
@@ -434,7 +436,7 @@ def main() -> None:
             print("ERROR", r.case.source, r.case.label, r.predicted["error"])
         if arguments.source in (r.case.source, "all") and not r.case.unused:
             p = r.predicted
-            c = {k[:5]: round(v, 2) for k, v in p.get("predicted_memory_gib", {}).items()}
+            c = {k[:5]: round(v, 2) for k, v in p.get("predicted_memory_gib", {}).get("by_category", {}).items()}
             print(f"{r.case.label[:55]:55} {r.case.technique:6} {r.case.measured_gib or 0:7.2f} {r.predicted_gib or 0:7.2f} "
                   f"{100 * (r.error or 0):+6.1f}% fits {r.case.fits}/{p.get('fits')} {p.get('margin_gib', 0):.1f} {c}")
         if r.error is not None:
@@ -442,6 +444,14 @@ def main() -> None:
     for key, errors in by.items():
         print(key, len(errors), f"MAPE {100 * statistics.mean(map(abs, errors)):.1f} bias {100 * statistics.mean(errors):+.1f} "
               f"within10 {sum(abs(e) < 0.1 for e in errors)}/{len(errors)}")
+    for source in dict.fromkeys(r.case.source for r in results):
+        times = [(r.predicted["predicted_tokens_per_second"] / r.case.tokens_per_second - 1, r) for r in results
+                 if r.case.source == source and r.case.tokens_per_second and r.predicted.get("predicted_tokens_per_second")]
+        if times:
+            e = [t for t, _ in times]
+            print("TIME", source, len(e), f"MAPE {100 * statistics.mean(map(abs, e)):.1f} bias {100 * statistics.mean(e):+.1f}")
+            for t, r in times:
+                print("  T", f"{r.case.label[:60]:60} {r.case.tokens_per_second:9.0f} {r.predicted['predicted_tokens_per_second']:9.0f} {100*t:+.0f}% {r.predicted['bottleneck']}")
     verdicts = collections.Counter((r.case.fits, r.predicted.get("fits")) for r in results if not r.case.unused and r.case.fits is not None)
     print(verdicts, f"{time.perf_counter() - started:.1f} s", memory_module.FRAGMENTATION)
 

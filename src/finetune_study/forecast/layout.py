@@ -10,7 +10,7 @@ from typing import Any, Literal
 Dtype = Literal["float32", "float16", "bfloat16"]
 BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-TRACE_VERSION = 2
+TRACE_VERSION = 3
 """Raise it when a trace of the same layout would come out differently."""
 
 

@@ -15,6 +15,7 @@ import yaml
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import memory, recipe
+from finetune_study.forecast import time as time_module
 from finetune_study.forecast.layout import Layout
 from finetune_study.forecast.profile import Profile
 
@@ -221,32 +222,53 @@ def answer(row: Mapping[str, Any], traces: Traces) -> dict[str, Any]:
     return dict(row) | outputs(question, profile)
 
 
-def outputs(question: Question, profile: Profile) -> dict[str, Any]:
-    """What is predicted."""
-    device = question.device
-    found = memory.predict(
-        profile,
-        question.recipe,
-        memory.Situation(
-            question.batch, question.context, question.num_gpus, question.accumulation, device.device,
-            question.lengths_vary, (device.compute_capability or 0) >= 9,
-        ),
-    )  # fmt: skip
-    warnings = list(question.warnings)
+def outputs(question: Question, profile: Profile, calibration: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What is predicted.
+
+    Args:
+        question: a row, checked.
+        profile: the trace of its layout.
+        calibration: rates that were measured, instead of the data sheet's.
+    """
+    device, resolved = question.device, question.recipe
+    at = memory.Situation(
+        batch=question.batch,
+        context=question.context,
+        num_gpus=question.num_gpus,
+        gradient_accumulation_steps=question.accumulation,
+        device=device.device,
+        lengths_vary=question.lengths_vary,
+        hopper=(device.compute_capability or 0) >= 9,
+    )
+    found = memory.predict(profile, resolved, at)
+    took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
+    warnings = [*question.warnings, *took.warnings]
     if found.paged:
         warnings.append(f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short")
     margin = device.memory_gib - found.needed / memory.GIB
+    positions = question.batch * question.context * question.accumulation * question.num_gpus
     return {
         "predicted_peak_memory_allocated_gib": found.allocated / memory.GIB,
         "predicted_peak_memory_reserved_gib": found.reserved / memory.GIB,
         "predicted_memory_gib": {
-            **memory.as_gib(found.categories),
-            **memory.as_gib(found.phases),
+            "by_category": memory.as_gib(found.categories),
+            "by_phase": memory.as_gib(found.phases),
         },
         "fits": margin >= 0,
+        "fits_word": _word(found, device.memory_gib),
         "margin_gib": margin,
+        "predicted_step_time_seconds": took.seconds,
+        "predicted_tokens_per_second": None if not took.seconds else positions / took.seconds,
+        "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _word(found: memory.Memory, available: float) -> str:
+    """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
+    if (found.reserved + found.context) / memory.GIB <= available:
+        return "fits"
+    return "tight" if found.needed / memory.GIB <= available else "does not fit"
 
 
 def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
@@ -260,6 +282,10 @@ def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
             if not isinstance(row, dict):
                 raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
             result = answer(row, traces)
-        except (StudyError, json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            result = {"line": number, "error": f"The line is not JSON: {error}"}
+        except StudyError as error:
             result = (row if isinstance(row, dict) else {"line": number}) | {"error": str(error)}
+        except Exception as error:  # ours, then: the other lines are still answered
+            result = {"line": number} | (row or {}) | {"error": f"A bug of the predictor: {type(error).__name__}: {error}"}
         yield json.dumps(result)

@@ -65,7 +65,7 @@ class Work:
     phase: str
     """`forward`, `recompute` or `backward`."""
     kind: str
-    """`matmul_<format>` in operations; `bytes_matmul` and `bytes_pointwise` in bytes read and written."""
+    """`matmul_<format>` and `attention_<format>` (fused kernels) in operations; `bytes_matmul` and `bytes_pointwise` in bytes read and written."""
     amount: dict[Monomial, float]
 
 

@@ -16,7 +16,9 @@ on meta tensors it would take the quadratic one. Where the CPU differs from CUDA
 
 import contextlib
 import json
+import logging
 import math
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -31,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune_study.errors import ModelError
+from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast.layout import Layout
 from finetune_study.forecast.profile import GRADIENT, LOGITS, NEW_GRADIENT, POINTWISE, SAVED, TEMPORARY
 from finetune_study.forecast.profile import Monomial, Parameters, Profile, Work
@@ -44,6 +46,9 @@ ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward}
 NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.lift_fresh}
 
 OWN_OF_NO_LAYER = -1
+
+MOST_OPERATIONS = 60_000
+"""Of a trace; they take about ten seconds. A layer of a transformer has some hundred."""
 
 
 def primes_above(start: int, avoid: set[int]) -> Iterator[int]:
@@ -140,6 +145,12 @@ class Tape(TorchDispatchMode):
 
     def tick(self) -> None:
         self.now += 1
+        if self.now > MOST_OPERATIONS:
+            raise ModelError(
+                "A training step of this model has too many operations to be traced",
+                where="model_config",
+                given=f"more than {MOST_OPERATIONS}; a loop over the positions, as in a recurrent layer without its kernel?",
+            )
         self.layer_of_time.append(self.layer)
         self.turn_of_time.append(self.after_layers)
 
@@ -207,7 +218,7 @@ class Tape(TorchDispatchMode):
             causal_half = 0.5  # fused kernels skip the blocks above the diagonal (arXiv 2307.08691, section 3.1)
             products = 2 if packet in ATTENTION_FORWARD else 5  # q·k and p·v; backward recomputes q·k
             operations = int(causal_half * products * 2 * query.numel() * key.shape[-2])
-            kind = f"matmul_{_precision(query)}"
+            kind = f"attention_{_precision(query)}"
         else:
             kind, operations = "", 0
         if operations:
@@ -255,8 +266,9 @@ def attention_scratch(args: Any) -> int:
 class _CudaManners(TorchFunctionMode):
     """What CUDA does and a CPU does not: one-byte dropout masks, and autocast's list of operations in fp32."""
 
-    def __init__(self, tape: Tape, autocast: bool, flash: bool) -> None:
+    def __init__(self, tape: Tape, autocast: torch.dtype | None, flash: bool) -> None:
         super().__init__()
+        self._autocast = autocast
         self._flash = flash
         functional = torch.nn.functional
         # https://docs.pytorch.org/docs/stable/amp.html, "CUDA ops that can autocast to float32"; those that models use
@@ -264,7 +276,7 @@ class _CudaManners(TorchFunctionMode):
         self._in_fp32 = (
             {functional.layer_norm, functional.softmax, torch.softmax, torch.Tensor.softmax, torch.pow, torch.Tensor.pow,
              torch.Tensor.__pow__, functional.softplus, functional.cross_entropy, torch.cumsum, functional.rms_norm}
-            if autocast else set()
+            if autocast is not None else set()
         )  # fmt: skip
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -275,6 +287,8 @@ class _CudaManners(TorchFunctionMode):
             query, key, value = (*args, *kwargs.values())[:3]
             args = (query, key, value)
             kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+        if self._autocast is not None and "grouped_mm" in getattr(func, "__name__", ""):
+            args = tuple(_to(a, self._autocast) for a in args)  # on a CPU autocast leaves it out, and it takes bf16 alone
         if func in self._in_fp32:
             args = tuple(_to_fp32(a) for a in args)
             kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}
@@ -291,6 +305,10 @@ class _CudaManners(TorchFunctionMode):
         if not training or p == 0:
             return input
         return torch.native_dropout(input, p, True)[0]
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _to_fp32(value: Any) -> Any:
@@ -339,7 +357,7 @@ def make_config(settings: dict[str, Any]) -> Any:
         config = transformers.AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers' own checks raise what they like
         raise ModelError(
-            "transformers refuses this configuration", where="model_config", given=f"{type(error).__name__}: {error}"
+            "transformers refuses this configuration", where="model_config", given=_one_line(error)
         ) from None
     config.use_cache = False
     return config
@@ -391,7 +409,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         raise ModelError(
             "No causal language model can be made of this configuration",
             where="model_config",
-            given=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            given=f"{type(error).__name__}: {_first_line(error)}",
             allowed="a configuration that transformers' AutoModelForCausalLM takes, without code of its own",
         ) from None
     model.config.use_cache = False
@@ -620,14 +638,39 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
 # --- the step ---------------------------------------------------------------------------------------------------
 
 
+DEEPEST = 1024
+"""Layers; more is a slip of the pen, and would take minutes to build."""
+
+
 def trace(layout: Layout) -> Profile:
     """Traces one training step.
 
     Raises:
         ModelError: for a model that can't be made, or whose step can't be traced.
     """
-    settings = json.loads(layout.config)
-    config = make_config(settings)
+    with _quiet():
+        try:
+            return _trace(layout)
+        except StudyError:
+            raise
+        except Exception as error:  # whatever the model's own code raises about a configuration that makes no sense
+            raise ModelError(
+                "A training step of this model can't be traced",
+                where="model_config",
+                given=f"{type(error).__name__}: {_first_line(error)}",
+            ) from error
+
+
+def _trace(layout: Layout) -> Profile:
+    config = make_config(json.loads(layout.config))
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(depth, int) or not 1 <= depth <= DEEPEST:
+        raise ModelError(
+            "The number of layers is out of range",
+            where="model_config.num_hidden_layers",
+            given=depth,
+            allowed=f"a whole number from 1 to {DEEPEST}",
+        )
     with torch.device("meta"):
         skeleton = build(config, torch.float32, "eager")
     kinds = layer_kinds(skeleton, layout.checkpoint_every)
@@ -638,6 +681,30 @@ def trace(layout: Layout) -> Profile:
     if [k[:3] for k in found] != [kinds[i][:3] for i in stack.traced]:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
     return _Tracer(short, stack, layout, skeleton).run()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A prediction is one line; what libraries say to themselves is not part of it."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    levels = fake.level, transformers.utils.logging.get_verbosity()
+    fake.setLevel(logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fake.setLevel(levels[0])
+        transformers.utils.logging.set_verbosity(levels[1])
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 class _Tracer:
@@ -659,16 +726,7 @@ class _Tracer:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = traced_model(self.config, self.layout, self.rank_prime)
             tape = Tape(self.sizes)
-            try:
-                self._step(model, tape)
-            except ModelError:
-                raise
-            except Exception as error:
-                raise ModelError(
-                    "A training step of this model can't be traced",
-                    where=type(model).__name__,
-                    given=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                ) from error
+            self._step(model, tape)
             return self._profile(model, tape)
 
     def _step(self, model: Any, tape: Tape) -> None:
@@ -679,7 +737,7 @@ class _Tracer:
         self._follow(model, tape)
         autocast = self.layout.autocast
         with contextlib.ExitStack() as manners, tape:
-            manners.enter_context(_CudaManners(tape, autocast is not None, self.layout.attention == "flash"))
+            manners.enter_context(_CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention == "flash"))
             if self.layout.attention == "math":
                 manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
