@@ -2,8 +2,10 @@
 #
 # results/
 #   plan.json                       every run of the study
+#   forecast.json, .parquet, .csv   what every run is expected to need, and the bill
 #   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
 #   runs/<run_id>/run.yaml          everything that defines the run
+#   runs/<run_id>/prior.json        what was predicted before it was submitted; never changed
 #   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
 #   outcomes.parquet, outcomes.csv  one row per run
 #   comparisons.parquet             spread over repeats, against the baseline recipe
@@ -20,6 +22,7 @@ configfile: "config/config.yaml"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/forecast.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/metrics.smk"

@@ -136,7 +136,9 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
     accumulation = max(1, row["global_batch"] // row["micro_batch"] // row["num_gpus"])
-    case.question = _question(shape, "a10g", row["num_gpus"], row["seq_len_max"], row["micro_batch"], accumulation, techniques)
+    case.question = _question(
+        shape, "a10g", row["num_gpus"], row["seq_len_max"], row["micro_batch"], accumulation, techniques
+    )
     return case
 
 
@@ -211,7 +213,13 @@ def ms_swift(row: dict[str, Any], document: dict[str, Any]) -> Case:
 @adapter("peft_metamathqa_l40s.json")
 def peft(row: dict[str, Any], document: dict[str, Any]) -> Case:
     """peft's method comparison: bf16 weights without autocast, fp32 adapters, lengths that vary up to the limit."""
-    names = {"LORA": "lora", "ADALORA": "adalora", "IA3": "ia3", "PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning"}
+    names = {
+        "LORA": "lora",
+        "ADALORA": "adalora",
+        "IA3": "ia3",
+        "PREFIX_TUNING": "prefix_tuning",
+        "PROMPT_TUNING": "prompt_tuning",
+    }
     case = Case("peft", row["experiment"], names.get(row["method"], row["method"].lower()), kind="reserved")
     case.measured_gib, case.fits = _gib(row), True
     if row["method"] not in names:
@@ -236,7 +244,12 @@ def torchtune(row: dict[str, Any], document: dict[str, Any]) -> Case:
     """torchtune: bf16 weights, packed to a fixed length unless said otherwise."""
     case = Case("torchtune", f"{row['model']} {row['method']} {row.get('step', '')} {row['gpu']}", row["method"])
     case.measured_gib, case.known = _gib(row), True
-    cards = {"RTX 4090": "rtx4090", "A6000": "a6000", "A100-80GB": "a100-80gb", "A100-80GB (README says A100)": "a100-80gb"}
+    cards = {
+        "RTX 4090": "rtx4090",
+        "A6000": "a6000",
+        "A100-80GB": "a100-80gb",
+        "A100-80GB (README says A100)": "a100-80gb",
+    }
     card = cards.get(row["gpu"])
     if row.get("seq_len") is None or row.get("seq_len_is_max_only"):
         case.unused = "natural lengths, not stated"
@@ -277,14 +290,18 @@ def torchtune(row: dict[str, Any], document: dict[str, Any]) -> Case:
         techniques["fsdp"] = {}
     if row.get("cpu_offload"):
         techniques |= {"offload_param": {}, "offload_optimizer": {}}
-    case.question = _question(model, card, row["num_gpus"], row["seq_len"], row["micro_batch"], row.get("grad_accum", 1), techniques)
+    case.question = _question(
+        model, card, row["num_gpus"], row["seq_len"], row["micro_batch"], row.get("grad_accum", 1), techniques
+    )
     return case
 
 
 @adapter("torchtitan.json")
 def torchtitan(row: dict[str, Any], document: dict[str, Any]) -> Case:
     """torchtitan: FSDP2 with fp32 weights, SDPA, selective checkpointing."""
-    case = Case("torchtitan", f"{row['technique']} {row['num_gpus']}x{row['gpu']} {row['seq_len']}", "fsdp", kind="reserved")
+    case = Case(
+        "torchtitan", f"{row['technique']} {row['num_gpus']}x{row['gpu']} {row['seq_len']}", "fsdp", kind="reserved"
+    )
     case.measured_gib, case.fits, case.tokens_per_second = _gib(row), True, row.get("tokens_per_s")
     if "CP" in row["technique"] and "CP 1" not in row["technique"]:
         case.unused = "context parallel"
@@ -298,7 +315,9 @@ def torchtitan(row: dict[str, Any], document: dict[str, Any]) -> Case:
     if "compile" in row["technique"]:
         techniques["torch_compile"] = {}
     techniques["gradient_checkpointing"] = {}
-    case.question = _question("meta-llama/Llama-3.1-8B", card, row["num_gpus"], row["seq_len"], row["micro_batch"], 1, techniques)
+    case.question = _question(
+        "meta-llama/Llama-3.1-8B", card, row["num_gpus"], row["seq_len"], row["micro_batch"], 1, techniques
+    )
     return case
 
 
@@ -320,14 +339,18 @@ def kempner(row: dict[str, Any], document: dict[str, Any]) -> Case:
     techniques["fsdp"] = {}
     if row["compile"]:
         techniques["torch_compile"] = {}
-    case.question = _question(shape, "h200", row["num_gpus"], row["seq_len"], row["micro_batch"], row["grad_accum"], techniques)
+    case.question = _question(
+        shape, "h200", row["num_gpus"], row["seq_len"], row["micro_batch"], row["grad_accum"], techniques
+    )
     return case
 
 
 @adapter("deepspeed_zero_bf16_muon.json")
 def deepspeed(row: dict[str, Any], document: dict[str, Any]) -> Case:
     """DeepSpeed's own examples."""
-    case = Case("deepspeed", f"{row['model'][:20]} {row['precision'][:20]} {row['optimizer'][:6]}", f"zero{row['zero_stage']}")
+    case = Case(
+        "deepspeed", f"{row['model'][:20]} {row['precision'][:20]} {row['optimizer'][:6]}", f"zero{row['zero_stage']}"
+    )
     case.measured_gib = _gib(row)
     if row.get("missing"):
         case.unused = f"not stated: {row['missing']}"
@@ -386,7 +409,9 @@ def mosaic(row: dict[str, Any], document: dict[str, Any]) -> Case:
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
     card = row["gpu"].replace("_", "-")
-    case.question = _question(shape, card, row["num_gpus"], row["seq_len"], row["micro_batch"], row["grad_accum"], techniques)
+    case.question = _question(
+        shape, card, row["num_gpus"], row["seq_len"], row["micro_batch"], row["grad_accum"], techniques
+    )
     return case
 
 
@@ -437,22 +462,41 @@ def main() -> None:
         if arguments.source in (r.case.source, "all") and not r.case.unused:
             p = r.predicted
             c = {k[:5]: round(v, 2) for k, v in p.get("predicted_memory_gib", {}).get("by_category", {}).items()}
-            print(f"{r.case.label[:55]:55} {r.case.technique:6} {r.case.measured_gib or 0:7.2f} {r.predicted_gib or 0:7.2f} "
-                  f"{100 * (r.error or 0):+6.1f}% fits {r.case.fits}/{p.get('fits')} {p.get('margin_gib', 0):.1f} {c}")
+            print(
+                f"{r.case.label[:55]:55} {r.case.technique:6} {r.case.measured_gib or 0:7.2f} {r.predicted_gib or 0:7.2f} "
+                f"{100 * (r.error or 0):+6.1f}% fits {r.case.fits}/{p.get('fits')} {p.get('margin_gib', 0):.1f} {c}"
+            )
         if r.error is not None:
             by[r.case.source, r.case.technique].append(r.error)
     for key, errors in by.items():
-        print(key, len(errors), f"MAPE {100 * statistics.mean(map(abs, errors)):.1f} bias {100 * statistics.mean(errors):+.1f} "
-              f"within10 {sum(abs(e) < 0.1 for e in errors)}/{len(errors)}")
+        print(
+            key,
+            len(errors),
+            f"MAPE {100 * statistics.mean(map(abs, errors)):.1f} bias {100 * statistics.mean(errors):+.1f} "
+            f"within10 {sum(abs(e) < 0.1 for e in errors)}/{len(errors)}",
+        )
     for source in dict.fromkeys(r.case.source for r in results):
-        times = [(r.predicted["predicted_tokens_per_second"] / r.case.tokens_per_second - 1, r) for r in results
-                 if r.case.source == source and r.case.tokens_per_second and r.predicted.get("predicted_tokens_per_second")]
+        times = [
+            (r.predicted["predicted_tokens_per_second"] / r.case.tokens_per_second - 1, r)
+            for r in results
+            if r.case.source == source and r.case.tokens_per_second and r.predicted.get("predicted_tokens_per_second")
+        ]
         if times:
             e = [t for t, _ in times]
-            print("TIME", source, len(e), f"MAPE {100 * statistics.mean(map(abs, e)):.1f} bias {100 * statistics.mean(e):+.1f}")
+            print(
+                "TIME",
+                source,
+                len(e),
+                f"MAPE {100 * statistics.mean(map(abs, e)):.1f} bias {100 * statistics.mean(e):+.1f}",
+            )
             for t, r in times:
-                print("  T", f"{r.case.label[:60]:60} {r.case.tokens_per_second:9.0f} {r.predicted['predicted_tokens_per_second']:9.0f} {100*t:+.0f}% {r.predicted['bottleneck']}")
-    verdicts = collections.Counter((r.case.fits, r.predicted.get("fits")) for r in results if not r.case.unused and r.case.fits is not None)
+                print(
+                    "  T",
+                    f"{r.case.label[:60]:60} {r.case.tokens_per_second:9.0f} {r.predicted['predicted_tokens_per_second']:9.0f} {100 * t:+.0f}% {r.predicted['bottleneck']}",
+                )
+    verdicts = collections.Counter(
+        (r.case.fits, r.predicted.get("fits")) for r in results if not r.case.unused and r.case.fits is not None
+    )
     print(verdicts, f"{time.perf_counter() - started:.1f} s", memory_module.FRAGMENTATION)
 
 

@@ -57,12 +57,26 @@ class Study:
 
     @cached_property
     def supported_by_now(self) -> frozenset[str]:
-        """Runs whose record says that they can't run here, which the plan no longer says."""
-        return frozenset(
+        """Runs whose record says that they can't run here, which neither plan nor forecast says any more."""
+        supported = {
             run_id
             for run_id, reason in self._last_plan.items()
             if reason and run_id in self.planned and self.planned[run_id].unsupported is None
-        )
+        }
+        return frozenset(supported if self.config.protocol.skip_predicted_oom is not None else supported | self.skipped)
+
+    @cached_property
+    def _last_forecast(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.results.forecast.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def skipped(self) -> frozenset[str]:
+        """Runs that the forecast gave their outcome, `predicted_oom`."""
+        return frozenset(i for i in self._last_forecast.get("predicted_oom", []) if i in self.planned)
 
     @cached_property
     def given_up(self) -> frozenset[str]:
@@ -153,7 +167,9 @@ class Study:
     @property
     def plan_digest(self) -> str:
         """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
-        return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
+        known: list[Any] = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
+        margin = self.config.protocol.skip_predicted_oom
+        return run_module.digest(known if margin is None else [*known, margin], 16)
 
     @property
     def lost_files(self) -> list[Path]:
@@ -174,7 +190,17 @@ class Study:
             parts.append(f"{len(self.unsupported)} unsupported")
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
-        return ", ".join(parts)
+        return ", ".join(parts) + self._bill()
+
+    def _bill(self) -> str:
+        """What the runs to train are predicted to take, where a forecast knows it of all of them."""
+        known = self._last_forecast.get("runs", {})
+        expected = [known.get(run_id, [None, None]) for run_id in self.pending]
+        if not expected or any(hours is None for hours, _ in expected):
+            return ""
+        dollars = [cost for _, cost in expected]
+        cost = "" if None in dollars else f", {sum(dollars):.2f} US dollars"
+        return f"; predicted: {sum(hours for hours, _ in expected):.1f} GPU-hours{cost}"
 
 
 def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG) -> Study:
@@ -313,7 +339,7 @@ def _write_unsupported(paths: RunPaths, planned: PlannedRun) -> None:
 
 
 def _is_unsupported(paths: RunPaths) -> bool:
-    return paths.record.exists() and record.read_record(paths.record).ending.status == "unsupported"
+    return paths.record.exists() and record.read_record(paths.record).ending.status in ("unsupported", "predicted_oom")
 
 
 def request_number(paths: RunPaths) -> int:

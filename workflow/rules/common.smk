@@ -7,6 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from finetune_study import study as study_module
 from finetune_study.errors import StudyError
+from finetune_study.forecast import VERSION as FORECAST_VERSION
 from finetune_study.outcome import METRICS_VERSION
 from finetune_study.paths import Results
 

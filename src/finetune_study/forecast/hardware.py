@@ -71,7 +71,9 @@ def find(given: Any) -> Device:
             )
         return known[given]
     if not isinstance(given, Mapping):
-        raise ConfigError("The hardware is not understood", where="hardware", given=given, allowed="a name, or an object")
+        raise ConfigError(
+            "The hardware is not understood", where="hardware", given=given, allowed="a name, or an object"
+        )
     settings = dict(given)
     base = settings.get("name")
     if isinstance(base, str) and base in shipped():

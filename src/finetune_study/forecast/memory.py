@@ -49,6 +49,10 @@ NCCL_BYTES = 0.3 * GIB
 """NCCL's channels: up to 32 with a send and a receive buffer of 4 MiB each (NCCL_BUFFSIZE), and their kernels; outside
 torch's allocator."""
 
+CPU_RUNTIME_BYTES = 0.1 * GIB
+"""On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
+library's, and not seen apart."""
+
 STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed keeps as many gathered weights (runtime/zero/config.py); they are not given back before the step."""
 STAGE3_SUB_GROUP_SIZE = 1_000_000_000
@@ -149,7 +153,11 @@ class _States:
         if sharding in ("zero2", "zero3"):
             return 1 / self.shards
         if sharding == "fsdp":
-            return self.recipe.state_bytes / BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.weights] / self.shards
+            return (
+                self.recipe.state_bytes
+                / BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.weights]
+                / self.shards
+            )
         return 1.0
 
     @property
@@ -282,7 +290,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         "backward": float(total[backward].max(initial=0.0)),
         "optimizer_step": step,
     }
-    context = 0.0 if at.device == "cpu" else CONTEXT_BYTES + (NCCL_BYTES if at.num_gpus > 1 else 0.0)
+    context = CPU_RUNTIME_BYTES if at.device == "cpu" else CONTEXT_BYTES + (NCCL_BYTES if at.num_gpus > 1 else 0.0)
     categories = {
         "parameters": states.parameters,
         "optimizer": states.optimizer_states,

@@ -1,9 +1,12 @@
 """Rows in, rows out: what `finetune-study predict` answers to a line."""
 
+import contextlib
 import difflib
 import json
+import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -81,6 +84,21 @@ class Traces:
             raise found
         return found
 
+    def prepare(self, layouts: Iterable[Layout]) -> None:
+        """Traces what is not there yet, on all cores where that is worth their start."""
+        missing = [one for one in layouts if one not in self._known and not self._is_kept(one)]
+        workers = min(len(os.sched_getaffinity(0)), len(missing) // TRACES_WORTH_A_PROCESS, _processes_in_memory())
+        if self.folder is None or workers < 2:
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for _ in pool.map(_trace_into, missing, [self.folder] * len(missing), chunksize=4):
+                pass
+
+    def _is_kept(self, layout: Layout) -> bool:
+        path = self._path(layout)
+        return path is not None and path.exists()
+
     def _path(self, layout: Layout) -> Path | None:
         return self.folder / f"{layout.key}.json" if self.folder else None
 
@@ -102,6 +120,25 @@ class Traces:
             except OSError:
                 self.folder = None  # a cache that can't be written is none
         return profile
+
+
+TRACES_WORTH_A_PROCESS = 8
+"""Half a second each; a process imports torch for four."""
+BYTES_OF_A_PROCESS = 2**30
+"""A tracing process holds 0.8 GB."""
+
+
+def _processes_in_memory() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // BYTES_OF_A_PROCESS
+    return 1
+
+
+def _trace_into(layout: Layout, folder: Path) -> None:
+    """Traces one layout in a process of its own; what can't be traced is told when it is asked for."""
+    with contextlib.suppress(StudyError):
+        Traces(folder).get(layout)
 
 
 @dataclass(frozen=True)
@@ -129,10 +166,14 @@ def read_question(row: Mapping[str, Any]) -> Question:
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), INPUT, 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError("The key is not known", where=str(unknown[0]), allowed=hint + ", ".join(INPUT) + ", id, x_...")
+        raise ConfigError(
+            "The key is not known", where=str(unknown[0]), allowed=hint + ", ".join(INPUT) + ", id, x_..."
+        )
     for key in ("hardware", "sequence_length"):
         if row.get(key) is None:
-            raise ConfigError("A key is missing", where=key, allowed="every row needs hardware, sequence_length and a model")
+            raise ConfigError(
+                "A key is missing", where=key, allowed="every row needs hardware, sequence_length and a model"
+            )
     numbers = {key: _whole(row, key) for key in MOST}
     device = hardware_module.find(row["hardware"])
     resolved = recipe.resolve(
@@ -154,7 +195,9 @@ def _whole(row: Mapping[str, Any], key: str) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[key]:
-        raise ConfigError("A number is out of range", where=key, given=repr(value), allowed=f"a whole number from 1 to {MOST[key]}")
+        raise ConfigError(
+            "A number is out of range", where=key, given=repr(value), allowed=f"a whole number from 1 to {MOST[key]}"
+        )
     return value
 
 
@@ -166,11 +209,15 @@ def model_config(row: Mapping[str, Any]) -> dict[str, Any]:
     """
     given, model = row.get("model_config"), row.get("model")
     if (given is None) == (model is None):
-        raise ConfigError("Give either model_config or model", where="model_config, model", given="both" if model else "neither")
+        raise ConfigError(
+            "Give either model_config or model", where="model_config, model", given="both" if model else "neither"
+        )
     if given is None:
         return _config_of(str(model))
     if not isinstance(given, Mapping):
-        raise ConfigError("The model's configuration is not an object", where="model_config", given=type(given).__name__)
+        raise ConfigError(
+            "The model's configuration is not an object", where="model_config", given=type(given).__name__
+        )
     return _check_code(dict(given), "model_config")
 
 
@@ -244,7 +291,9 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
     warnings = [*question.warnings, *took.warnings]
     if found.paged:
-        warnings.append(f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short")
+        warnings.append(
+            f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short"
+        )
     margin = device.memory_gib - found.needed / memory.GIB
     positions = question.batch * question.context * question.accumulation * question.num_gpus
     return {
@@ -287,5 +336,7 @@ def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
         except StudyError as error:
             result = (row if isinstance(row, dict) else {"line": number}) | {"error": str(error)}
         except Exception as error:  # ours, then: the other lines are still answered
-            result = {"line": number} | (row or {}) | {"error": f"A bug of the predictor: {type(error).__name__}: {error}"}
+            result = (
+                {"line": number} | (row or {}) | {"error": f"A bug of the predictor: {type(error).__name__}: {error}"}
+            )
         yield json.dumps(result)

@@ -101,7 +101,7 @@ class Profile:
     def curves(self, batch: int, context: int, rank: int) -> dict[str, npt.NDArray[np.float64]]:
         """Bytes alive at each moment, by kind."""
         point = np.array([batch, context, rank], dtype=np.float64)
-        factors = np.prod(point ** self.monomials, axis=1)
+        factors = np.prod(point**self.monomials, axis=1)
         return {kind: self.alive[:, mask] @ factors[mask] for kind, mask in self._columns_of.items()}
 
     @cached_property

@@ -92,7 +92,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
                      "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training")  # fmt: skip
-SETTINGS["adalora"] = (*SETTINGS["lora"], "init_r", "target_r", "tinit", "tfinal", "deltaT", "orth_reg_weight", "total_step")
+SETTINGS["adalora"] = (
+    *SETTINGS["lora"],
+    "init_r",
+    "target_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "orth_reg_weight",
+    "total_step",
+)
 
 
 def names(techniques: Any) -> dict[str, dict[str, Any]]:
@@ -126,7 +135,11 @@ def names(techniques: Any) -> dict[str, dict[str, Any]]:
         chosen = [name for name in recipe if name in group]
         if len(chosen) > 1:
             raise _wrong("techniques", ", ".join(chosen), f"one of {', '.join(group)}", "These exclude each other")
-    needs = {"offload_optimizer": ("zero1", "zero2", "zero3", "fsdp"), "offload_param": ("zero3", "fsdp"), "zeropp": ("zero3",)}
+    needs = {
+        "offload_optimizer": ("zero1", "zero2", "zero3", "fsdp"),
+        "offload_param": ("zero3", "fsdp"),
+        "zeropp": ("zero3",),
+    }
     for name, others in needs.items():
         if name in recipe and not any(other in recipe for other in others):
             raise _wrong("techniques", name, f"beside one of {', '.join(others)}", "It means nothing alone")
@@ -192,7 +205,13 @@ class Recipe:
         """Bytes of a full state of a trained weight."""
         if self.master:
             return 4
-        return BYTES[self.adapters if self.peft else "float32" if self.sharding == "fsdp" and self.precision != "bf16_pure" else self.weights]
+        return BYTES[
+            self.adapters
+            if self.peft
+            else "float32"
+            if self.sharding == "fsdp" and self.precision != "bf16_pure"
+            else self.weights
+        ]
 
     def layout(self, config: dict[str, Any], context: int) -> Layout:
         """What has to be traced for it."""
@@ -256,7 +275,9 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         warnings.append("bf16 has no matrix units on this GPU: it would run, slowly, or be refused")
     sharding = _first(recipe, SHARDINGS) or ("ddp" if num_gpus > 1 else None)
     peft = _first(recipe, PEFT)
-    half: Dtype | None = {"fp16": "float16", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp8": "bfloat16"}.get(precision)  # type: ignore[assignment]
+    half: Dtype | None = {"fp16": "float16", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp8": "bfloat16"}.get(
+        precision
+    )  # type: ignore[assignment]
     deepspeed = sharding in ("zero1", "zero2", "zero3")
     mixed = half is not None and precision != "bf16_pure"
     asked = recipe.get(precision, {}).get("dtype", "auto")

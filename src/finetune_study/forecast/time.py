@@ -66,7 +66,9 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     age = "Hopper" if (device.compute_capability or 0) >= 9 else "before Hopper"
     matmul = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
     attention = {kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()}
-    attention |= {key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")}
+    attention |= {
+        key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")
+    }
     matmul |= {key.removeprefix("matmul_"): value for key, value in measured.items() if key.startswith("matmul_")}
     memory = measured.get("memory") or (device.memory_gb_per_s or 0) * 1e9 * MEMORY_EFFICIENCY
     if not matmul or not memory:

@@ -186,9 +186,7 @@ class Tape(TorchDispatchMode):
         if key in self._alive:
             return
         self._alive[key] = number = len(self.storages)
-        self.storages.append(
-            Storage(storage.nbytes(), self.now, self.layer, self.forward, kept, self.after_layers)
-        )
+        self.storages.append(Storage(storage.nbytes(), self.now, self.layer, self.forward, kept, self.after_layers))
         weakref.finalize(storage, self._die, key, number)
 
     def _die(self, key: int, number: int) -> None:
@@ -197,9 +195,7 @@ class Tape(TorchDispatchMode):
 
     def _scratch(self, size: int) -> None:
         """Memory that a CUDA kernel takes for itself."""
-        self.storages.append(
-            Storage(size, self.now, self.layer, False, False, False, died=self.now + 1)
-        )
+        self.storages.append(Storage(size, self.now, self.layer, False, False, False, died=self.now + 1))
 
     def accumulate(self, gradient: torch.Tensor) -> None:
         """A parameter's gradient is complete."""
@@ -288,7 +284,9 @@ class _CudaManners(TorchFunctionMode):
             args = (query, key, value)
             kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
         if self._autocast is not None and "grouped_mm" in getattr(func, "__name__", ""):
-            args = tuple(_to(a, self._autocast) for a in args)  # on a CPU autocast leaves it out, and it takes bf16 alone
+            args = tuple(
+                _to(a, self._autocast) for a in args
+            )  # on a CPU autocast leaves it out, and it takes bf16 alone
         if func in self._in_fp32:
             args = tuple(_to_fp32(a) for a in args)
             kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}
@@ -312,7 +310,9 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _to_fp32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+    return (
+        value.float() if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+    )
 
 
 # --- the model --------------------------------------------------------------------------------------------------
@@ -737,7 +737,9 @@ class _Tracer:
         self._follow(model, tape)
         autocast = self.layout.autocast
         with contextlib.ExitStack() as manners, tape:
-            manners.enter_context(_CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention == "flash"))
+            manners.enter_context(
+                _CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention == "flash")
+            )
             if self.layout.attention == "math":
                 manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
@@ -850,7 +852,9 @@ class _Tracer:
         layer = np.array(tape.layer_of_time[: tape.now])
         phases = (np.arange(tape.now) >= tape.end_of_forward).astype(np.int64)
         phases += 2 * np.array(tape.turn_of_time[: tape.now], dtype=np.int64)
-        keep = np.array([not (self.stack.period and number in self.stack.middle and self.stack.times > 1) for number in layer])
+        keep = np.array(
+            [not (self.stack.period and number in self.stack.middle and self.stack.times > 1) for number in layer]
+        )
         keep &= _local_peaks(delta[: tape.now]) | (phases >= 2)
         alive, phases = _undominated(alive[keep], phases[keep])
         return (
@@ -885,7 +889,6 @@ class _Tracer:
             else:
                 _add(rows, self.sizes.factor(parameter.numel()), self._times(layer))
         return [Parameters(*sort, dict(numbers), dict(rows)) for sort, (numbers, rows) in sums.items()]
-
 
     def _largest_trained(self, model: Any) -> dict[Monomial, float]:
         trained = [self.sizes.factor(p.numel()) for p in model.parameters() if p.requires_grad]
