@@ -95,7 +95,7 @@ def predict(
     rows: Annotated[str, typer.Argument(help="File of JSON lines, one row each; `-` for standard input.")],
     cache: Annotated[Path | None, typer.Option(help="Where traces are kept. Default: the user's cache folder.")] = None,
 ) -> None:
-    """Predict memory, time and whether it fits, for each JSON line, without a GPU; docs/predict.md explains the keys."""
+    """Predict memory, time and whether it fits, for each JSON line; needs no GPU. docs/predict.md explains the keys."""
     from finetune_study.errors import ConfigError
     from finetune_study.forecast import predict as predictor
 

@@ -235,8 +235,9 @@ class Protocol(Section):
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
     skip_predicted_oom: NonNegativeFloat | None = None
-    """Runs predicted to need more than the GPU has by this share of it (0.2: more than 120 %) are not trained; they end as
-    `predicted_oom`, and are trained when this is taken back. Null: all are tried."""
+    """Runs predicted to need more than the GPU has by this share of it (0.2: more than 120 %) are not trained.
+
+    They end as `predicted_oom`, and are trained when this is taken back. Null: all are tried."""
 
 
 class GridBlock(Section):

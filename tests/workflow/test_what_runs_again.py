@@ -23,7 +23,14 @@ def edit(place: Workplace, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_fresh_study_runs_every_stage(fresh: Workplace) -> None:
-    assert fresh.planned() == {"plan": 1, "forecast": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
+    assert fresh.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 2,
+        **REPORTING,
+    }
 
 
 def test_second_call_does_nothing(measured: Workplace) -> None:
@@ -116,7 +123,14 @@ def test_run_added_beside_them_runs_alone_even_without_its_model(measured: Workp
     raw = measured.read()
     raw["grid"].append(raw["grid"][0] | {"sequence_length": 64, "recipes": "full"})
     measured.write(raw)
-    assert measured.planned() == {"plan": 1, "forecast": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 1,
+        **REPORTING,
+    }
 
 
 def test_new_model_runs_its_own_runs(measured: Workplace) -> None:
@@ -157,7 +171,14 @@ def test_run_that_can_run_by_now_is_run(fresh: Workplace) -> None:
     assert fresh.snakemake().returncode == 0
     assert "has 1 for a run" in fresh.record("_full_").read_text()
     edit(fresh, lambda raw: raw["hardware"]["cpu"].update(max_gpus=2))
-    assert fresh.planned() == {"plan": 1, "forecast": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    assert fresh.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 1,
+        **REPORTING,
+    }
     assert fresh.snakemake("plan").returncode == 0
     assert not fresh.record("_full_").exists()
     assert fresh.planned()["finetune"] == 1

@@ -10,7 +10,7 @@ from typing import Any, Literal
 Dtype = Literal["float32", "float16", "bfloat16"]
 BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-TRACE_VERSION = 3
+TRACE_VERSION = 5
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -25,8 +25,8 @@ class Layout:
     autocast: Dtype | None = None
     """Number format of autocast; None: every operation computes in the weights' own."""
     attention: Literal["sdpa", "math", "flash", "eager"] = "sdpa"
-    """`sdpa`: torch's choice of kernel; `math`: its unfused one; `flash`: FlashAttention, with masks of its own; `eager`:
-    transformers' own code."""
+    """`sdpa`: torch's choice of kernel; `math`: its unfused one; `flash`: FlashAttention, with masks of its own;
+    `eager`: transformers' own code."""
     windowed: bool = False
     """The context is longer than the model's attention window, and the kernel is given a mask for it."""
     checkpoint_every: int = 0

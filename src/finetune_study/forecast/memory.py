@@ -61,11 +61,11 @@ DDP_COPIES_OF_GRADIENTS = 1
 """DDP's buckets hold every gradient a second time (gradient_as_bucket_view=False, torch's and Trainer's default)."""
 
 FRAGMENTATION = 0.10
-"""Share of what comes and goes in a step that the caching allocator holds beyond the peak; between 0 and 0.24 is seen at
-fixed lengths (torch.cuda.memory_reserved against memory_allocated)."""
+"""Share of what comes and goes in a step that the caching allocator holds beyond the peak; between 0 and 0.24 is seen
+at fixed lengths (torch.cuda.memory_reserved against memory_allocated)."""
 FRAGMENTATION_OF_VARYING_LENGTHS = 1.0
-"""The same where lengths vary: a block that a shorter sequence left can't hold a longer one's tensor, so that most sizes
-are there twice."""
+"""The same where lengths vary: a block that a shorter sequence left can't hold a longer one's tensor, so that most
+sizes are there twice."""
 ALLOCATOR_GRAIN_BYTES = 20 * 2**20
 """The caching allocator's segment for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator.cpp, kLargeBuffer)."""
 
@@ -202,16 +202,19 @@ class _States:
         upcast = 0.0
         if self.recipe.master:  # 16-bit gradients of the shard become fp32 ones before the step
             upcast = 4 * (min(local, STAGE3_SUB_GROUP_SIZE) if self.recipe.sharding == "zero3" else local)
-        transient = {"copy": "copy", "tensor": "tensor", "none": "none"}[kind.transient]
+        transient = kind.transient
         if self.at.device == "cpu" and transient == "copy":
             transient = "tensor"  # foreach kernels are for GPUs (torch/optim/optimizer.py)
         if self.recipe.has("optimizer_in_backward"):
             transient = "tensor" if transient == "copy" else transient
+        taken: float
         if kind.factored:
-            return upcast + 3 * 4 * largest  # fp32 gradient, its square, the update (transformers' Adafactor)
-        if kind.muon:
-            return upcast + 3 * 2 * largest  # X, X·Xᵀ and their product in bf16 (Newton–Schulz)
-        return upcast + {"copy": width * local, "tensor": width * largest, "none": 0.0}[transient]
+            taken = 3 * 4 * largest  # fp32 gradient, its square, the update (transformers' Adafactor)
+        elif kind.muon:
+            taken = 3 * 2 * largest  # X, X·Xᵀ and their product in bf16 (Newton–Schulz)
+        else:
+            taken = {"copy": width * local, "tensor": width * largest, "none": 0.0}[transient]
+        return upcast + taken
 
     @property
     def buckets(self) -> float:

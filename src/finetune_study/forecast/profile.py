@@ -36,7 +36,9 @@ FORWARD, BACKWARD = 0, 1
 
 def value(polynomial: Mapping[Monomial, float], batch: int, context: int, rank: int) -> float:
     """A sum of monomials at a point."""
-    return sum(c * batch**i * context**j * rank**k for (i, j, k), c in polynomial.items())
+    return sum(
+        (c * float(batch) ** i * float(context) ** j * float(rank) ** k for (i, j, k), c in polynomial.items()), 0.0
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Work:
     phase: str
     """`forward`, `recompute` or `backward`."""
     kind: str
-    """`matmul_<format>` and `attention_<format>` (fused kernels) in operations; `bytes_matmul` and `bytes_pointwise` in bytes read and written."""
+    """`matmul_<format>` and `attention_<format>` (fused kernels) in operations; `bytes_matmul` and `bytes_pointwise` in
+    bytes read and written."""
     amount: dict[Monomial, float]
 
 
@@ -107,12 +110,12 @@ class Profile:
     @cached_property
     def backward(self) -> npt.NDArray[np.bool_]:
         """Moments of the backward pass."""
-        return self.phases % 2 == BACKWARD
+        return np.asarray(self.phases % 2 == BACKWARD)
 
     @cached_property
     def turn(self) -> npt.NDArray[np.bool_]:
         """Moments between the last layer's forward and its backward, where the loss is."""
-        return self.phases >= 2
+        return np.asarray(self.phases >= 2)
 
     def amount(self, phases: tuple[str, ...], kind: str, batch: int, context: int, rank: int) -> float:
         """Counted work of a kind."""

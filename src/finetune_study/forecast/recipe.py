@@ -1,13 +1,13 @@
 """What a recipe of techniques means for memory and time.
 
-Names are those of the study; settings keep the spelling of the library that applies them. The study's own techniques are
-one part of the names: the predictor also knows what the study can't run yet.
+Names are those of the study; settings keep the spelling of the library that applies them. The study's own techniques
+are one part of the names: the predictor also knows what the study can't run yet.
 """
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from finetune_study.errors import ConfigError
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
@@ -104,6 +104,19 @@ SETTINGS["adalora"] = (
 )
 
 
+NOT_FOR_PEFT = (
+    "autocast_adapter_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "load_in_8bit",
+    "load_in_4bit",
+    "prepare_model_for_kbit_training",
+    "init_lora_weights",
+)
+"""Settings of a PEFT method that change no size, or are dealt with elsewhere."""
+
+
 def names(techniques: Any) -> dict[str, dict[str, Any]]:
     """A recipe as a mapping of names to settings, checked.
 
@@ -190,7 +203,7 @@ class Recipe:
         return self.sharding in ("zero1", "zero2", "zero3")
 
     @property
-    def quantized(self) -> str | None:
+    def quantized(self) -> Literal["nf4", "int8"] | None:
         if self.peft != "qlora":
             return None
         return "int8" if self.techniques["qlora"].get("load_in_8bit") else "nf4"
@@ -205,35 +218,42 @@ class Recipe:
         """Bytes of a full state of a trained weight."""
         if self.master:
             return 4
-        return BYTES[
-            self.adapters
-            if self.peft
-            else "float32"
-            if self.sharding == "fsdp" and self.precision != "bf16_pure"
-            else self.weights
-        ]
+        if self.peft:
+            return BYTES[self.adapters]
+        return 4 if self.sharding == "fsdp" and self.precision != "bf16_pure" else BYTES[self.weights]
 
     def layout(self, config: dict[str, Any], context: int) -> Layout:
         """What has to be traced for it."""
         window = config.get("sliding_window")
-        windowed = bool(window) and context > int(window) and self.attention in ("sdpa", "eager")
+        masked = self.attention in ("sdpa", "eager")
+        every = self.setting("gradient_checkpointing", "every", 1) if self.has("gradient_checkpointing") else 0
         return Layout(
             config=canonical(config),
             weights=self.weights,
             autocast=self.autocast,
-            attention="eager" if self.attention == "eager"
-            else "flash" if self.attention.startswith("flash")
-            else "math" if self.techniques.get("sdpa", {}).get("kernel") == "math" else "sdpa",  # fmt: skip
-            windowed=windowed,
-            checkpoint_every=self.setting("gradient_checkpointing", "every", 1) if self.has("gradient_checkpointing") else 0,
+            attention=self._kernel(),
+            windowed=isinstance(window, int) and context > window and masked,
+            checkpoint_every=every,
             use_reentrant=bool(self.techniques.get("gradient_checkpointing", {}).get("use_reentrant", False)),
             peft=self._peft_settings(),
             virtual_tokens=self._virtual_tokens(),
             adapters=self.adapters,
-            quantized=self.quantized,  # type: ignore[arg-type]
-            upcast=bool(self.quantized and self.autocast and self.techniques["qlora"].get("prepare_model_for_kbit_training", True)),
+            quantized=self.quantized,
+            upcast=self._upcast(),
             loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
-        )  # fmt: skip
+        )
+
+    def _kernel(self) -> Literal["sdpa", "math", "flash", "eager"]:
+        if self.attention == "eager":
+            return "eager"
+        if self.attention.startswith("flash"):
+            return "flash"
+        return "math" if self.techniques.get("sdpa", {}).get("kernel") == "math" else "sdpa"
+
+    def _upcast(self) -> bool:
+        """Whether what is not quantised is turned to fp32, as peft's guide to quantised training does it."""
+        asked = self.techniques.get("qlora", {}).get("prepare_model_for_kbit_training", True)
+        return bool(self.quantized and self.autocast and asked)
 
     def _virtual_tokens(self) -> int:
         if self.peft not in ("prompt_tuning", "p_tuning"):
@@ -244,11 +264,9 @@ class Recipe:
         if self.peft is None:
             return None
         settings = dict(self.techniques[self.peft])
-        method = {"lora": "LORA", "qlora": "LORA", "adalora": "ADALORA", "ia3": "IA3", "adaption_prompt": "ADAPTION_PROMPT",
-                  "prompt_tuning": "PROMPT_TUNING", "prefix_tuning": "PREFIX_TUNING", "p_tuning": "P_TUNING"}[self.peft]  # fmt: skip
-        for key in ("autocast_adapter_dtype", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8bit",
-                    "load_in_4bit", "bnb_4bit_compute_dtype", "init_lora_weights", "prepare_model_for_kbit_training"):  # fmt: skip
-            settings.pop(key, None)  # they change no size, or are dealt with elsewhere
+        method = "LORA" if self.peft == "qlora" else self.peft.upper()
+        for key in NOT_FOR_PEFT:
+            settings.pop(key, None)
         if method == "LORA":
             for key in ("r", "lora_alpha", "use_rslora"):
                 settings.pop(key, None)
@@ -262,8 +280,9 @@ class Recipe:
 
 
 def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: bool = True) -> Recipe:
-    """A recipe with the defaults of the study: bf16 where the hardware has it, else fp16, on a CPU fp32; SDPA; adamw_torch;
-    DDP on several GPUs.
+    """A recipe with the defaults of the study filled in.
+
+    They are bf16 where the hardware has it, else fp16, on a CPU fp32; SDPA; adamw_torch; DDP on several GPUs.
 
     Raises:
         ConfigError: for a recipe that does not hold together.

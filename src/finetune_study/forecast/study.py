@@ -43,11 +43,12 @@ COLUMNS: dict[str, Any] = {
     "predicted_cost_usd_per_epoch": pl.Float64,
     "predicted_gpu_hours": pl.Float64,
     "predicted_cost_usd": pl.Float64,
-    "measured_peak_memory_gib": pl.Float64,
     "warnings": pl.String,
 }
-"""Columns of forecast.parquet; `state` is `measured`, `to train`, `unsupported` or `given up`; `predicted_gpu_hours` and
-`predicted_cost_usd` are those of the run itself, the ones before them of a pass over the data."""
+"""Columns of forecast.parquet.
+
+`state` is `measured`, `to train`, `unsupported` or `given up`; `predicted_gpu_hours` and `predicted_cost_usd` are those
+of the run itself, the two before them those of a pass over the data."""
 
 
 def device_of(name: str, entry: Hardware) -> Device:
@@ -96,9 +97,7 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     Raises:
         StudyError: where its model or its recipe is not known to the predictor.
     """
-    resolved = recipe.resolve(
-        run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16
-    )
+    resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
     return predict.Question(
         config_of(run, results), device, run.num_gpus, run.sequence_length, run.per_device_train_batch_size,
         run.gradient_accumulation_steps, resolved, False, list(resolved.warnings),
@@ -122,7 +121,9 @@ def forecast(study: "Study", traces: predict.Traces) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(study: "Study", run_id: str, question: predict.Question | StudyError, traces: predict.Traces) -> dict[str, Any]:
+def _row(
+    study: "Study", run_id: str, question: predict.Question | StudyError, traces: predict.Traces
+) -> dict[str, Any]:
     run = study.run(run_id)
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "run_id": run_id,
@@ -186,8 +187,9 @@ def read_calibration(results: Results, hardware: str) -> dict[str, float] | None
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the runs that are to be trained: how many, GPU-hours and US dollars for each hardware entry; what is not known of
-    a run is left out of the sums, and counted."""
+    """Of the runs to train: how many, GPU-hours and US dollars for each hardware entry.
+
+    What is not known of a run is left out of the sums, and counted."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["state"] != "to train":

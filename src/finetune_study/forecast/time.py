@@ -15,8 +15,8 @@ MATMUL_EFFICIENCY = {"before Hopper": 0.78, "Hopper": 0.72}
 """Of the data sheet's rate: nine tenths of what the best shape reaches (0.87 on an A100 SXM, 0.80 on an H100 SXM:
 "maximum achievable matmul FLOPS", Bekman, Machine Learning Engineering Open Book, compute/accelerator)."""
 ATTENTION_EFFICIENCY = {"before Hopper": 0.55, "Hopper": 0.35}
-"""The same for FlashAttention-2, forward and backward together (arXiv 2307.08691, figure 4; on an H100 its kernels reach
-0.35, arXiv 2407.08608, section 1)."""
+"""The same for FlashAttention-2, forward and backward together (arXiv 2307.08691, figure 4; on an H100 its kernels
+reach 0.35, arXiv 2407.08608, section 1)."""
 MEMORY_EFFICIENCY = 0.80
 """Of the data sheet's bandwidth, what copies reach (STREAM-like kernels)."""
 LINK_EFFICIENCY = 0.70

@@ -3,15 +3,15 @@
 Fake tensors have shapes and no storage, so that a step of a 70B model costs a second and no memory. Two properties
 make the answer exact and quick:
 
-- **Sizes are monomials.** Batch, context and LoRA rank of the trace are primes that divide nothing else in the model, so
-  the number of elements of a tensor factors into coefficient × batch^i × context^j × rank^k. One trace then answers for
-  every batch, context and rank.
+- **Sizes are monomials.** Batch, context and LoRA rank of the trace are primes that divide nothing else in the model,
+  so the number of elements of a tensor factors into coefficient × batch^i × context^j × rank^k. One trace then answers
+  for every batch, context and rank.
 - **Stacks repeat.** Only three periods of equal layers are traced. What the middle one leaves behind counts as often as
   the model has it; layers before the period begins (dense layers of a mixture) and after it are traced as they are. A
   stack that never repeats is traced in full.
 
-Fake tensors pose as CPU tensors: there attention takes a fused kernel that saves what CUDA's does, while on fake CUDA and
-on meta tensors it would take the quadratic one. Where the CPU differs from CUDA, `_CudaManners` mends it.
+Fake tensors pose as CPU tensors: there attention takes a fused kernel that saves what CUDA's does, while on fake CUDA
+and on meta tensors it would take the quadratic one. Where the CPU differs from CUDA, `_CudaManners` mends it.
 """
 
 import contextlib
@@ -35,8 +35,18 @@ from torch.utils._pytree import tree_leaves
 
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast.layout import Layout
-from finetune_study.forecast.profile import GRADIENT, LOGITS, NEW_GRADIENT, POINTWISE, SAVED, TEMPORARY
-from finetune_study.forecast.profile import Monomial, Parameters, Profile, Work
+from finetune_study.forecast.profile import (
+    GRADIENT,
+    LOGITS,
+    NEW_GRADIENT,
+    POINTWISE,
+    SAVED,
+    TEMPORARY,
+    Monomial,
+    Parameters,
+    Profile,
+    Work,
+)
 
 aten = torch.ops.aten
 
@@ -94,16 +104,23 @@ class Sizes:
         return found
 
     def _factor(self, number: int) -> tuple[float, Monomial]:
-        exponents = []
-        rest = number
-        for primes in ((self.batch,), (self.context, self.context + self.virtual), (self.rank,)):
-            exponent = 0
-            for prime in dict.fromkeys(primes):
-                while rest and rest % prime == 0:
-                    rest //= prime
-                    exponent += 1
-            exponents.append(exponent)
-        return float(rest), (exponents[0], exponents[1], exponents[2])
+        rest, in_batch = _divide(number, self.batch)
+        rest, in_context = _divide(rest, self.context)
+        if self.virtual and not in_context:
+            rest, in_context = _divide(rest, self.context + self.virtual)
+        if in_batch and not in_context and rest % (self.context + 1) == 0:
+            rest, in_context = rest // (self.context + 1), 1  # labels, shifted by one
+        rest, in_rank = _divide(rest, self.rank)
+        return float(rest), (in_batch, in_context, in_rank)
+
+
+def _divide(number: int, prime: int) -> tuple[int, int]:
+    """What is left of a number without a prime, and how often the prime was in it."""
+    times = 0
+    while number and number % prime == 0:
+        number //= prime
+        times += 1
+    return number, times
 
 
 @dataclass
@@ -149,7 +166,7 @@ class Tape(TorchDispatchMode):
             raise ModelError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
-                given=f"more than {MOST_OPERATIONS}; a loop over the positions, as in a recurrent layer without its kernel?",
+                given=f"more than {MOST_OPERATIONS}: a loop over positions, as in recurrent layers without a kernel?",
             )
         self.layer_of_time.append(self.layer)
         self.turn_of_time.append(self.after_layers)
@@ -239,11 +256,9 @@ def _products(packet: Any, args: Any, outputs: list[torch.Tensor]) -> int:
     """Multiplications of a matrix product."""
     left = args[1] if packet in (aten.addmm, aten.baddbmm) else args[0]
     if packet is aten._grouped_mm:
-        right = args[1]
-        return left.numel() * right.shape[-1] if right.dim() == 3 else left.numel() * right.shape[-1]
+        return int(left.numel() * args[1].shape[-1])  # a token meets one expert's matrix
     if packet is aten.convolution:
-        weight = args[1]
-        return outputs[0].numel() * weight[0].numel()
+        return int(outputs[0].numel() * args[1][0].numel())
     return int(outputs[0].numel() * left.shape[-1])
 
 
@@ -259,6 +274,22 @@ def attention_scratch(args: Any) -> int:
     return int(accumulator + expanded)
 
 
+IN_FP32 = {
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.softmax,
+    torch.nn.functional.softplus,
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.rms_norm,
+    torch.softmax,
+    torch.Tensor.softmax,
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    torch.cumsum,
+}
+"""Of CUDA's "ops that can autocast to float32" those that models use (https://docs.pytorch.org/docs/stable/amp.html)."""
+
+
 class _CudaManners(TorchFunctionMode):
     """What CUDA does and a CPU does not: one-byte dropout masks, and autocast's list of operations in fp32."""
 
@@ -266,14 +297,8 @@ class _CudaManners(TorchFunctionMode):
         super().__init__()
         self._autocast = autocast
         self._flash = flash
-        functional = torch.nn.functional
-        # https://docs.pytorch.org/docs/stable/amp.html, "CUDA ops that can autocast to float32"; those that models use
         self.tape = tape
-        self._in_fp32 = (
-            {functional.layer_norm, functional.softmax, torch.softmax, torch.Tensor.softmax, torch.pow, torch.Tensor.pow,
-             torch.Tensor.__pow__, functional.softplus, functional.cross_entropy, torch.cumsum, functional.rms_norm}
-            if autocast is not None else set()
-        )  # fmt: skip
+        self._in_fp32 = set() if autocast is None else IN_FP32
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -349,7 +374,7 @@ def make_config(settings: dict[str, Any]) -> Any:
             "The architecture is not known",
             where="model_config.model_type",
             given=model_type,
-            allowed=f"a model_type of transformers {transformers.__version__}, for example llama, falcon, mistral, gpt_neox",
+            allowed=f"a model_type of transformers {transformers.__version__}, for example llama, falcon or gpt_neox",
         )
     for key in ("torch_dtype", "dtype", "quantization_config", "auto_map", "transformers_version", "architectures"):
         settings.pop(key, None)
@@ -429,7 +454,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _plain_rope(config: Any) -> Any:
-    """Rotary embeddings that look at the values of positions cost no other memory than plain ones, and can't be traced."""
+    """Rotary embeddings that look at the positions' values can't be traced, and cost no more memory than plain ones."""
     config = type(config).from_dict(config.to_dict())
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         rope = getattr(part, "rope_parameters", None)
@@ -581,11 +606,11 @@ def _fake_parameters_can_move() -> Iterator[None]:
                         module._parameters[name] = torch.nn.Parameter(parameter.data.to(dtype), parameter.requires_grad)
         return self
 
-    torch.nn.Module.to = to  # type: ignore[method-assign]
+    torch.nn.Module.to = to
     try:
         yield
     finally:
-        torch.nn.Module.to = original  # type: ignore[method-assign]
+        torch.nn.Module.to = original
 
 
 def adapt(model: Any, layout: Layout, rank: int) -> Any:
@@ -756,7 +781,8 @@ class _Tracer:
             return loss
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         hidden = inner.base_model(input_ids=ids)[0]
-        return hidden.sum()  # type: ignore[no-any-return]
+        total: torch.Tensor = hidden.sum()
+        return total
 
     def _follow(self, model: Any, tape: Tape) -> None:
         """Tells the tape which layer runs, forward, backward and recomputing, and when gradients are complete."""
@@ -833,7 +859,8 @@ class _Tracer:
         changes: list[tuple[int, int, int, float]] = []  # born, died, column, bytes
         for storage in tape.storages:
             coefficient, monomial = self.sizes.factor(storage.size)
-            coefficient *= self._times(storage.layer)
+            if _stays(storage, tape.end_of_forward):
+                coefficient *= self._times(storage.layer)
             died = tape.now + 1 if storage.died is None else storage.died
             if storage.accumulated is None:
                 kind = self._kind(storage, tape.end_of_forward, monomial, coefficient)
@@ -888,7 +915,10 @@ class _Tracer:
                     _add(rows, self.sizes.factor(length), self._times(layer))
             else:
                 _add(rows, self.sizes.factor(parameter.numel()), self._times(layer))
-        return [Parameters(*sort, dict(numbers), dict(rows)) for sort, (numbers, rows) in sums.items()]
+        return [
+            Parameters(trained, dtype, is_quantized, role, matrix, dict(numbers), dict(rows))
+            for (trained, dtype, is_quantized, role, matrix), (numbers, rows) in sums.items()
+        ]
 
     def _largest_trained(self, model: Any) -> dict[Monomial, float]:
         trained = [self.sizes.factor(p.numel()) for p in model.parameters() if p.requires_grad]
@@ -897,6 +927,12 @@ class _Tracer:
         usual_rank = 16  # of a low-rank matrix, only to say which of them is the largest
         coefficient, monomial = max(trained, key=lambda item: item[0] * usual_rank ** item[1][2])
         return {monomial: coefficient}
+
+
+def _stays(storage: Storage, end_of_forward: int) -> bool:
+    """Whether a layer leaves it behind: saved for backward, or a gradient; else it is handed to the next layer."""
+    saved = storage.in_forward and (storage.died is None or storage.died > end_of_forward)
+    return saved or storage.accumulated is not None
 
 
 def _add(polynomial: dict[Monomial, float], term: tuple[float, Monomial], times: int) -> None:
