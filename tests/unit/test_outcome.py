@@ -210,3 +210,13 @@ def test_collect_stops_at_a_damaged_record(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-100])
     with pytest.raises(RecordError, match=r"record\.json is damaged"):
         outcome.collect(results, [LORA.run_id], CPU.hardware)
+
+
+def test_prior_stands_beside_what_was_measured() -> None:
+    record = handmade.completed(FULL, 2.0, 1.0, 4.0)
+    prior = {"predicted_peak_memory_allocated_gib": 0.5, "predicted_step_time_seconds": 3.0}
+    row = outcome.row(record, prior=prior)
+    measured = row["peak_memory_allocated_gib"] or row["peak_device_used_gib"]
+    assert row["predicted_memory_error_percent"] == pytest.approx(100 * (0.5 / measured - 1))
+    assert row["predicted_step_time_error_percent"] == pytest.approx(100 * (3.0 / row["step_time_seconds_median"] - 1))
+    assert outcome.row(record)["predicted_memory_error_percent"] is None

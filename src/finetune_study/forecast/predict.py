@@ -294,11 +294,13 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         warnings.append(
             f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short"
         )
+    # On a CPU what is measured and limited is the process, with all that it holds.
+    outside = found.context if device.device == "cpu" else 0.0
     margin = device.memory_gib - found.needed / memory.GIB
     positions = question.batch * question.context * question.accumulation * question.num_gpus
     return {
-        "predicted_peak_memory_allocated_gib": found.allocated / memory.GIB,
-        "predicted_peak_memory_reserved_gib": found.reserved / memory.GIB,
+        "predicted_peak_memory_allocated_gib": (found.allocated + outside) / memory.GIB,
+        "predicted_peak_memory_reserved_gib": (found.reserved + outside) / memory.GIB,
         "predicted_memory_gib": {
             "by_category": memory.as_gib(found.categories),
             "by_phase": memory.as_gib(found.phases),
