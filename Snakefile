@@ -3,6 +3,7 @@
 # results/
 #   plan.json                       every run of the study
 #   forecast.json, .parquet, .csv   what every run is expected to need, and the bill
+#   calibration/<hardware>.json     rates that a hardware entry really reaches (snakemake calibrate)
 #   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
 #   runs/<run_id>/run.yaml          everything that defines the run
 #   runs/<run_id>/prior.json        what was predicted before it was submitted; never changed
@@ -22,6 +23,7 @@ configfile: "config/config.yaml"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/calibrate.smk"
 include: "workflow/rules/forecast.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/finetune.smk"

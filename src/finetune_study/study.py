@@ -178,6 +178,16 @@ class Study:
         lost += [self.results.run(i).record for i in self.unsupported if i in self._last_plan]
         return [path for path in lost if not path.exists()]
 
+    @cached_property
+    def largest_runs(self) -> dict[str, str]:
+        """Of each hardware entry that the study uses, the run with most devices."""
+        largest: dict[str, str] = {}
+        for run_id, planned in self.planned.items():
+            name = planned.run.hardware.name
+            if name not in largest or planned.run.num_gpus > self.run(largest[name]).num_gpus:
+                largest[name] = run_id
+        return largest
+
     @property
     def prices(self) -> dict[str, float | None]:
         """US dollars per GPU-hour by hardware entry."""

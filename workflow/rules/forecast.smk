@@ -3,7 +3,8 @@
 
 rule forecast:
     input:
-        RESULTS.plan,
+        plan=RESULTS.plan,
+        calibrations=get_calibrations,
     output:
         RESULTS.forecast,
         RESULTS.forecast_parquet,
