@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
+from finetune_study.forecast.build import Stack
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
 
@@ -61,7 +62,7 @@ def peak(**changes: Any) -> float:
 def test_depth_is_extended_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(canonical(ARCHITECTURES[name]), weights="bfloat16")
     short = trace.trace(layout)
-    monkeypatch.setattr(trace, "find_stack", lambda kinds: trace.Stack(len(kinds), 0, 0, 0))
+    monkeypatch.setattr(trace, "find_stack", lambda kinds: Stack(len(kinds), 0, 0, 0))
     full = trace.trace(layout)
     for batch, context in ((1, 128), (4, 384)):
         for phase in (False, True):
