@@ -2,9 +2,12 @@
 #
 # results/
 #   plan.json                       every run of the study
+#   forecast.json, .parquet, .csv   what every run is expected to need, and the bill
+#   calibration/<hardware>.json     rates that a hardware entry really reaches (snakemake calibrate)
 #   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
 #   cache                           downloads, caches, compiled ops, unless `places` names another folder; may be deleted
 #   runs/<run_id>/run.yaml          everything that defines the run
+#   runs/<run_id>/prior.json        what was predicted before it was submitted; never changed
 #   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
 #   outcomes.parquet, outcomes.csv  one row per run
 #   comparisons.parquet             spread over repeats, against the baseline recipe
@@ -21,6 +24,8 @@ configfile: "config/config.yaml"
 
 include: "workflow/rules/common.smk"
 include: "workflow/rules/plan.smk"
+include: "workflow/rules/calibrate.smk"
+include: "workflow/rules/forecast.smk"
 include: "workflow/rules/prepare.smk"
 include: "workflow/rules/finetune.smk"
 include: "workflow/rules/metrics.smk"

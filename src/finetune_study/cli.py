@@ -1,6 +1,7 @@
 """The command `finetune-study`."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -136,6 +137,27 @@ def doctor(
         force=force,
     )
     sys.exit(0 if is_well else 1)
+
+
+@app.command()
+def predict(
+    rows: Annotated[str, typer.Argument(help="File of JSON lines, one row each; `-` for standard input.")],
+    cache: Annotated[Path | None, typer.Option(help="Where traces are kept. Default: the user's cache folder.")] = None,
+) -> None:
+    """Predict memory, time and whether it fits, for each JSON line; needs no GPU. docs/predict.md explains the keys."""
+    from finetune_study.errors import ConfigError
+    from finetune_study.forecast import predict as predictor
+
+    traces = predictor.Traces(cache or predictor.default_cache())
+    if rows == "-":
+        lines: Iterable[str] = sys.stdin
+    else:
+        try:
+            lines = Path(rows).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("The rows can't be read", where=rows, given=error) from None
+    for line in predictor.answer_lines(lines, traces):
+        print(line, flush=rows == "-")
 
 
 @app.command()

@@ -288,6 +288,10 @@ class Protocol(Section):
     the device's memory: it ends as `implied_oom`. False trains such runs, those that ended so as well."""
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
+    skip_predicted_oom: NonNegativeFloat | None = None
+    """Runs predicted to need more than the GPU has by this share of it (0.2: more than 120 %) are not trained.
+
+    They end as `predicted_oom`, and are trained when this is taken back. Null: all are tried."""
 
 
 class GridBlock(Section):

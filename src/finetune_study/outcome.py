@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,14 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     ),
     "peak_host_rss_gib": (pl.Float64, "Most resident memory, summed over the ranks, GiB."),
     "memory_budget_gib": (pl.Float64, "CPU: the budget of each rank, GiB."),
-    "predicted_peak_memory_allocated_gib": (pl.Float64, "What was forecast before the run, GiB."),
+    "predicted_peak_memory_allocated_gib": (
+        pl.Float64,
+        "What was forecast before the run was submitted, GiB; on a CPU of peak_device_used_gib.",
+    ),
+    "predicted_peak_memory_reserved_gib": (pl.Float64, "The same for the allocator: the interval's upper end, GiB."),
+    "predicted_step_time_seconds": (pl.Float64, "What was forecast for an optimizer step, seconds."),
+    "predicted_memory_error_percent": (pl.Float64, "Predicted over measured peak memory, less one, per cent."),
+    "predicted_step_time_error_percent": (pl.Float64, "Predicted over measured median step time, less one, per cent."),
     "energy_joules_per_step": (pl.Float64, "Energy of all devices per optimizer step, by NVML, joules."),
     "model_flops_per_step": (
         pl.Float64,
@@ -151,11 +158,12 @@ def write(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware
     outcomes.with_columns(as_text).write_csv(results.outcomes_csv)
 
 
-def _prior(path: Path) -> float | None:
+def _prior(path: Path) -> dict[str, float | None]:
+    """What was predicted of a run before it was submitted."""
     if not path.exists():
-        return None
-    value = json.loads(path.read_text(encoding="utf-8")).get("predicted_peak_memory_allocated_gib")
-    return None if value is None else float(value)
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: None if found.get(name) is None else float(found[name]) for name in PREDICTED}
 
 
 def run_columns(run: Run) -> dict[str, Any]:
@@ -179,13 +187,13 @@ def run_columns(run: Run) -> dict[str, Any]:
     }
 
 
-def row(record: Record, price: float | None = None, prior: float | None = None) -> dict[str, Any]:
+def row(record: Record, price: float | None = None, prior: Mapping[str, float | None] | None = None) -> dict[str, Any]:
     """One row of outcomes.
 
     Args:
         record: raw facts of a run.
         price: US dollars for one device for one hour.
-        prior: predicted peak memory in GiB.
+        prior: what was predicted, by the names of its columns.
     """
     run, ending, environment = record.run, record.ending, record.environment
     versions = environment.get("versions", {})
@@ -199,7 +207,7 @@ def row(record: Record, price: float | None = None, prior: float | None = None) 
         "oom_requested_gib": _gib(ending.bytes_requested),
         "oom_held_gib": _gib(ending.bytes_held),
         "oom_fragmented": ending.fragmented,
-        "predicted_peak_memory_allocated_gib": prior,
+        **{name: (prior or {}).get(name) for name in PREDICTED},
         "peak_memory_allocated_gib": _gib(_most(record, "peak_allocated_bytes")),
         "peak_memory_reserved_gib": _gib(_most(record, "peak_reserved_bytes")),
         "peak_device_used_gib": _gib(_most(record, "peak_device_used_bytes")),
@@ -229,7 +237,31 @@ def row(record: Record, price: float | None = None, prior: float | None = None) 
         "slurm_job_id": record.slurm_job_id,
         "attempt": record.attempt,
     }
-    return values | _timing(record, price)
+    return _with_errors(values | _timing(record, price))
+
+
+PREDICTED = (
+    "predicted_peak_memory_allocated_gib",
+    "predicted_peak_memory_reserved_gib",
+    "predicted_step_time_seconds",
+)
+
+
+def _with_errors(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds how far the prior was from what was measured, where the run completed."""
+    if values["status"] != "completed":
+        return values
+    memory = values["peak_memory_allocated_gib"] or values["peak_device_used_gib"]
+    return values | {
+        "predicted_memory_error_percent": _error_percent(values["predicted_peak_memory_allocated_gib"], memory),
+        "predicted_step_time_error_percent": _error_percent(
+            values["predicted_step_time_seconds"], values.get("step_time_seconds_median")
+        ),
+    }
+
+
+def _error_percent(predicted: float | None, measured: float | None) -> float | None:
+    return None if predicted is None or not measured else 100 * (predicted / measured - 1)
 
 
 def _timing(record: Record, price: float | None) -> dict[str, Any]:

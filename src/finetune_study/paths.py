@@ -123,6 +123,30 @@ class Results:
         return self.root / "doctor"
 
     @property
+    def forecast(self) -> Path:
+        """What every run is expected to need, with the bill."""
+        return self.root / "forecast.json"
+
+    @property
+    def forecast_parquet(self) -> Path:
+        """The same as a table."""
+        return self.root / "forecast.parquet"
+
+    @property
+    def forecast_csv(self) -> Path:
+        """The same for a spreadsheet."""
+        return self.root / "forecast.csv"
+
+    @property
+    def traces(self) -> Path:
+        """Traces of models on fake tensors; may be deleted."""
+        return self.root / "prepared" / "traces"
+
+    def calibration(self, hardware: str) -> Path:
+        """Rates that a hardware entry was measured at."""
+        return self.root / "calibration" / f"{hardware}.json"
+
+    @property
     def outcomes_parquet(self) -> Path:
         return self.root / "outcomes.parquet"
 

@@ -71,6 +71,8 @@ class Study:
                 return self.planned[run_id].unsupported is not None
             case "implied_oom":
                 return self.config.protocol.implied_oom and self._kin.stands(run_id)
+            case "predicted_oom":
+                return self.config.protocol.skip_predicted_oom is not None
         return True
 
     @cached_property
@@ -85,6 +87,19 @@ class Study:
     @cached_property
     def _kin(self) -> Kin:
         return Kin(self.results, implied.rungs(planned.run for planned in self.planned.values()))
+
+    @cached_property
+    def _last_forecast(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.results.forecast.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def skipped(self) -> frozenset[str]:
+        """Runs that the forecast gave their outcome, `predicted_oom`."""
+        return frozenset(i for i in self._last_forecast.get("predicted_oom", []) if i in self.planned)
 
     @cached_property
     def given_up(self) -> frozenset[str]:
@@ -186,7 +201,8 @@ class Study:
     def plan_digest(self) -> str:
         """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
         runs = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
-        return run_module.digest([self.config.protocol.implied_oom, runs], 16)
+        protocol = self.config.protocol
+        return run_module.digest([protocol.implied_oom, protocol.skip_predicted_oom, runs], 16)
 
     @property
     def lost_files(self) -> list[Path]:
@@ -202,6 +218,16 @@ class Study:
             paths.superseded_record(request_number(paths)) for paths in map(self.results.run, self._first_outdated)
         ]
         return [path for path in lost if not path.exists()]
+
+    @cached_property
+    def largest_runs(self) -> dict[str, str]:
+        """Of each hardware entry that the study uses, the run with most devices."""
+        largest: dict[str, str] = {}
+        for run_id, planned in self.planned.items():
+            name = planned.run.hardware.name
+            if name not in largest or planned.run.num_gpus > self.run(largest[name]).num_gpus:
+                largest[name] = run_id
+        return largest
 
     @property
     def _first_outdated(self) -> list[str]:
@@ -221,7 +247,17 @@ class Study:
             parts.append(f"{len(self.implied)} implied out of memory")
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
-        return ", ".join(parts)
+        return ", ".join(parts) + self._bill()
+
+    def _bill(self) -> str:
+        """What the runs to train are predicted to take, where a forecast knows it of all of them."""
+        known = self._last_forecast.get("runs", {})
+        expected = [known.get(run_id, [None, None]) for run_id in self.pending]
+        if not expected or any(hours is None for hours, _ in expected):
+            return ""
+        dollars = [cost for _, cost in expected]
+        cost = "" if None in dollars else f", {sum(dollars):.2f} US dollars"
+        return f"; predicted: {sum(hours for hours, _ in expected):.1f} GPU-hours{cost}"
 
 
 def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG) -> Study:
@@ -382,7 +418,7 @@ def _write_unsupported(paths: RunPaths, planned: PlannedRun) -> None:
 
 
 def _is_unsupported(paths: RunPaths) -> bool:
-    return paths.record.exists() and record.read_record(paths.record).ending.status == "unsupported"
+    return paths.record.exists() and record.read_record(paths.record).ending.status in ("unsupported", "predicted_oom")
 
 
 def request_number(paths: RunPaths) -> int:

@@ -16,6 +16,8 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
         ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
         ("doctor.node, doctor.command", (*TORCH, *WORKFLOW, "polars", "altair")),
+        ("forecast.predict, forecast.study, forecast.hardware", (*TORCH, *WORKFLOW, "altair")),
+        ("forecast.trace", ("deepspeed", "datasets", *WORKFLOW)),
         ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),
     ],
 )

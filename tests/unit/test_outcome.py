@@ -220,3 +220,13 @@ def test_run_over_several_nodes() -> None:
     row = outcome.row(record)
     assert (row["num_gpus"], row["nodes"], row["host"]) == (2, 2, "node-1, node-2")
     assert row["command"].startswith("srun --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m finetune_study.launch ")
+
+
+def test_prior_stands_beside_what_was_measured() -> None:
+    record = handmade.completed(FULL, 2.0, 1.0, 4.0)
+    prior = {"predicted_peak_memory_allocated_gib": 0.5, "predicted_step_time_seconds": 3.0}
+    row = outcome.row(record, prior=prior)
+    measured = row["peak_memory_allocated_gib"] or row["peak_device_used_gib"]
+    assert row["predicted_memory_error_percent"] == pytest.approx(100 * (0.5 / measured - 1))
+    assert row["predicted_step_time_error_percent"] == pytest.approx(100 * (3.0 / row["step_time_seconds_median"] - 1))
+    assert outcome.row(record)["predicted_memory_error_percent"] is None

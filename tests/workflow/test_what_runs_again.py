@@ -25,7 +25,14 @@ def edit(place: Workplace, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_fresh_study_runs_every_stage(fresh: Workplace) -> None:
-    assert fresh.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 2, **REPORTING}
+    assert fresh.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 2,
+        **REPORTING,
+    }
 
 
 def test_prepare_does_all_that_needs_a_network_and_nothing_else(fresh: Workplace) -> None:
@@ -148,7 +155,7 @@ def test_purged_run_yaml_of_a_run_to_come_is_written_anew(measured: Workplace) -
     record = measured.record("_lora_")
     record.unlink()
     (record.parent / "run.yaml").unlink()
-    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {"plan": 1, "forecast": 1, "finetune": 1, **REPORTING}
 
 
 @pytest.mark.parametrize("age_seconds", [0, -(10**6)], ids=["all new", "records far older"])
@@ -173,7 +180,14 @@ def test_run_added_beside_them_runs_alone_even_without_its_model(measured: Workp
     raw = measured.read()
     raw["grid"].append(raw["grid"][0] | {"sequence_length": 64, "recipes": "full"})
     measured.write(raw)
-    assert measured.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 1,
+        **REPORTING,
+    }
 
 
 def test_new_model_runs_its_own_runs(measured: Workplace) -> None:
@@ -189,7 +203,7 @@ def test_new_model_runs_its_own_runs(measured: Workplace) -> None:
 
 def test_changed_technique_setting_runs_what_it_touches(measured: Workplace) -> None:
     edit(measured, lambda raw: raw["recipes"]["lora"]["lora"].update(r=8))
-    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {"plan": 1, "forecast": 1, "finetune": 1, **REPORTING}
 
 
 def test_run_taken_away_leaves_the_tables(measured: Workplace) -> None:
@@ -214,7 +228,14 @@ def test_run_that_can_run_by_now_is_run(fresh: Workplace) -> None:
     assert fresh.snakemake().returncode == 0
     assert "has 1 for a run" in fresh.record("_full_").read_text()
     edit(fresh, lambda raw: raw["hardware"]["cpu"].update(max_gpus=2))
-    assert fresh.planned() == {"plan": 1, "prepare_model": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
+    assert fresh.planned() == {
+        "plan": 1,
+        "forecast": 1,
+        "prepare_model": 1,
+        "prepare_data": 1,
+        "finetune": 1,
+        **REPORTING,
+    }
     assert fresh.snakemake("plan").returncode == 0
     assert not fresh.record("_full_").exists()
     assert fresh.planned()["finetune"] == 1

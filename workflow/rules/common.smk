@@ -7,6 +7,7 @@ from snakemake.exceptions import WorkflowError
 
 from finetune_study import study as study_module
 from finetune_study.errors import StudyError
+from finetune_study.forecast import VERSION as FORECAST_VERSION
 from finetune_study.outcome import METRICS_VERSION
 from finetune_study.paths import Results
 
@@ -84,6 +85,41 @@ def slurm_resource(name):
         return STUDY.slurm_resources(wildcards.run_id)[name]
 
     return get
+
+
+def calibration_resource(name):
+    """What a calibration asks of SLURM: what the largest run on that hardware does."""
+
+    def get(wildcards):
+        return STUDY.slurm_resources(STUDY.largest_runs[wildcards.hardware])[name]
+
+    return get
+
+
+def get_calibration_threads(wildcards):
+    if workflow.local_exec:
+        return workflow.cores
+    return STUDY.slurm_resources(STUDY.largest_runs[wildcards.hardware])[
+        "cpus_per_task"
+    ]
+
+
+def get_calibration_interpreter(wildcards):
+    return STUDY.interpreter(STUDY.largest_runs[wildcards.hardware], sys.executable)
+
+
+def get_calibration_device(wildcards):
+    return STUDY.config.hardware[wildcards.hardware].device
+
+
+def get_calibration_gpus(wildcards):
+    return STUDY.run(STUDY.largest_runs[wildcards.hardware]).num_gpus
+
+
+def get_calibrations(wildcards):
+    """Rates that were measured; a forecast does without."""
+    paths = [RESULTS.calibration(name) for name in STUDY.largest_runs]
+    return [path for path in paths if path.exists()]
 
 
 def get_request(wildcards):

@@ -1,0 +1,334 @@
+"""The model that is traced: the real class of a configuration, on fake tensors, as a recipe changes it."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from finetune_study.errors import ModelError
+from finetune_study.forecast.layout import Layout
+
+FUSED = "finetune_study_fused"
+"""Name under which transformers knows our attention function."""
+
+
+def _fused_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """A kernel with masks and windows of its own, as FlashAttention has: no mask in memory, keys are not repeated."""
+    grouped = query.shape[1] != key.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register(FUSED, _fused_attention)
+transformers.AttentionMaskInterface.register(FUSED, lambda *args, **kwargs: None)
+
+
+def make_config(settings: dict[str, Any]) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        ModelError: for an architecture that transformers does not have, or settings that it refuses.
+    """
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ModelError(
+            "The architecture is not known",
+            where="model_config.model_type",
+            given=model_type,
+            allowed=f"a model_type of transformers {transformers.__version__}, for example llama, falcon or gpt_neox",
+        )
+    for key in ("torch_dtype", "dtype", "quantization_config", "auto_map", "transformers_version", "architectures"):
+        settings.pop(key, None)
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **settings)
+    except Exception as error:  # transformers' own checks raise what they like
+        raise ModelError(
+            "transformers refuses this configuration", where="model_config", given=one_line(error)
+        ) from None
+    config.use_cache = False
+    return config
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def _no_initialisation() -> Iterator[None]:
+    """Weights are not drawn: fake ones have no values, and the draws cost most of the time."""
+    original = transformers.PreTrainedModel._initialize_weights
+
+    def nothing(self: Any, module: Any, *rest: Any, **keywords: Any) -> None:
+        return None
+
+    transformers.PreTrainedModel._initialize_weights = nothing
+    try:
+        yield
+    finally:
+        transformers.PreTrainedModel._initialize_weights = original
+
+
+def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """The model of a configuration, inside a fake mode or on the meta device.
+
+    Raises:
+        ModelError: for a configuration from which no causal language model can be made.
+    """
+    config = _plain_rope(config)
+    kind = _class_of(config)
+    if attention == FUSED and not kind._supports_attention_backend:
+        attention = "sdpa"  # code from before transformers' attention functions; `CudaManners` mends the call
+    if attention == "sdpa" and not kind._supports_sdpa:
+        attention = "eager"  # as transformers does it by itself where nothing is asked
+    try:
+        with _default_dtype(dtype), _no_initialisation():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=False, dtype=dtype
+            )
+    except Exception as error:
+        raise ModelError(
+            "No causal language model can be made of this configuration",
+            where="model_config",
+            given=f"{type(error).__name__}: {first_line(error)}",
+            allowed="a configuration that transformers' AutoModelForCausalLM takes, without code of its own",
+        ) from None
+    model.config.use_cache = False
+    return model
+
+
+def _class_of(config: Any) -> Any:
+    mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(
+            "The architecture is no causal language model of transformers",
+            where="model_config.model_type",
+            given=config.model_type,
+            allowed="one that AutoModelForCausalLM takes, for example llama, falcon, mistral, qwen2, gemma, gpt_neox",
+        )
+    return mapping[type(config)]
+
+
+def _plain_rope(config: Any) -> Any:
+    """Rotary embeddings that look at the positions' values can't be traced, and cost no more memory than plain ones."""
+    config = type(config).from_dict(config.to_dict())
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        rope = getattr(part, "rope_parameters", None)
+        for one in [rope, *(rope.values() if isinstance(rope, dict) else [])]:
+            if isinstance(one, dict) and one.get("rope_type") in ("dynamic", "longrope"):
+                one["rope_type"] = "default"
+    return config
+
+
+def layer_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder's layers: the list of modules with most weights."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ModelError("The model's layers are not found", where="model_config", given=type(model).__name__)
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How a stack of layers repeats."""
+
+    depth: int
+    before: int
+    """Layers before the first period."""
+    period: int
+    """Layers of a period; 0: nothing repeats."""
+    after: int
+    """Layers after the last whole period."""
+
+    @property
+    def traced(self) -> list[int]:
+        """Numbers of the layers that are traced: three periods, and what does not repeat."""
+        if not self.period:
+            return list(range(self.depth))
+        first = self.before + 3 * self.period
+        return [*range(first), *range(self.depth - self.after, self.depth)]
+
+    @property
+    def middle(self) -> range:
+        """Positions among the traced layers whose leavings count several times."""
+        return range(self.before + self.period, self.before + 2 * self.period)
+
+    @property
+    def times(self) -> int:
+        """How often the middle period counts."""
+        return (self.depth - self.before - self.after) // self.period - 2 if self.period else 1
+
+
+def find_stack(kinds: list[Any]) -> Stack:
+    """The shortest trace of layers of these kinds."""
+    depth = len(kinds)
+    best = Stack(depth, 0, 0, 0)
+    for before in range(min(depth, 8)):
+        rest = kinds[before:]
+        for period in range(1, len(rest) // 3 + 1):
+            if all(kind == rest[i % period] for i, kind in enumerate(rest)):
+                found = Stack(depth, before, period, len(rest) % period)
+                if len(found.traced) < len(best.traced):
+                    best = found
+                break
+    return best
+
+
+def layer_kinds(model: Any, checkpoint_every: int) -> list[Any]:
+    """What tells layers apart: shapes of their weights, kinds of their attention, and whether they are checkpointed."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    _, layers = layer_stack(model)
+    kinds = []
+    for number, layer in enumerate(layers):
+        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        windows = tuple(getattr(m, "sliding_window", None) for m in layer.modules() if hasattr(m, "sliding_window"))
+        checkpointed = checkpoint_every and number % checkpoint_every == 0
+        kinds.append((shapes, windows, types[number], checkpointed))
+    return kinds
+
+
+def shorten(config: Any, layers: list[int]) -> Any:
+    """The configuration with some of its layers alone."""
+    config = type(config).from_dict(config.to_dict())
+    text = config.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth and name != "architectures":
+            setattr(text, name, [value[i] for i in layers])
+    text.num_hidden_layers = len(layers)
+    return config
+
+
+class _Dequantized(torch.autograd.Function):
+    """A linear layer whose weight is made from its quantised form for every product, forward and backward.
+
+    bitsandbytes' MatMul4Bit and MatMul8bitLt do the same; of the weight nothing is saved but a reference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return torch.nn.functional.linear(x, torch.empty_like(weight).mul_(1).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return gradient @ torch.empty_like(weight).mul_(1).to(gradient.dtype), None, None
+
+
+class QuantizedLinear(torch.nn.Linear):
+    """Stands for bitsandbytes' Linear4bit and Linear8bitLt, which do not run on fake tensors."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
+        return _Dequantized.apply(input.to(dtype), self.weight, self.bias).to(input.dtype)
+
+
+def quantize(model: Any) -> None:
+    """Turns the layers' linear modules into quantised ones; the output layer stays, as in transformers."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            module.__class__ = QuantizedLinear
+            module.weight.requires_grad_(False)
+
+
+def upcast(model: Any) -> None:
+    """What peft.prepare_model_for_kbit_training does to weights that are not quantised."""
+    for module in model.modules():
+        if not isinstance(module, QuantizedLinear):
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                    module._parameters[name] = torch.nn.Parameter(parameter.data.float(), requires_grad=False)
+    model.tie_weights()
+
+
+@contextlib.contextmanager
+def _fake_parameters_can_move() -> Iterator[None]:
+    """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does."""
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
+        if dtype is not None:
+            for module in self.modules():
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and parameter.is_floating_point():
+                        module._parameters[name] = torch.nn.Parameter(parameter.data.to(dtype), parameter.requires_grad)
+        return self
+
+    torch.nn.Module.to = to
+    try:
+        yield
+    finally:
+        torch.nn.Module.to = original
+
+
+def adapt(model: Any, layout: Layout, rank: int) -> Any:
+    """The model with what PEFT adds.
+
+    Raises:
+        ModelError: where peft refuses.
+    """
+    import peft
+
+    assert layout.peft is not None
+    settings = json.loads(layout.peft)
+    kind = settings.pop("method")
+    if kind == "LORA" and settings.pop("rank_is_traced", True):
+        settings["r"] = rank
+    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    try:
+        config = config_class(task_type="CAUSAL_LM", **settings)
+        with _fake_parameters_can_move():
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=layout.adapters == "float32")
+    except Exception as error:
+        raise ModelError(
+            "peft refuses these settings", where="techniques", given=f"{type(error).__name__}: {error}"
+        ) from None
+    return adapted
+
+
+def traced_model(config: Any, layout: Layout, rank: int) -> Any:
+    """The model as it is trained."""
+    weights = getattr(torch, layout.weights)
+    model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
+    model.train()
+    if layout.quantized:
+        quantize(model)
+    if layout.upcast:
+        upcast(model)
+    if layout.checkpoint_every:
+        model.gradient_checkpointing_enable({"use_reentrant": layout.use_reentrant})
+        for number, layer in enumerate(layer_stack(model)[1]):
+            if number % layout.checkpoint_every:
+                layer.gradient_checkpointing = False
+    if layout.peft:
+        model.requires_grad_(False)
+        model = adapt(model, layout, rank)
+        if layout.checkpoint_every:
+            model.enable_input_require_grads()
+    return model
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,90 @@
+"""GPUs by name: memory that torch sees, rates, price. The numbers and their sources are in hardware.yaml."""
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+from pydantic import NonNegativeFloat, PositiveFloat, ValidationError
+
+from finetune_study.errors import ConfigError
+from finetune_study.section import Section
+
+
+class Device(Section):
+    """A device as the predictor sees it; what is null is not known."""
+
+    name: str = "given"
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu: str | None = None
+    """Name as the driver reports it."""
+    memory_gib: PositiveFloat
+    """Memory that torch sees on one device."""
+    compute_capability: PositiveFloat | None = None
+    """CUDA compute capability."""
+    tflops: dict[str, PositiveFloat] = {}
+    """Dense peak rate by number format, 10^12 operations per second."""
+    memory_gb_per_s: PositiveFloat | None = None
+    """Bandwidth of the device's memory, 10^9 bytes per second."""
+    link_gb_per_s: PositiveFloat | None = None
+    """To another device of the node, one direction."""
+    network_gb_per_s: PositiveFloat | None = None
+    """To another node, for each device, one direction."""
+    pcie_gb_per_s: PositiveFloat | None = None
+    """To the host, one direction."""
+    gpus_per_node: int = 8
+    """Devices of a node."""
+    price_usd_per_gpu_hour: NonNegativeFloat | None = None
+    """US dollars."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Matrix units for bf16 (Ampere and later)."""
+        return self.device == "cpu" or self.compute_capability is None or self.compute_capability >= 8
+
+
+@cache
+def shipped() -> Mapping[str, Device]:
+    """The GPUs that are known by name."""
+    text = resources.files("finetune_study.forecast").joinpath("hardware.yaml").read_text(encoding="utf-8")
+    return {name: Device(name=name, **entry) for name, entry in yaml.safe_load(text).items()}
+
+
+def find(given: Any) -> Device:
+    """A device from its name, or from an object of its properties.
+
+    Raises:
+        ConfigError: for a name that is not known, or properties that make no sense.
+    """
+    if isinstance(given, str):
+        known = shipped()
+        if given not in known:
+            close = difflib.get_close_matches(given, known, 2)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise ConfigError(
+                "The hardware is not known",
+                where="hardware",
+                given=given,
+                allowed=hint + ", ".join(known) + "; or an object with memory_gib and rates",
+            )
+        return known[given]
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            "The hardware is not understood", where="hardware", given=given, allowed="a name, or an object"
+        )
+    settings = dict(given)
+    base = settings.get("name")
+    if isinstance(base, str) and base in shipped():
+        settings = shipped()[base].model_dump() | settings
+    try:
+        return Device(**settings)
+    except (ValidationError, TypeError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        raise ConfigError(
+            "The hardware is not understood",
+            where=".".join(("hardware", *map(str, problem["loc"]))),
+            given=str(problem["msg"]),
+            allowed=", ".join(Device.model_fields),
+        ) from None

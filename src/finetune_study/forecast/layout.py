@@ -1,0 +1,58 @@
+"""What a trace depends on, and nothing else: its key in the cache."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+TRACE_VERSION = 5
+"""Raise it when a trace of the same layout would come out differently."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as it is trained, whatever its batch, context and rank."""
+
+    config: str
+    """The model's configuration, as canonical JSON."""
+    weights: Dtype = "float32"
+    """Number format of the weights as they are loaded."""
+    autocast: Dtype | None = None
+    """Number format of autocast; None: every operation computes in the weights' own."""
+    attention: Literal["sdpa", "math", "flash", "eager"] = "sdpa"
+    """`sdpa`: torch's choice of kernel; `math`: its unfused one; `flash`: FlashAttention, with masks of its own;
+    `eager`: transformers' own code."""
+    windowed: bool = False
+    """The context is longer than the model's attention window, and the kernel is given a mask for it."""
+    checkpoint_every: int = 0
+    """Every how many-th layer is checkpointed; 0: none."""
+    use_reentrant: bool = False
+    """torch's older implementation of checkpointing."""
+    peft: str | None = None
+    """Method and settings that change the trace, as canonical JSON; the rank is not one of them."""
+    virtual_tokens: int = 0
+    """Tokens that a prompt method puts before the context."""
+    adapters: Dtype = "float32"
+    """Number format of what PEFT adds."""
+    quantized: Literal["nf4", "int8"] | None = None
+    """How the frozen linear layers are stored."""
+    upcast: bool = False
+    """What is not quantised is turned to fp32 (peft.prepare_model_for_kbit_training)."""
+    loss: Literal["full", "hidden"] = "full"
+    """`full`: logits of all positions at once, as transformers does it; `hidden`: up to the last hidden state."""
+
+    @property
+    def key(self) -> str:
+        """Digest of all fields, and of the versions whose code is traced."""
+        parts = [TRACE_VERSION, dataclasses.asdict(self), *(version(p) for p in ("torch", "transformers", "peft"))]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,358 @@
+"""Peak memory of one device, by category and phase, from the trace of a step and models of everything around it.
+
+What the trace can't see is a model of a library's code, each with its source beside it: model states under sharding and
+offload, buckets and gathered weights, optimizers' transients, quantised storage, what the allocator adds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from finetune_study.forecast.layout import BYTES
+from finetune_study.forecast.profile import (
+    GRADIENT,
+    LOGITS,
+    NEW_GRADIENT,
+    POINTWISE,
+    SAVED,
+    TEMPORARY,
+    Parameters,
+    Profile,
+)
+from finetune_study.forecast.recipe import OPTIMIZERS, Recipe
+
+GIB = 2**30
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "temporary", "communication", "context")
+PHASES = ("load", "forward", "backward", "optimizer_step")
+
+QUANTIZED_BYTES = {
+    # Dettmers et al., arXiv 2305.14314: 4 bits, and one fp32 maximum for each block of 64
+    "nf4": 0.5 + 4 / 64,
+    # the maxima in 8 bits, and one fp32 for each 256 of them (section 3, "Double Quantization")
+    "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256),
+    # Dettmers et al., arXiv 2208.07339: 8 bits, and a scale for each row
+    "int8": 1.0,
+}
+
+# torch/cuda/CUDABlas: default workspace of cuBLAS, KiB, by compute capability (aten/src/ATen/cuda/CublasHandlePool.cpp)
+CUBLAS_WORKSPACE_BYTES = {"hopper": 32 * 2**20, "other": 8519680}
+CUBLAS_HANDLES = 2
+"""One for the thread that runs forward, one for autograd's."""
+
+CONTEXT_BYTES = 0.45 * GIB
+"""CUDA context with torch's kernels, loaded lazily (CUDA 11.7 and later); outside torch's allocator. 0.3 to 0.6 GiB are
+seen in nvidia-smi for an empty torch process."""
+NCCL_BYTES = 0.3 * GIB
+"""NCCL's channels: up to 32 with a send and a receive buffer of 4 MiB each (NCCL_BUFFSIZE), and their kernels; outside
+torch's allocator."""
+
+CPU_RUNTIME_BYTES = 0.1 * GIB
+"""On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
+library's, and not seen apart."""
+
+STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed keeps as many gathered weights (runtime/zero/config.py); they are not given back before the step."""
+STAGE3_SUB_GROUP_SIZE = 1_000_000_000
+"""Elements whose gradients are turned to fp32 at once in a step of stage 3 (runtime/zero/config.py)."""
+DDP_COPIES_OF_GRADIENTS = 1
+"""DDP's buckets hold every gradient a second time (gradient_as_bucket_view=False, torch's and Trainer's default)."""
+
+FRAGMENTATION = 0.10
+"""Share of what comes and goes in a step that the caching allocator holds beyond the peak; between 0 and 0.24 is seen
+at fixed lengths (torch.cuda.memory_reserved against memory_allocated)."""
+FRAGMENTATION_OF_VARYING_LENGTHS = 1.0
+"""The same where lengths vary: a block that a shorter sequence left can't hold a longer one's tensor, so that most
+sizes are there twice."""
+ALLOCATOR_GRAIN_BYTES = 20 * 2**20
+"""The caching allocator's segment for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator.cpp, kLargeBuffer)."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A run as far as memory is concerned."""
+
+    batch: int
+    context: int
+    num_gpus: int = 1
+    gradient_accumulation_steps: int = 1
+    device: str = "cuda"
+    lengths_vary: bool = False
+    """Sequences are padded to the longest of their batch alone, not to the context."""
+    hopper: bool = False
+    """Compute capability 9: a larger cuBLAS workspace."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted memory of one device in bytes."""
+
+    categories: dict[str, float]
+    """At the moment of the peak; they add up to the whole, context included."""
+    phases: dict[str, float]
+    """Peak of each phase, without context."""
+    allocated: float
+    """Peak of memory in tensors."""
+    reserved: float
+    """What the allocator may hold at most."""
+    context: float
+    """Held outside the allocator: the driver's context, NCCL, paged optimizer states are not in it."""
+    paged: float = 0.0
+    """Optimizer states in unified memory, that move to the host under pressure."""
+
+    @property
+    def needed(self) -> float:
+        """What the device must have: the middle between what is in tensors and what the allocator may hold."""
+        return (self.allocated + self.reserved) / 2 + self.context
+
+
+def weight_bytes(part: Parameters, recipe: Recipe) -> float:
+    """Bytes that one weight takes on a device that holds it."""
+    if part.quantized:
+        kind = recipe.quantized or "nf4"
+        double = recipe.techniques["qlora"].get("bnb_4bit_use_double_quant", True)
+        return QUANTIZED_BYTES["nf4_double" if kind == "nf4" and double else kind]
+    if recipe.sharding == "fsdp" and recipe.precision not in ("bf16_pure",) and (part.trained or not recipe.peft):
+        return 4  # FSDP shards the fp32 weights and gathers 16-bit ones (MixedPrecisionPolicy)
+    return BYTES[part.dtype]
+
+
+class _States:
+    """Parameters, gradients, optimizer states and buffers of one device."""
+
+    def __init__(self, profile: Profile, recipe: Recipe, at: Situation) -> None:
+        self.profile, self.recipe, self.at = profile, recipe, at
+        rank = recipe.rank
+        self.all = sum(p.count(rank) for p in profile.parameters)
+        self.trained = sum(p.count(rank) for p in profile.parameters if p.trained)
+        self.gradient_bytes_full = sum(p.count(rank) * BYTES[p.dtype] for p in profile.parameters if p.trained)
+        self.whole_bytes = sum(p.count(rank) * weight_bytes(p, recipe) for p in profile.parameters)
+        sharding = recipe.sharding
+        self.shards = at.num_gpus if sharding in ("zero1", "zero2", "zero3", "fsdp") else 1
+        self.optimizer = OPTIMIZERS[recipe.optimizer]
+
+    @property
+    def parameters(self) -> float:
+        if self.recipe.sharding not in ("zero3", "fsdp"):
+            return self.whole_bytes
+        return 0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards
+
+    @property
+    def held_gradients(self) -> float:
+        """Complete gradients, as they wait for the step."""
+        if self.recipe.has("offload_optimizer") or self.recipe.has("optimizer_in_backward"):
+            return 0.0
+        return self.gradient_share * self.gradient_bytes_full
+
+    @property
+    def gradient_share(self) -> float:
+        """Of a gradient as the trace computes it, what stays on the device."""
+        sharding = self.recipe.sharding
+        if sharding in ("zero2", "zero3"):
+            return 1 / self.shards
+        if sharding == "fsdp":
+            return (
+                self.recipe.state_bytes
+                / BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.weights]
+                / self.shards
+            )
+        return 1.0
+
+    @property
+    def optimizer_states(self) -> float:
+        """States, and the fp32 copy of 16-bit weights (DeepSpeed: runtime/zero/stage_1_and_2.py, stage3.py)."""
+        if self.recipe.has("offload_optimizer"):
+            return 0.0
+        return self._states(paged=False) / self.shards
+
+    @property
+    def paged_states(self) -> float:
+        return self._states(paged=True) / self.shards
+
+    def _states(self, paged: bool) -> float:
+        kind, rank = self.optimizer, self.recipe.rank
+        total = 4 * self.trained if self.recipe.master and not paged else 0.0
+        if kind.paged != paged:
+            return total
+        for part in self.profile.parameters:
+            if not part.trained:
+                continue
+            number = part.count(rank)
+            if kind.factored:
+                total += 4 * sum(c * rank ** m[2] for m, c in part.rows.items())
+            elif kind.full_embedding and part.role == "embedding":
+                total += 8 * number
+            else:
+                states = 1 if kind.muon and part.matrix else kind.states
+                total += number * (states * self.recipe.state_bytes + kind.bytes_per_weight)
+        return total
+
+    @property
+    def step_transient(self) -> float:
+        """What the optimizer's step takes for a moment."""
+        if self.recipe.has("offload_optimizer"):
+            return 0.0
+        kind, width = self.optimizer, self.recipe.state_bytes
+        largest = sum(c * self.recipe.rank ** m[2] for m, c in self.profile.largest_trained.items())
+        local = self.trained / self.shards
+        if self.shards > 1 or self.recipe.master:
+            largest = min(largest, local) if self.recipe.sharding == "fsdp" else local
+        upcast = 0.0
+        if self.recipe.master:  # 16-bit gradients of the shard become fp32 ones before the step
+            upcast = 4 * (min(local, STAGE3_SUB_GROUP_SIZE) if self.recipe.sharding == "zero3" else local)
+        transient = kind.transient
+        if self.at.device == "cpu" and transient == "copy":
+            transient = "tensor"  # foreach kernels are for GPUs (torch/optim/optimizer.py)
+        if self.recipe.has("optimizer_in_backward"):
+            transient = "tensor" if transient == "copy" else transient
+        taken: float
+        if kind.factored:
+            taken = 3 * 4 * largest  # fp32 gradient, its square, the update (transformers' Adafactor)
+        elif kind.muon:
+            taken = 3 * 2 * largest  # X, X·Xᵀ and their product in bf16 (Newton–Schulz)
+        else:
+            taken = {"copy": width * local, "tensor": width * largest, "none": 0.0}[transient]
+        return upcast + taken
+
+    @property
+    def buckets(self) -> float:
+        """Buffers for gradients under way."""
+        recipe, sharding = self.recipe, self.recipe.sharding
+        if sharding == "ddp":
+            return DDP_COPIES_OF_GRADIENTS * self.gradient_bytes_full
+        if recipe.deepspeed:
+            name = str(sharding)
+            elements = recipe.setting(name, "reduce_bucket_size", self.profile.hidden_size**2)
+            buffers = 2  # contiguous gradients: one is filled while the other is reduced
+            return float(buffers * min(elements, max(self.trained, 1)) * BYTES[recipe.weights])
+        return 0.0
+
+    @property
+    def gathered(self) -> float:
+        """Weights of other devices' shards that are there for a while."""
+        recipe, profile = self.recipe, self.profile
+        if self.shards == 1 and not recipe.has("offload_param"):
+            return 0.0
+        width = BYTES[recipe.compute]
+        if recipe.sharding == "zero3":
+            most = recipe.setting("zero3", "stage3_max_live_parameters", STAGE3_MAX_LIVE_PARAMETERS)
+            prefetched = recipe.setting("zero3", "stage3_prefetch_bucket_size", int(0.9 * profile.hidden_size**2))
+            return float(min(self.all, max(most, profile.largest_layer) + prefetched) * width)
+        if recipe.sharding == "fsdp":
+            outside = sum(p.count(recipe.rank) for p in profile.parameters if p.role != "layers")
+            return float((2 * profile.largest_layer + outside) * width)  # one computes, the next is under way
+        return 0.0
+
+    @property
+    def reducing(self) -> float:
+        """FSDP: a layer's gradients in fp32 on their way to their owners."""
+        if self.recipe.sharding != "fsdp" or self.shards == 1:
+            return 0.0
+        in_layers = sum(p.count(self.recipe.rank) for p in self.profile.parameters if p.trained and p.role == "layers")
+        return 4 * in_layers / self.profile.depth
+
+
+def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
+    """Peak memory of one device.
+
+    Args:
+        profile: trace of the recipe's layout.
+        recipe: what is done.
+        at: batch, context and devices.
+    """
+    states = _States(profile, recipe, at)
+    curves = profile.curves(at.batch, at.context + _virtual(recipe), max(recipe.rank, 1))
+    activations = curves[SAVED] + curves[POINTWISE]
+    if recipe.has("torch_compile"):
+        activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
+    if recipe.has("activation_offload"):
+        activations = activations * min(1.0, 2 / profile.depth)  # the layer at work, and one under way
+    logits = curves[LOGITS] + np.where(profile.turn, _chunked_logits(profile, recipe, at), 0.0)
+    new = curves[NEW_GRADIENT]
+    if recipe.has("optimizer_in_backward"):
+        held = np.zeros_like(new)
+    elif at.gradient_accumulation_steps > 1 or recipe.sharding == "zero3":
+        held = np.full_like(new, states.held_gradients)
+    else:
+        held = curves[GRADIENT] * (states.gradient_share if states.held_gradients else 0.0)
+    workspace = 0.0
+    if at.device == "cuda":
+        workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES["hopper" if at.hopper else "other"]
+    backward = profile.backward
+    moving = states.buckets + states.gathered + np.where(backward, states.reducing, 0.0)
+    fixed = states.parameters + states.optimizer_states + workspace
+    total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving
+    peak = int(total.argmax())
+    kept_gathered = states.gathered if recipe.sharding == "zero3" else 0.0
+    step = fixed + states.held_gradients + states.step_transient + states.buckets + kept_gathered
+    phases = {
+        "load": states.parameters,
+        "forward": float(total[~backward].max(initial=0.0)),
+        "backward": float(total[backward].max(initial=0.0)),
+        "optimizer_step": step,
+    }
+    context = CPU_RUNTIME_BYTES if at.device == "cpu" else CONTEXT_BYTES + (NCCL_BYTES if at.num_gpus > 1 else 0.0)
+    categories = {
+        "parameters": states.parameters,
+        "optimizer": states.optimizer_states,
+        "context": context,
+    }
+    if step >= total[peak]:
+        categories |= {
+            "gradients": states.held_gradients,
+            "activations": 0.0,
+            "logits": 0.0,
+            "temporary": states.step_transient + workspace,
+            "communication": states.buckets + kept_gathered,
+        }
+    else:
+        categories |= {
+            "gradients": float(held[peak] + new[peak]),
+            "activations": float(activations[peak]),
+            "logits": float(logits[peak]),
+            "temporary": float(curves[TEMPORARY][peak]) + workspace,
+            "communication": float(np.broadcast_to(moving, total.shape)[peak]),
+        }
+    allocated = max(step, float(total[peak]))
+    reserved = allocated
+    if at.device == "cuda":
+        share = FRAGMENTATION_OF_VARYING_LENGTHS if at.lengths_vary else FRAGMENTATION
+        varying = activations + logits + curves[TEMPORARY] + new
+        reserved = max(allocated, float((total + share * varying).max())) + ALLOCATOR_GRAIN_BYTES
+    ordered = {name: categories[name] for name in CATEGORIES}
+    return Memory(ordered, phases, allocated, reserved, context, states.paged_states)
+
+
+def _virtual(recipe: Recipe) -> int:
+    if recipe.peft in ("prompt_tuning", "p_tuning"):
+        return recipe.setting(recipe.peft, "num_virtual_tokens", 20)
+    return 0
+
+
+def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
+    """Logits where the loss is computed in chunks; the trace then ends at the last hidden state."""
+    tokens, vocabulary, width = at.batch * at.context, profile.vocabulary, BYTES[recipe.compute]
+    head = vocabulary * profile.hidden_size
+    # A trained output layer gets a gradient from every chunk: one that is there and one that is added to it
+    gradient = 0 if recipe.peft else 2 * head * width
+    if recipe.has("liger"):
+        # liger_kernel/ops/fused_linear_cross_entropy.py: as many chunks as the vocabulary is wider than the model;
+        # one chunk's logits, and the gradient of the hidden states
+        chunks = max(1, -(-vocabulary // profile.hidden_size))
+        return float(-(-tokens // chunks) * vocabulary * width + tokens * profile.hidden_size * width + gradient / 2)
+    if recipe.has("chunked_cross_entropy"):
+        # The chunks' logits are kept together, each saves its log-softmax, one has a gradient; a compiler computes the
+        # log-softmax again
+        chunks = max(1, recipe.setting("chunked_cross_entropy", "num_chunks", 8))
+        saved = 4 if recipe.techniques["chunked_cross_entropy"].get("upcast", True) else width
+        if recipe.has("torch_compile"):
+            return float(tokens * vocabulary * width * (1 + 1 / chunks) + gradient)
+        return float(tokens * vocabulary * (width + saved + saved / chunks) + gradient)
+    return 0.0
+
+
+def as_gib(values: Mapping[str, float]) -> dict[str, Any]:
+    """Bytes as GiB."""
+    return {name: value / GIB for name, value in values.items()}

@@ -1,0 +1,344 @@
+"""Rows in, rows out: what `finetune-study predict` answers to a line."""
+
+import contextlib
+import difflib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_study.errors import ConfigError, ModelError, StudyError
+from finetune_study.forecast import hardware as hardware_module
+from finetune_study.forecast import memory, recipe
+from finetune_study.forecast import time as time_module
+from finetune_study.forecast.layout import Layout
+from finetune_study.forecast.profile import Profile
+
+INPUT = (
+    "model_config",
+    "model",
+    "hardware",
+    "num_gpus",
+    "sequence_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "techniques",
+    "lengths_vary",
+)
+"""Keys of a row; any other key that begins with `x_`, and `id`, is passed through."""
+
+MOST = {
+    "num_gpus": 65_536,
+    "sequence_length": 16_777_216,
+    "per_device_train_batch_size": 1_048_576,
+    "gradient_accumulation_steps": 1_048_576,
+}
+"""What is still believed; more is a slip of the pen."""
+
+
+def default_cache() -> Path:
+    """Folder of the traces: $XDG_CACHE_HOME/finetune-study/traces."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-study" / "traces"
+
+
+@cache
+def architectures() -> Mapping[str, dict[str, Any]]:
+    """Shapes of published models by hub id."""
+    text = resources.files("finetune_study.forecast").joinpath("architectures.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+class Traces:
+    """Profiles of layouts: in memory, on disk, or traced now."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """
+        Args:
+            folder: where traces are kept; None: in memory alone.
+        """
+        self.folder = folder
+        self._known: dict[Layout, Profile | StudyError] = {}
+
+    def get(self, layout: Layout) -> Profile:
+        """The profile of a layout.
+
+        Raises:
+            ModelError: where it can't be traced; asked again, it is not tried again.
+        """
+        found = self._known.get(layout)
+        if found is None:
+            try:
+                found = self._read(layout) or self._trace(layout)
+            except StudyError as error:
+                found = error
+            self._known[layout] = found
+        if isinstance(found, StudyError):
+            raise found
+        return found
+
+    def prepare(self, layouts: Iterable[Layout]) -> None:
+        """Traces what is not there yet, on all cores where that is worth their start."""
+        missing = [one for one in layouts if one not in self._known and not self._is_kept(one)]
+        workers = min(len(os.sched_getaffinity(0)), len(missing) // TRACES_WORTH_A_PROCESS, _processes_in_memory())
+        if self.folder is None or workers < 2:
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            for _ in pool.map(_trace_into, missing, [self.folder] * len(missing), chunksize=4):
+                pass
+
+    def _is_kept(self, layout: Layout) -> bool:
+        path = self._path(layout)
+        return path is not None and path.exists()
+
+    def _path(self, layout: Layout) -> Path | None:
+        return self.folder / f"{layout.key}.json" if self.folder else None
+
+    def _read(self, layout: Layout) -> Profile | None:
+        path = self._path(layout)
+        try:
+            return Profile.load(path) if path and path.exists() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # cut off, or of another version: it is traced anew
+
+    def _trace(self, layout: Layout) -> Profile:
+        from finetune_study.forecast import trace
+
+        profile = trace.trace(layout)
+        path = self._path(layout)
+        if path:
+            try:
+                profile.save(path)
+            except OSError:
+                self.folder = None  # a cache that can't be written is none
+        return profile
+
+
+TRACES_WORTH_A_PROCESS = 8
+"""Half a second each; a process imports torch for four."""
+BYTES_OF_A_PROCESS = 2**30
+"""A tracing process holds 0.8 GB."""
+
+
+def _processes_in_memory() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 // BYTES_OF_A_PROCESS
+    return 1
+
+
+def _trace_into(layout: Layout, folder: Path) -> None:
+    """Traces one layout in a process of its own; what can't be traced is told when it is asked for."""
+    with contextlib.suppress(StudyError):
+        Traces(folder).get(layout)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row, checked."""
+
+    config: dict[str, Any]
+    device: hardware_module.Device
+    num_gpus: int
+    context: int
+    batch: int
+    accumulation: int
+    recipe: recipe.Recipe
+    lengths_vary: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_question(row: Mapping[str, Any]) -> Question:
+    """Checks a row.
+
+    Raises:
+        StudyError: for what is missing, unknown or impossible.
+    """
+    unknown = [key for key in row if key not in INPUT and key != "id" and not str(key).startswith("x_")]
+    if unknown:
+        close = difflib.get_close_matches(str(unknown[0]), INPUT, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            "The key is not known", where=str(unknown[0]), allowed=hint + ", ".join(INPUT) + ", id, x_..."
+        )
+    for key in ("hardware", "sequence_length"):
+        if row.get(key) is None:
+            raise ConfigError(
+                "A key is missing", where=key, allowed="every row needs hardware, sequence_length and a model"
+            )
+    numbers = {key: _whole(row, key) for key in MOST}
+    device = hardware_module.find(row["hardware"])
+    resolved = recipe.resolve(
+        row.get("techniques"), num_gpus=numbers["num_gpus"], device=device.device, has_bf16=device.has_bf16
+    )
+    config = model_config(row)
+    warnings = list(resolved.warnings)
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(longest, int) and numbers["sequence_length"] > longest:
+        warnings.append(f"sequence_length is above the model's {longest} positions")
+    return Question(
+        config, device, numbers["num_gpus"], numbers["sequence_length"], numbers["per_device_train_batch_size"],
+        numbers["gradient_accumulation_steps"], resolved, row.get("lengths_vary") is True, warnings,
+    )  # fmt: skip
+
+
+def _whole(row: Mapping[str, Any], key: str) -> int:
+    value = row.get(key, 1)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[key]:
+        raise ConfigError(
+            "A number is out of range", where=key, given=repr(value), allowed=f"a whole number from 1 to {MOST[key]}"
+        )
+    return value
+
+
+def model_config(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's configuration, from the row itself, a folder, or the known shapes.
+
+    Raises:
+        StudyError: where there is none, or it needs code of its own.
+    """
+    given, model = row.get("model_config"), row.get("model")
+    if (given is None) == (model is None):
+        raise ConfigError(
+            "Give either model_config or model", where="model_config, model", given="both" if model else "neither"
+        )
+    if given is None:
+        return _config_of(str(model))
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            "The model's configuration is not an object", where="model_config", given=type(given).__name__
+        )
+    return _check_code(dict(given), "model_config")
+
+
+@lru_cache(maxsize=256)
+def _config_of(model: str) -> dict[str, Any]:
+    path = Path(model).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file() and file.suffix == ".json":
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError("The model's configuration can't be read", where=str(file), given=error) from None
+        if not isinstance(found, dict):
+            raise ModelError("The model's configuration is not an object", where=str(file), given=type(found).__name__)
+        return _check_code(found, str(file))
+    known = architectures()
+    by_tail = {name.rsplit("/", 1)[-1].lower(): name for name in known}
+    name = model if model in known else by_tail.get(model.rsplit("/", 1)[-1].lower())
+    if name is None:
+        close = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), by_tail, 3)
+        hint = f"did you mean {', '.join(by_tail[c] for c in close)}? " if close else ""
+        raise ModelError(
+            "The model is not known",
+            where="model",
+            given=model,
+            allowed=hint + "a folder with config.json, or one of the shapes in forecast/architectures.yaml",
+            do="give model_config: the contents of its config.json",
+        )
+    return dict(known[name])
+
+
+def _check_code(config: dict[str, Any], where: str) -> dict[str, Any]:
+    if config.get("auto_map"):
+        raise ModelError(
+            "The model brings code of its own, which is never run", where=where, given="auto_map",
+            allowed="an architecture of transformers", do="leave out auto_map if transformers knows its model_type",
+        )  # fmt: skip
+    return config
+
+
+def answer(row: Mapping[str, Any], traces: Traces) -> dict[str, Any]:
+    """The row with its predictions.
+
+    Raises:
+        StudyError: for a row that can't be answered.
+    """
+    question = read_question(row)
+    profile = traces.get(question.recipe.layout(question.config, question.context))
+    return dict(row) | outputs(question, profile)
+
+
+def outputs(question: Question, profile: Profile, calibration: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """What is predicted.
+
+    Args:
+        question: a row, checked.
+        profile: the trace of its layout.
+        calibration: rates that were measured, instead of the data sheet's.
+    """
+    device, resolved = question.device, question.recipe
+    at = memory.Situation(
+        batch=question.batch,
+        context=question.context,
+        num_gpus=question.num_gpus,
+        gradient_accumulation_steps=question.accumulation,
+        device=device.device,
+        lengths_vary=question.lengths_vary,
+        hopper=(device.compute_capability or 0) >= 9,
+    )
+    found = memory.predict(profile, resolved, at)
+    took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
+    warnings = [*question.warnings, *took.warnings]
+    if found.paged:
+        warnings.append(
+            f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short"
+        )
+    # On a CPU what is measured and limited is the process, with all that it holds.
+    outside = found.context if device.device == "cpu" else 0.0
+    margin = device.memory_gib - found.needed / memory.GIB
+    positions = question.batch * question.context * question.accumulation * question.num_gpus
+    return {
+        "predicted_peak_memory_allocated_gib": (found.allocated + outside) / memory.GIB,
+        "predicted_peak_memory_reserved_gib": (found.reserved + outside) / memory.GIB,
+        "predicted_memory_gib": {
+            "by_category": memory.as_gib(found.categories),
+            "by_phase": memory.as_gib(found.phases),
+        },
+        "fits": margin >= 0,
+        "fits_word": _word(found, device.memory_gib),
+        "margin_gib": margin,
+        "predicted_step_time_seconds": took.seconds,
+        "predicted_tokens_per_second": None if not took.seconds else positions / took.seconds,
+        "bottleneck": took.bottleneck,
+        "warnings": warnings,
+    }
+
+
+def _word(found: memory.Memory, available: float) -> str:
+    """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
+    if (found.reserved + found.context) / memory.GIB <= available:
+        return "fits"
+    return "tight" if found.needed / memory.GIB <= available else "does not fit"
+
+
+def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
+    """JSON lines to JSON lines; a line that can't be answered comes back with `error`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row: Any = None
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
+            result = answer(row, traces)
+        except json.JSONDecodeError as error:
+            result = {"line": number, "error": f"The line is not JSON: {error}"}
+        except StudyError as error:
+            result = (row if isinstance(row, dict) else {"line": number}) | {"error": str(error)}
+        except Exception as error:  # ours, then: the other lines are still answered
+            result = (
+                {"line": number} | (row or {}) | {"error": f"A bug of the predictor: {type(error).__name__}: {error}"}
+            )
+        yield json.dumps(result)

@@ -1,0 +1,334 @@
+"""What a recipe of techniques means for memory and time.
+
+Names are those of the study; settings keep the spelling of the library that applies them. The study's own techniques
+are one part of the names: the predictor also knows what the study can't run yet.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from finetune_study.errors import ConfigError
+from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+PEFT = ("lora", "qlora", "adalora", "ia3", "prompt_tuning", "prefix_tuning", "p_tuning", "adaption_prompt")
+SHARDINGS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+OTHERS = (
+    "gradient_checkpointing",
+    "activation_offload",
+    "offload_optimizer",
+    "offload_param",
+    "zeropp",
+    "torch_compile",
+    "liger",
+    "chunked_cross_entropy",
+    "optimizer_in_backward",
+    "packing",
+)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps for each trained weight, and what a step takes for a moment."""
+
+    states: float
+    """States of the weight's own format."""
+    bytes_per_weight: float = 0.0
+    """Bytes of other states."""
+    transient: str = "tensor"
+    """`copy`: one format-wide copy of all trained weights (foreach kernels); `tensor`: of the largest; `none`."""
+    paged: bool = False
+    """States lie in unified memory that torch's allocator does not count, and move to the host under pressure."""
+    factored: bool = False
+    """Row and column sums instead of states."""
+    muon: bool = False
+    """One state for matrices of the layers, two for the rest."""
+    full_embedding: bool = False
+    """States of embeddings stay in 32 bit."""
+
+
+# Dettmers et al., arXiv 2110.02861: one byte for a state, one fp32 maximum for each block of 256 of them
+_EIGHT_BIT_STATE = 1 + 4 / 256
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    # torch/optim/adamw.py: foreach takes one copy (`exp_avg_sq_sqrt`), fused none
+    "adamw_torch": Optimizer(2, transient="copy"),
+    "adamw_torch_fused": Optimizer(2, transient="none"),
+    "adamw_torch_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE),
+    "adamw_hf": Optimizer(2),
+    "adamw_apex_fused": Optimizer(2, transient="none"),
+    "adamw_anyprecision": Optimizer(2),
+    "adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True),
+    "adamw_bnb_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True),
+    "paged_adamw_32bit": Optimizer(0, 8, paged=True),
+    "paged_adamw": Optimizer(0, 8, paged=True),
+    "paged_adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, paged=True, full_embedding=True),
+    "lion_32bit": Optimizer(0, 4),
+    "lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, full_embedding=True),
+    "paged_lion_32bit": Optimizer(0, 4, paged=True),
+    "paged_lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, paged=True, full_embedding=True),
+    "rmsprop": Optimizer(1, transient="copy"),
+    "adagrad": Optimizer(1, transient="copy"),
+    "sgd": Optimizer(0, transient="none"),
+    "adafactor": Optimizer(0, factored=True),
+    "muon": Optimizer(2, muon=True),
+}
+
+KNOWN = (*PRECISIONS, *ATTENTIONS, *PEFT, *SHARDINGS, *OTHERS, *OPTIMIZERS)
+
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "gradient_checkpointing": ("every", "use_reentrant"),
+    "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights",
+             "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "rank_pattern"),
+    "zero3": ("stage3_max_live_parameters", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+              "reduce_bucket_size"),
+    "zero1": ("reduce_bucket_size",), "zero2": ("reduce_bucket_size",),
+    "bf16": ("dtype",), "fp16": ("dtype",),
+    "chunked_cross_entropy": ("num_chunks", "upcast"),
+    "sdpa": ("kernel",),
+}  # fmt: skip
+SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
+                     "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training")  # fmt: skip
+SETTINGS["adalora"] = (
+    *SETTINGS["lora"],
+    "init_r",
+    "target_r",
+    "tinit",
+    "tfinal",
+    "deltaT",
+    "orth_reg_weight",
+    "total_step",
+)
+
+
+NOT_FOR_PEFT = (
+    "autocast_adapter_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "load_in_8bit",
+    "load_in_4bit",
+    "prepare_model_for_kbit_training",
+    "init_lora_weights",
+)
+"""Settings of a PEFT method that change no size, or are dealt with elsewhere."""
+
+
+def names(techniques: Any) -> dict[str, dict[str, Any]]:
+    """A recipe as a mapping of names to settings, checked.
+
+    Raises:
+        ConfigError: for names that are not known, alternatives that exclude each other, or settings of a wrong kind.
+    """
+    if isinstance(techniques, list | tuple) and all(isinstance(name, str) for name in techniques):
+        techniques = {name: {} for name in techniques}
+    if techniques is None:
+        techniques = {}
+    if not isinstance(techniques, Mapping):
+        raise _wrong("techniques", techniques, 'an object, for example {"lora": {"r": 8}, "zero3": {}, "bf16": {}}')
+    recipe: dict[str, dict[str, Any]] = {}
+    for name, settings in techniques.items():
+        if name not in KNOWN:
+            close = difflib.get_close_matches(str(name), KNOWN, 2)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise _wrong("techniques", name, hint + ", ".join(KNOWN), "The technique is not known")
+        if not isinstance(settings, Mapping | None):
+            raise _wrong(f"techniques.{name}", settings, "an object of settings, or null")
+        allowed = SETTINGS.get(name)
+        for key in settings or {}:
+            if allowed is not None and key not in allowed:
+                close = difflib.get_close_matches(str(key), allowed, 1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise _wrong(f"techniques.{name}", key, hint + ", ".join(allowed), "The setting is not known")
+        recipe[name] = dict(settings or {})
+    for group in (PRECISIONS, ATTENTIONS, PEFT, SHARDINGS, tuple(OPTIMIZERS)):
+        chosen = [name for name in recipe if name in group]
+        if len(chosen) > 1:
+            raise _wrong("techniques", ", ".join(chosen), f"one of {', '.join(group)}", "These exclude each other")
+    needs = {
+        "offload_optimizer": ("zero1", "zero2", "zero3", "fsdp"),
+        "offload_param": ("zero3", "fsdp"),
+        "zeropp": ("zero3",),
+    }
+    for name, others in needs.items():
+        if name in recipe and not any(other in recipe for other in others):
+            raise _wrong("techniques", name, f"beside one of {', '.join(others)}", "It means nothing alone")
+    return recipe
+
+
+def _wrong(where: str, given: object, allowed: str, what: str = "This is not understood") -> ConfigError:
+    return ConfigError(what, where=where, given=given, allowed=allowed)
+
+
+def _number(settings: Mapping[str, Any], key: str, default: int, where: str) -> int:
+    value = settings.get(key, default)
+    if value == "auto":
+        return default
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _wrong(f"{where}.{key}", value, "a whole number, 0 or more")
+    return value
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, with what it leaves open filled in."""
+
+    techniques: dict[str, dict[str, Any]]
+    precision: str
+    attention: str
+    optimizer: str
+    sharding: str | None
+    peft: str | None
+    rank: int
+    master: bool
+    """The optimizer keeps an fp32 copy of trained weights that are held in 16 bit (DeepSpeed)."""
+    weights: Dtype
+    autocast: Dtype | None
+    adapters: Dtype
+    warnings: tuple[str, ...] = field(default=())
+
+    def has(self, name: str) -> bool:
+        return name in self.techniques
+
+    def setting(self, name: str, key: str, default: int) -> int:
+        return _number(self.techniques.get(name, {}), key, default, f"techniques.{name}")
+
+    @property
+    def deepspeed(self) -> bool:
+        return self.sharding in ("zero1", "zero2", "zero3")
+
+    @property
+    def quantized(self) -> Literal["nf4", "int8"] | None:
+        if self.peft != "qlora":
+            return None
+        return "int8" if self.techniques["qlora"].get("load_in_8bit") else "nf4"
+
+    @property
+    def compute(self) -> Dtype:
+        """Number format of matrix products."""
+        return self.autocast or self.weights
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a full state of a trained weight."""
+        if self.master:
+            return 4
+        if self.peft:
+            return BYTES[self.adapters]
+        return 4 if self.sharding == "fsdp" and self.precision != "bf16_pure" else BYTES[self.weights]
+
+    def layout(self, config: dict[str, Any], context: int) -> Layout:
+        """What has to be traced for it."""
+        window = config.get("sliding_window")
+        masked = self.attention in ("sdpa", "eager")
+        every = self.setting("gradient_checkpointing", "every", 1) if self.has("gradient_checkpointing") else 0
+        return Layout(
+            config=canonical(config),
+            weights=self.weights,
+            autocast=self.autocast,
+            attention=self._kernel(),
+            windowed=isinstance(window, int) and context > window and masked,
+            checkpoint_every=every,
+            use_reentrant=bool(self.techniques.get("gradient_checkpointing", {}).get("use_reentrant", False)),
+            peft=self._peft_settings(),
+            virtual_tokens=self._virtual_tokens(),
+            adapters=self.adapters,
+            quantized=self.quantized,
+            upcast=self._upcast(),
+            loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
+        )
+
+    def _kernel(self) -> Literal["sdpa", "math", "flash", "eager"]:
+        if self.attention == "eager":
+            return "eager"
+        if self.attention.startswith("flash"):
+            return "flash"
+        return "math" if self.techniques.get("sdpa", {}).get("kernel") == "math" else "sdpa"
+
+    def _upcast(self) -> bool:
+        """Whether what is not quantised is turned to fp32, as peft's guide to quantised training does it."""
+        asked = self.techniques.get("qlora", {}).get("prepare_model_for_kbit_training", True)
+        return bool(self.quantized and self.autocast and asked)
+
+    def _virtual_tokens(self) -> int:
+        if self.peft not in ("prompt_tuning", "p_tuning"):
+            return 0
+        return _number(self.techniques[self.peft], "num_virtual_tokens", 20, f"techniques.{self.peft}")
+
+    def _peft_settings(self) -> str | None:
+        if self.peft is None:
+            return None
+        settings = dict(self.techniques[self.peft])
+        method = "LORA" if self.peft == "qlora" else self.peft.upper()
+        for key in NOT_FOR_PEFT:
+            settings.pop(key, None)
+        if method == "LORA":
+            for key in ("r", "lora_alpha", "use_rslora"):
+                settings.pop(key, None)
+            settings["target_modules"] = settings.get("target_modules") or "all-linear"
+            settings["lora_dropout"] = 0.05 if settings.get("lora_dropout") else 0.0
+        elif method in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+            settings.setdefault("num_virtual_tokens", 20)
+        if isinstance(settings.get("target_modules"), list):
+            settings["target_modules"] = sorted(settings["target_modules"])
+        return canonical({"method": method, **settings})
+
+
+def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: bool = True) -> Recipe:
+    """A recipe with the defaults of the study filled in.
+
+    They are bf16 where the hardware has it, else fp16, on a CPU fp32; SDPA; adamw_torch; DDP on several GPUs.
+
+    Raises:
+        ConfigError: for a recipe that does not hold together.
+    """
+    recipe = names(techniques)
+    warnings: list[str] = []
+    precision = _first(recipe, PRECISIONS) or ("fp32" if device == "cpu" else "bf16" if has_bf16 else "fp16")
+    if precision in ("bf16", "bf16_pure") and not has_bf16:
+        warnings.append("bf16 has no matrix units on this GPU: it would run, slowly, or be refused")
+    sharding = _first(recipe, SHARDINGS) or ("ddp" if num_gpus > 1 else None)
+    peft = _first(recipe, PEFT)
+    half: Dtype | None = {"fp16": "float16", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp8": "bfloat16"}.get(
+        precision
+    )  # type: ignore[assignment]
+    deepspeed = sharding in ("zero1", "zero2", "zero3")
+    mixed = half is not None and precision != "bf16_pure"
+    asked = recipe.get(precision, {}).get("dtype", "auto")
+    weights: Dtype
+    if half is None:
+        weights = "float32"
+    elif precision == "bf16_pure" or deepspeed or sharding == "fsdp" or (peft and asked == "auto"):
+        weights = half
+    else:
+        weights = asked if asked in BYTES else "float32"
+    autocast = half if mixed and not deepspeed and sharding != "fsdp" else None
+    settings = recipe.get(peft or "", {})
+    in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure")
+    adapters: Dtype = weights if (deepspeed or sharding == "fsdp" or not in_fp32) and half else "float32"
+    rank = _number(settings, "r", 8, f"techniques.{peft}") if peft in ("lora", "qlora") else 0
+    if peft in ("lora", "qlora") and rank < 1:
+        raise _wrong(f"techniques.{peft}.r", rank, "a whole number, 1 or more")
+    return Recipe(
+        techniques=recipe,
+        precision=precision,
+        attention=_first(recipe, ATTENTIONS) or "sdpa",
+        optimizer=_first(recipe, tuple(OPTIMIZERS)) or "adamw_torch",
+        sharding=sharding,
+        peft=peft,
+        rank=rank,
+        master=deepspeed,
+        weights=weights,
+        autocast=autocast,
+        adapters=adapters,
+        warnings=tuple(warnings),
+    )
+
+
+def _first(recipe: Mapping[str, Any], group: tuple[str, ...]) -> str | None:
+    return next((name for name in recipe if name in group), None)

@@ -1,0 +1,280 @@
+"""What a study's runs will need: one row a run, the bill, and what was expected of a run before it was submitted."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from finetune_study.config import Hardware
+from finetune_study.errors import ModelError, StudyError
+from finetune_study.forecast import VERSION, predict, recipe
+from finetune_study.forecast import hardware as hardware_module
+from finetune_study.forecast.hardware import Device
+from finetune_study.paths import Results
+from finetune_study.record import Ending, Record, write_atomically, write_record
+from finetune_study.run import Run
+
+if TYPE_CHECKING:
+    from finetune_study.study import Study
+
+STARTUP_SECONDS = 60.0
+"""What a run takes beside its steps: processes, libraries, loading."""
+
+COLUMNS: dict[str, Any] = {
+    "run_id": pl.String,
+    "target": pl.String,
+    "hardware": pl.String,
+    "num_gpus": pl.Int64,
+    "sequence_length": pl.Int64,
+    "per_device_train_batch_size": pl.Int64,
+    "gradient_accumulation_steps": pl.Int64,
+    "recipe": pl.String,
+    "repeat": pl.Int64,
+    "state": pl.String,
+    "predicted_peak_memory_allocated_gib": pl.Float64,
+    "predicted_peak_memory_reserved_gib": pl.Float64,
+    "memory_gib": pl.Float64,
+    "margin_gib": pl.Float64,
+    "fits": pl.String,
+    "predicted_step_time_seconds": pl.Float64,
+    "predicted_tokens_per_second": pl.Float64,
+    "bottleneck": pl.String,
+    "predicted_epoch_hours": pl.Float64,
+    "predicted_cost_usd_per_epoch": pl.Float64,
+    "predicted_gpu_hours": pl.Float64,
+    "predicted_cost_usd": pl.Float64,
+    "warnings": pl.String,
+}
+"""Columns of forecast.parquet.
+
+`state` is `measured`, `to train`, `unsupported` or `given up`; `predicted_gpu_hours` and `predicted_cost_usd` are those
+of the run itself, the two before them those of a pass over the data."""
+
+
+def device_of(name: str, entry: Hardware) -> Device:
+    """The predictor's device for a hardware entry: by the driver's name of the GPU, else by the entry's own, with the
+    entry's price; what nobody knows of it stays null."""
+    known = hardware_module.shipped()
+    found = next((d for d in known.values() if entry.gpu is not None and d.gpu == entry.gpu), known.get(name))
+    if entry.device == "cpu" or found is None:
+        return Device(
+            name=name,
+            device=entry.device,
+            gpu=entry.gpu,
+            memory_gib=entry.memory_gib,
+            compute_capability=entry.compute_capability,
+            price_usd_per_gpu_hour=entry.price_usd_per_gpu_hour,
+        )
+    price = entry.price_usd_per_gpu_hour
+    return found.model_copy(update={"name": name, **({} if price is None else {"price_usd_per_gpu_hour": price})})
+
+
+def config_of(run: Run, results: Results) -> dict[str, Any]:
+    """The configuration of a run's model: written out, prepared already, a folder, or a shape that is known by its id.
+
+    Raises:
+        ModelError: where none of these is there; preparing the model brings it.
+    """
+    if run.model.architecture is not None:
+        return dict(run.model.architecture)
+    prepared = results.model(run.model_key) / "config.json"
+    if prepared.exists():
+        return dict(predict.model_config({"model": str(prepared)}))
+    try:
+        return dict(predict.model_config({"model": run.model.name_or_path}))
+    except ModelError:
+        raise ModelError(
+            "The model's configuration is not here yet",
+            where=f"models.{run.target}",
+            given=run.model.name_or_path,
+            do="it is known when the model is prepared; until then it can be written out as `architecture`",
+        ) from None
+
+
+def question_of(run: Run, device: Device, results: Results) -> predict.Question:
+    """What is asked about a run.
+
+    Raises:
+        StudyError: where its model or its recipe is not known to the predictor.
+    """
+    resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
+    return predict.Question(
+        config_of(run, results), device, run.num_gpus, run.sequence_length, run.per_device_train_batch_size,
+        run.gradient_accumulation_steps, resolved, False, list(resolved.warnings),
+    )  # fmt: skip
+
+
+def forecast(study: "Study", traces: predict.Traces) -> list[dict[str, Any]]:
+    """A row for each run of the study, in the order of the plan; what can't be predicted is null, with the reason."""
+    rows: list[dict[str, Any]] = []
+    questions: dict[str, predict.Question | StudyError] = {}
+    for run_id, planned in study.planned.items():
+        device = device_of(planned.run.hardware.name, study.hardware(run_id))
+        try:
+            questions[run_id] = question_of(planned.run, device, study.results)
+        except StudyError as error:
+            questions[run_id] = error
+    asked = [q for q in questions.values() if isinstance(q, predict.Question)]
+    traces.prepare({q.recipe.layout(q.config, q.context) for q in asked})
+    for run_id, question in questions.items():
+        rows.append(_row(study, run_id, question, traces))
+    return rows
+
+
+def _row(
+    study: "Study", run_id: str, question: predict.Question | StudyError, traces: predict.Traces
+) -> dict[str, Any]:
+    run = study.run(run_id)
+    row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+        "run_id": run_id,
+        "target": run.target,
+        "hardware": run.hardware.name,
+        "num_gpus": run.num_gpus,
+        "sequence_length": run.sequence_length,
+        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "recipe": run.recipe,
+        "repeat": run.repeat,
+        "state": _state(study, run_id),
+    }
+    try:
+        if isinstance(question, StudyError):
+            raise question
+        profile = traces.get(question.recipe.layout(question.config, question.context))
+        calibration = read_calibration(study.results, run.hardware.name)
+        found = predict.outputs(question, profile, calibration)
+    except StudyError as error:
+        return row | {"warnings": " ".join(str(error).split())}
+    seconds = found["predicted_step_time_seconds"]
+    price = question.device.price_usd_per_gpu_hour
+    sequences = run.data.num_dialogues - run.data.num_eval_samples if run.data.dataset == "generated" else None
+    epoch = None
+    if seconds and sequences and "packing" not in run.techniques:
+        epoch = sequences / run.training.effective_batch_size * seconds / 3600
+    hours = None if seconds is None else (run.num_steps * seconds + STARTUP_SECONDS) * run.num_gpus / 3600
+    return row | {
+        "predicted_peak_memory_allocated_gib": found["predicted_peak_memory_allocated_gib"],
+        "predicted_peak_memory_reserved_gib": found["predicted_peak_memory_reserved_gib"],
+        "memory_gib": question.device.memory_gib,
+        "margin_gib": found["margin_gib"],
+        "fits": found["fits_word"],
+        "predicted_step_time_seconds": seconds,
+        "predicted_tokens_per_second": found["predicted_tokens_per_second"],
+        "bottleneck": found["bottleneck"],
+        "predicted_epoch_hours": epoch,
+        "predicted_cost_usd_per_epoch": None if epoch is None or price is None else epoch * run.num_gpus * price,
+        "predicted_gpu_hours": hours,
+        "predicted_cost_usd": None if hours is None or price is None else hours * price,
+        "warnings": "; ".join(found["warnings"]),
+    }
+
+
+def _state(study: "Study", run_id: str) -> str:
+    if run_id in study.recorded:
+        return "measured"
+    if study.planned[run_id].unsupported:
+        return "unsupported"
+    return "given up" if run_id in study.given_up else "to train"
+
+
+def read_calibration(results: Results, hardware: str) -> dict[str, float] | None:
+    """Rates that were measured on a hardware entry; None where none were."""
+    path = results.calibration(hardware)
+    try:
+        return {k: float(v) for k, v in json.loads(path.read_text(encoding="utf-8"))["rates"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of the runs to train: how many, GPU-hours and US dollars for each hardware entry.
+
+    What is not known of a run is left out of the sums, and counted."""
+    sums: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["state"] != "to train":
+            continue
+        total = sums.setdefault(
+            row["hardware"], {"runs": 0, "gpu_hours": 0.0, "cost_usd": 0.0, "not_predicted": 0, "do_not_fit": 0}
+        )
+        total["runs"] += 1
+        total["not_predicted"] += row["predicted_gpu_hours"] is None
+        total["do_not_fit"] += row["fits"] == "does not fit"
+        total["gpu_hours"] += row["predicted_gpu_hours"] or 0.0
+        total["cost_usd"] += row["predicted_cost_usd"] or 0.0
+    return sums
+
+
+def write(study: "Study") -> list[dict[str, Any]]:
+    """Writes the forecast of the study, freezes the priors of runs that are to be trained, and gives those runs their
+    outcome that are not to be tried.
+
+    Returns:
+        The rows.
+    """
+    rows = forecast(study, predict.Traces(study.results.traces))
+    margin = study.config.protocol.skip_predicted_oom
+    skipped = [row["run_id"] for row in rows if row["state"] == "to train" and _is_hopeless(row, margin)]
+    for row in rows:
+        if row["state"] == "to train":
+            freeze(study.results, row)
+    for run_id in skipped:
+        row = next(r for r in rows if r["run_id"] == run_id)
+        reason = (
+            f"predicted to need {row['memory_gib'] - row['margin_gib']:.1f} GiB of {row['memory_gib']:.1f} GiB; "
+            f"skip_predicted_oom is {margin}"
+        )
+        paths = study.results.run(run_id)
+        write_record(paths, Record(run=study.run(run_id), ending=Ending(status="predicted_oom", reason=reason)))
+    table = pl.DataFrame(rows, schema=COLUMNS)
+    study.results.root.mkdir(parents=True, exist_ok=True)
+    table.write_parquet(study.results.forecast_parquet)
+    table.write_csv(study.results.forecast_csv)
+    document = {
+        "version": VERSION,
+        "totals": totals(rows),
+        "predicted_oom": skipped + _still_skipped(study),
+        "runs": {r["run_id"]: [r["predicted_gpu_hours"], r["predicted_cost_usd"]] for r in rows},
+    }
+    write_atomically(study.results.forecast, json.dumps(document) + "\n")
+    return rows
+
+
+def _is_hopeless(row: dict[str, Any], margin: float | None) -> bool:
+    if margin is None or row["margin_gib"] is None:
+        return False
+    return bool(-row["margin_gib"] > margin * row["memory_gib"])
+
+
+def _still_skipped(study: "Study") -> list[str]:
+    """Runs that an earlier forecast gave their outcome, and that keep it."""
+    return [run_id for run_id in study.skipped if run_id in study.recorded]
+
+
+def freeze(results: Results, row: dict[str, Any]) -> None:
+    """Writes what is expected of a run before it is submitted; it stays as it is ever after."""
+    path = results.run(row["run_id"]).prior
+    if path.exists() or row["predicted_peak_memory_allocated_gib"] is None:
+        return
+    kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
+    write_atomically(path, json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The forecast as text: a line for each run, and the totals."""
+    lines = [f"{'run':62} {'state':12} {'peak memory':>21} {'':13} {'step':>9} {'waits for':16}"]
+    for row in rows:
+        low, high = row["predicted_peak_memory_allocated_gib"], row["predicted_peak_memory_reserved_gib"]
+        memory = "not predicted" if low is None else f"{low:.2f} to {high:.2f} GiB"
+        step = row["predicted_step_time_seconds"]
+        lines.append(
+            f"{row['run_id']:62} {row['state']:12} {memory:>21} {row['fits'] or '':13} "
+            f"{'' if step is None else f'{step:.3g} s':>9} {row['bottleneck'] or '':16}".rstrip()
+        )
+    for name, total in totals(rows).items():
+        unknown = f", {total['not_predicted']} of them without a time" if total["not_predicted"] else ""
+        lines.append(
+            f"{name}: {total['runs']} runs to train{unknown}; {total['gpu_hours']:.1f} GPU-hours, "
+            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit"
+        )
+    return "\n".join(lines)

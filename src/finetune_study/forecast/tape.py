@@ -1,0 +1,284 @@
+"""What a traced step does to memory and how much it computes: every storage from its birth to its death."""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune_study.errors import ModelError
+from finetune_study.forecast.profile import (
+    Monomial,
+)
+
+aten = torch.ops.aten
+
+MATMULS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._grouped_mm, aten.convolution, aten._scaled_mm}
+ATTENTION_FORWARD = {aten._scaled_dot_product_flash_attention_for_cpu}
+ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward}
+NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.lift_fresh}
+
+OWN_OF_NO_LAYER = -1
+
+MOST_OPERATIONS = 60_000
+"""Of a trace; they take about ten seconds. A layer of a transformer has some hundred."""
+
+
+@dataclass
+class Sizes:
+    """The primes of a trace, and how a number of bytes factors into them."""
+
+    batch: int
+    context: int
+    rank: int
+    virtual: int = 0
+    """Virtual tokens that a PEFT method puts before the context; both lengths count as the context's."""
+    _known: dict[int, tuple[float, Monomial]] = field(default_factory=dict)
+
+    def factor(self, number: int) -> tuple[float, Monomial]:
+        """Coefficient and exponents of batch, context and rank."""
+        found = self._known.get(number)
+        if found is None:
+            found = self._known[number] = self._factor(number)
+        return found
+
+    def _factor(self, number: int) -> tuple[float, Monomial]:
+        rest, in_batch = _divide(number, self.batch)
+        rest, in_context = _divide(rest, self.context)
+        if self.virtual and not in_context:
+            rest, in_context = _divide(rest, self.context + self.virtual)
+        if in_batch and not in_context and rest % (self.context + 1) == 0:
+            rest, in_context = rest // (self.context + 1), 1  # labels, shifted by one
+        rest, in_rank = _divide(rest, self.rank)
+        return float(rest), (in_batch, in_context, in_rank)
+
+
+def _divide(number: int, prime: int) -> tuple[int, int]:
+    """What is left of a number without a prime, and how often the prime was in it."""
+    times = 0
+    while number and number % prime == 0:
+        number //= prime
+        times += 1
+    return number, times
+
+
+@dataclass
+class Storage:
+    """One piece of memory of the trace."""
+
+    size: int
+    born: int
+    layer: int
+    in_forward: bool
+    kept: bool
+    """A compiler would not compute it again."""
+    after_layers: bool
+    died: int | None = None
+    accumulated: int | None = None
+    """When it became, or was added to, the gradient of a parameter."""
+
+
+class Tape(TorchDispatchMode):
+    """Sees every operation below autograd, and every storage from its birth to its death."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.now = 0
+        self.layer = OWN_OF_NO_LAYER
+        self.forward, self.after_layers, self.recomputing = True, False, False
+        self.storages: list[Storage] = []
+        self.layer_of_time: list[int] = []
+        self.turn_of_time: list[bool] = []
+        self._alive: dict[int, int] = {}
+        self.work: dict[tuple[str, str, int], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
+        self.kernels: dict[tuple[str, int], int] = defaultdict(int)
+        self.end_of_forward = 0
+
+    def know(self, tensor: torch.Tensor) -> None:
+        """A tensor that was there before the step: parameters, inputs."""
+        self._alive[tensor.untyped_storage()._cdata] = -1
+
+    def tick(self) -> None:
+        self.now += 1
+        if self.now > MOST_OPERATIONS:
+            raise ModelError(
+                "A training step of this model has too many operations to be traced",
+                where="model_config",
+                given=f"more than {MOST_OPERATIONS}: a loop over positions, as in recurrent layers without a kernel?",
+            )
+        self.layer_of_time.append(self.layer)
+        self.turn_of_time.append(self.after_layers)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        if packet in ATTENTION_BACKWARD:
+            self._scratch(attention_scratch(args))
+        out = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        product = packet in MATMULS or packet in ATTENTION_FORWARD
+        if product and self.forward:
+            self._keep(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+        for tensor in outputs:
+            self._see(tensor, product)
+        if packet not in NO_KERNEL and not _is_view(func):
+            self._count(packet, args, kwargs or {}, outputs)
+        self.tick()
+        return out
+
+    def _keep(self, operands: Iterable[torch.Tensor]) -> None:
+        """A compiler keeps what backward's products read, save weights in another format.
+
+        torch/_functorch/config.py: ban_recompute_materialized_backward.
+        """
+        for tensor in operands:
+            number = self._alive.get(tensor.untyped_storage()._cdata, -1)
+            if number >= 0 and self.sizes.factor(self.storages[number].size)[1][1]:
+                self.storages[number].kept = True
+
+    def _see(self, tensor: torch.Tensor, kept: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        self._alive[key] = number = len(self.storages)
+        self.storages.append(Storage(storage.nbytes(), self.now, self.layer, self.forward, kept, self.after_layers))
+        weakref.finalize(storage, self._die, key, number)
+
+    def _die(self, key: int, number: int) -> None:
+        self._alive.pop(key, None)
+        self.storages[number].died = self.now
+
+    def _scratch(self, size: int) -> None:
+        """Memory that a CUDA kernel takes for itself."""
+        self.storages.append(Storage(size, self.now, self.layer, False, False, False, died=self.now + 1))
+
+    def accumulate(self, gradient: torch.Tensor) -> None:
+        """A parameter's gradient is complete."""
+        number = self._alive.get(gradient.untyped_storage()._cdata, -1)
+        if number >= 0:
+            self.storages[number].accumulated = self.now
+
+    def _count(self, packet: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> None:
+        phase = "forward" if self.forward else "recompute" if self.recomputing else "backward"
+        self.kernels[phase, self.layer] += 1
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if packet in MATMULS:
+            kind, operations = f"matmul_{_precision(outputs[0])}", 2 * _products(packet, args, outputs)
+        elif packet in ATTENTION_FORWARD or packet in ATTENTION_BACKWARD:
+            query, key = (args[0], args[1]) if packet in ATTENTION_FORWARD else (args[1], args[2])
+            causal_half = 0.5  # fused kernels skip the blocks above the diagonal (arXiv 2307.08691, section 3.1)
+            products = 2 if packet in ATTENTION_FORWARD else 5  # q·k and p·v; backward recomputes q·k
+            operations = int(causal_half * products * 2 * query.numel() * key.shape[-2])
+            kind = f"attention_{_precision(query)}"
+        else:
+            kind, operations = "", 0
+        if operations:
+            coefficient, monomial = self.sizes.factor(operations)
+            self.work[phase, kind, self.layer][monomial] += coefficient
+        group = "bytes_matmul" if kind else "bytes_pointwise"
+        for tensor in (*inputs, *outputs):
+            coefficient, monomial = self.sizes.factor(tensor.numel() * tensor.element_size())
+            self.work[phase, group, self.layer][monomial] += coefficient
+
+
+def _precision(tensor: torch.Tensor) -> str:
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(tensor.dtype, "fp32")
+
+
+def _is_view(func: Any) -> bool:
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _products(packet: Any, args: Any, outputs: list[torch.Tensor]) -> int:
+    """Multiplications of a matrix product."""
+    left = args[1] if packet in (aten.addmm, aten.baddbmm) else args[0]
+    if packet is aten._grouped_mm:
+        return int(left.numel() * args[1].shape[-1])  # a token meets one expert's matrix
+    if packet is aten.convolution:
+        return int(outputs[0].numel() * args[1][0].numel())
+    return int(outputs[0].numel() * left.shape[-1])
+
+
+def attention_scratch(args: Any) -> int:
+    """Bytes that FlashAttention-2's backward kernel needs beside its outputs.
+
+    The gradient of the queries is summed in fp32; where several query heads share keys, their gradients are written per
+    query head and summed afterwards (csrc/flash_attn/flash_api.cpp, mha_bwd: dq_accum, dk_expanded, dv_expanded).
+    """
+    query, key = args[1], args[2]
+    accumulator = 4 * query.numel()
+    expanded = 0 if query.shape[1] == key.shape[1] else 2 * query.numel() * query.element_size()
+    return int(accumulator + expanded)
+
+
+IN_FP32 = {
+    torch.nn.functional.layer_norm,
+    torch.nn.functional.softmax,
+    torch.nn.functional.softplus,
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.rms_norm,
+    torch.softmax,
+    torch.Tensor.softmax,
+    torch.pow,
+    torch.Tensor.pow,
+    torch.Tensor.__pow__,
+    torch.cumsum,
+}
+"""Of CUDA's "ops that can autocast to float32" those that models use (https://docs.pytorch.org/docs/stable/amp.html)."""
+
+
+class CudaManners(TorchFunctionMode):
+    """What CUDA does and a CPU does not: one-byte dropout masks, and autocast's list of operations in fp32."""
+
+    def __init__(self, tape: Tape, autocast: torch.dtype | None, flash: bool) -> None:
+        super().__init__()
+        self._autocast = autocast
+        self._flash = flash
+        self.tape = tape
+        self._in_fp32 = set() if autocast is None else IN_FP32
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.dropout:
+            return self._dropout(*args, **kwargs)
+        if self._flash and func is torch.nn.functional.scaled_dot_product_attention:
+            query, key, value = (*args, *kwargs.values())[:3]
+            args = (query, key, value)
+            kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+        if self._autocast is not None and "grouped_mm" in getattr(func, "__name__", ""):
+            args = tuple(
+                _to(a, self._autocast) for a in args
+            )  # on a CPU autocast leaves it out, and it takes bf16 alone
+        if func in self._in_fp32:
+            args = tuple(_to_fp32(a) for a in args)
+            kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}
+        if self.tape.forward or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        self.tape.recomputing = True  # Python code with gradients, while backward runs: a checkpoint
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tape.recomputing = False
+
+    @staticmethod
+    def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if not training or p == 0:
+            return input
+        return torch.native_dropout(input, p, True)[0]
+
+
+def _to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _to_fp32(value: Any) -> Any:
+    return (
+        value.float() if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+    )

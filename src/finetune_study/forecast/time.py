@@ -1,0 +1,232 @@
+"""Time of an optimizer step: counted work against rates. What takes longest is what the step waits for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from finetune_study.forecast.hardware import Device
+from finetune_study.forecast.layout import BYTES
+from finetune_study.forecast.memory import Situation
+from finetune_study.forecast.profile import Profile
+from finetune_study.forecast.recipe import Recipe
+
+BOTTLENECKS = ("compute", "memory bandwidth", "interconnect", "PCIe", "CPU optimizer", "launch")
+
+MATMUL_EFFICIENCY = {"before Hopper": 0.78, "Hopper": 0.72}
+"""Of the data sheet's rate: nine tenths of what the best shape reaches (0.87 on an A100 SXM, 0.80 on an H100 SXM:
+"maximum achievable matmul FLOPS", Bekman, Machine Learning Engineering Open Book, compute/accelerator)."""
+ATTENTION_EFFICIENCY = {"before Hopper": 0.55, "Hopper": 0.35}
+"""The same for FlashAttention-2, forward and backward together (arXiv 2307.08691, figure 4; on an H100 its kernels
+reach 0.35, arXiv 2407.08608, section 1)."""
+MEMORY_EFFICIENCY = 0.80
+"""Of the data sheet's bandwidth, what copies reach (STREAM-like kernels)."""
+LINK_EFFICIENCY = 0.70
+"""Of a link's bandwidth, what NCCL's rings reach (nccl-tests, bus bandwidth of large messages)."""
+LAUNCH_SECONDS = 6e-6
+"""Host time of one eager operation of torch: dispatch, autograd and the launch (about 4 µs for the launch alone)."""
+COMPILED_KERNELS = 0.25
+"""Of the operations, the kernels that are left when neighbours are fused."""
+COMPILED_BYTES = 0.4
+"""Of the element-wise traffic, what is left then: each value is read and written once for a chain of three or so."""
+OPTIMIZER_BYTES = {"none": 28, "tensor": 60, "copy": 60}
+"""Bytes that Adam moves for an fp32 weight: fused, weight, gradient and two states once each way; step by step, about
+twice as much (torch/optim/adamw.py)."""
+NETWORK_GB_PER_S = {"before Hopper": 25.0, "Hopper": 50.0}
+"""Of a GPU's own adapter, 200 or 400 Gb/s (DGX A100 and DGX H100), where nothing is said."""
+HOST_GB_PER_S = 150.0
+"""Memory bandwidth of a server's host, shared by its GPUs (eight channels of DDR4-3200 give 205 at best)."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device really reaches. A calibration replaces these."""
+
+    matmul: Mapping[str, float]
+    """Operations per second of matrix products, by number format."""
+    attention: Mapping[str, float]
+    """The same of fused attention."""
+    memory: float
+    """Bytes per second of the device's memory."""
+    link: float | None
+    """Bytes per second to another device of the run, one direction."""
+    pcie: float | None
+    """Bytes per second to the host, one direction."""
+    host: float = HOST_GB_PER_S * 1e9
+    """Bytes per second of the host's memory."""
+    launch: float = LAUNCH_SECONDS
+    """Seconds for an operation to be started."""
+
+
+def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | None = None) -> Rates | None:
+    """Rates of a device: the data sheet's, times what is usually reached, or what was measured.
+
+    Returns:
+        None where the device's rates are not known.
+    """
+    measured = calibration or {}
+    age = "Hopper" if (device.compute_capability or 0) >= 9 else "before Hopper"
+    matmul = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    attention = {kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    attention |= {
+        key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")
+    }
+    matmul |= {key.removeprefix("matmul_"): value for key, value in measured.items() if key.startswith("matmul_")}
+    memory = measured.get("memory") or (device.memory_gb_per_s or 0) * 1e9 * MEMORY_EFFICIENCY
+    if not matmul or not memory:
+        return None
+    link = device.link_gb_per_s
+    if num_gpus > device.gpus_per_node:
+        network = device.network_gb_per_s or NETWORK_GB_PER_S[age]
+        link = min(link or network, network)
+    return Rates(
+        matmul,
+        attention,
+        memory,
+        measured.get("link") or (link * 1e9 * LINK_EFFICIENCY if link else None),
+        measured.get("pcie") or (device.pcie_gb_per_s * 1e9 * LINK_EFFICIENCY if device.pcie_gb_per_s else None),
+        measured.get("host") or HOST_GB_PER_S * 1e9,
+        measured.get("launch") or LAUNCH_SECONDS,
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted time of an optimizer step."""
+
+    seconds: float | None
+    bottleneck: str | None
+    parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of each cause, as if nothing else took time."""
+    warnings: tuple[str, ...] = ()
+
+
+def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None) -> StepTime:
+    """Time of an optimizer step, with all its micro-batches.
+
+    Passes overlap with their communication; what is started slower than it is computed waits for the host.
+    """
+    if rates is None:
+        return StepTime(None, None, warnings=("the hardware's rates are not known: no step time",))
+    parts = dict.fromkeys(BOTTLENECKS, 0.0)
+    total = 0.0
+    for phases, gathers in ((("forward",), 1.0), (("recompute", "backward"), 1.0)):
+        compute = _matmul_seconds(profile, recipe, at, rates, phases)
+        if compute is None:
+            given = f"no rate is known for {recipe.precision} on this hardware: no step time"
+            return StepTime(None, None, warnings=(given,))
+        memory = _memory_seconds(profile, recipe, at, rates, phases)
+        launch = _launch_seconds(profile, recipe, rates, phases)
+        link = _shard_seconds(profile, recipe, at, rates, gathers, "backward" in phases)
+        pcie = _offload_seconds(profile, recipe, at, rates)
+        busy = compute + memory
+        total += at.gradient_accumulation_steps * max(busy, launch, link, pcie)
+        for name, seconds in zip(BOTTLENECKS, (compute, memory, link, pcie, 0.0, launch), strict=True):
+            parts[name] += at.gradient_accumulation_steps * seconds
+    total += _update(profile, recipe, at, rates, parts)
+    missing = at.num_gpus > 1 and rates.link is None
+    warnings = ("the link between the GPUs is not known: communication is left out",) if missing else ()
+    return StepTime(total, max(parts, key=lambda name: parts[name]), parts, warnings)
+
+
+def _matmul_seconds(
+    profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]
+) -> float | None:
+    seconds = 0.0
+    for what, rates_of_kind in (("matmul", rates.matmul), ("attention", rates.attention)):
+        for kind in ("fp32", "fp16", "bf16"):
+            work = profile.amount(phases, f"{what}_{kind}", at.batch, at.context, max(recipe.rank, 1))
+            if not work:
+                continue
+            rate = rates_of_kind.get(_unit(recipe, kind) if what == "matmul" else kind) or rates_of_kind.get(kind)
+            if rate is None and kind == "bf16":
+                rate = rates_of_kind.get("fp32")  # without units of its own bf16 is computed in fp32
+            if rate is None:
+                return None
+            seconds += work / rate
+    return seconds
+
+
+def _unit(recipe: Recipe, kind: str) -> str:
+    if recipe.precision == "fp8" and kind == "bf16":
+        return "fp8"
+    return "tf32" if recipe.precision == "tf32" and kind == "fp32" else kind
+
+
+def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
+    """Element-wise traffic; products stream their operands while they compute."""
+    traffic = profile.amount(phases, "bytes_pointwise", at.batch, at.context, max(recipe.rank, 1))
+    return traffic * (COMPILED_BYTES if recipe.has("torch_compile") else 1.0) / rates.memory
+
+
+def _launch_seconds(profile: Profile, recipe: Recipe, rates: Rates, phases: tuple[str, ...]) -> float:
+    kernels = sum(profile.kernels.get(phase, 0) for phase in phases)
+    return kernels * (COMPILED_KERNELS if recipe.has("torch_compile") else 1.0) * rates.launch
+
+
+def _counts(profile: Profile, recipe: Recipe) -> tuple[float, float]:
+    rank = recipe.rank
+    return (
+        sum(p.count(rank) for p in profile.parameters),
+        sum(p.count(rank) for p in profile.parameters if p.trained),
+    )
+
+
+def _ring(at: Situation) -> float:
+    """Share of the data that passes through a device's link in a gather or a scatter."""
+    return (at.num_gpus - 1) / at.num_gpus
+
+
+def _shard_seconds(
+    profile: Profile, recipe: Recipe, at: Situation, rates: Rates, gathers: float, backward: bool
+) -> float:
+    """Weights that are gathered in every pass, gradients that are scattered in every backward pass."""
+    if rates.link is None or at.num_gpus == 1:
+        return 0.0
+    everything, trained = _counts(profile, recipe)
+    width = BYTES[recipe.compute]
+    moved = 0.0
+    if recipe.sharding in ("zero3", "fsdp"):
+        moved += gathers * everything * width
+    if backward and recipe.sharding in ("zero2", "zero3", "fsdp"):
+        moved += trained * width
+    return moved * _ring(at) / rates.link
+
+
+def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> float:
+    """Offloaded weights and activations pass through PCIe in every pass."""
+    if rates.pcie is None:
+        return 0.0
+    moved = 0.0
+    if recipe.has("offload_param"):
+        moved += _counts(profile, recipe)[0] * BYTES[recipe.compute] / at.num_gpus
+    if recipe.has("activation_offload"):
+        curves = profile.curves(at.batch, at.context, max(recipe.rank, 1))
+        moved += float((curves["saved"] + curves["pointwise"]).max())
+    return moved / rates.pcie
+
+
+def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts: dict[str, float]) -> float:
+    """The optimizer's step, with what is communicated once for it."""
+    from finetune_study.forecast.recipe import OPTIMIZERS
+
+    _, trained = _counts(profile, recipe)
+    shards = at.num_gpus if recipe.sharding in ("zero1", "zero2", "zero3", "fsdp") else 1
+    local = trained / shards
+    traffic = OPTIMIZER_BYTES[OPTIMIZERS[recipe.optimizer].transient] * local * recipe.state_bytes / 4
+    seconds = 0.0
+    if recipe.has("offload_optimizer"):
+        gpus_of_host = min(at.num_gpus, 8)
+        host = OPTIMIZER_BYTES["none"] * local / (rates.host / gpus_of_host)
+        pcie = 2 * local * BYTES[recipe.compute] / rates.pcie if rates.pcie else 0.0
+        parts["CPU optimizer"] += host
+        parts["PCIe"] += pcie
+        seconds += host + pcie
+    else:
+        parts["memory bandwidth"] += traffic / rates.memory
+        seconds += traffic / rates.memory
+    if rates.link is not None and at.num_gpus > 1:
+        passes = {"ddp": 2, "zero1": 2, "zero2": 1}.get(str(recipe.sharding), 0)
+        link = passes * trained * BYTES[recipe.adapters if recipe.peft else recipe.weights] * _ring(at) / rates.link
+        parts["interconnect"] += link
+        hidden = 0.5 if recipe.sharding == "ddp" else 0.0  # its first half runs while backward does
+        seconds += link * (1 - hidden)
+    return seconds

@@ -1,0 +1,370 @@
+"""One training step of the real model class on fake tensors: what is alive when, and what is computed.
+
+Fake tensors have shapes and no storage, so that a step of a 70B model costs a second and no memory. Two properties
+make the answer exact and quick:
+
+- **Sizes are monomials.** Batch, context and LoRA rank of the trace are primes that divide nothing else in the model,
+  so the number of elements of a tensor factors into coefficient × batch^i × context^j × rank^k. One trace then answers
+  for every batch, context and rank.
+- **Stacks repeat.** Only three periods of equal layers are traced. What the middle one leaves behind counts as often as
+  the model has it; layers before the period begins (dense layers of a mixture) and after it are traced as they are. A
+  stack that never repeats is traced in full.
+
+Fake tensors pose as CPU tensors: there attention takes a fused kernel that saves what CUDA's does, while on fake CUDA
+and on meta tensors it would take the quadratic one. Where the CPU differs from CUDA, `tape.CudaManners` mends it.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from finetune_study.errors import ModelError, StudyError
+from finetune_study.forecast.build import (
+    QuantizedLinear,
+    Stack,
+    build,
+    find_stack,
+    first_line,
+    layer_kinds,
+    layer_stack,
+    make_config,
+    shorten,
+    traced_model,
+)
+from finetune_study.forecast.layout import Layout
+from finetune_study.forecast.profile import (
+    GRADIENT,
+    LOGITS,
+    NEW_GRADIENT,
+    POINTWISE,
+    SAVED,
+    TEMPORARY,
+    Monomial,
+    Parameters,
+    Profile,
+    Work,
+)
+from finetune_study.forecast.tape import OWN_OF_NO_LAYER, CudaManners, Sizes, Storage, Tape
+
+
+def primes_above(start: int, avoid: set[int]) -> Iterator[int]:
+    """Primes from `start` that divide none of the numbers to avoid."""
+    number = start | 1
+    while True:
+        if all(number % d for d in range(3, math.isqrt(number) + 1, 2)) and all(n % number for n in avoid):
+            yield number
+        number += 2
+
+
+def integers(value: Any) -> Iterator[int]:
+    """Every positive integer in a configuration."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int):
+        if value > 1:
+            yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from integers(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from integers(inner)
+
+
+DEEPEST = 1024
+"""Layers; more is a slip of the pen, and would take minutes to build."""
+
+
+def trace(layout: Layout) -> Profile:
+    """Traces one training step.
+
+    Raises:
+        ModelError: for a model that can't be made, or whose step can't be traced.
+    """
+    with _quiet():
+        try:
+            return _trace(layout)
+        except StudyError:
+            raise
+        except Exception as error:  # whatever the model's own code raises about a configuration that makes no sense
+            raise ModelError(
+                "A training step of this model can't be traced",
+                where="model_config",
+                given=f"{type(error).__name__}: {first_line(error)}",
+            ) from error
+
+
+def _trace(layout: Layout) -> Profile:
+    config = make_config(json.loads(layout.config))
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(depth, int) or not 1 <= depth <= DEEPEST:
+        raise ModelError(
+            "The number of layers is out of range",
+            where="model_config.num_hidden_layers",
+            given=depth,
+            allowed=f"a whole number from 1 to {DEEPEST}",
+        )
+    with torch.device("meta"):
+        skeleton = build(config, torch.float32, "eager")
+    kinds = layer_kinds(skeleton, layout.checkpoint_every)
+    stack = find_stack(kinds)
+    short = shorten(config, stack.traced)
+    with torch.device("meta"):
+        found = layer_kinds(build(short, torch.float32, "eager"), 0)
+    if [k[:3] for k in found] != [kinds[i][:3] for i in stack.traced]:
+        stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
+    return _Tracer(short, stack, layout, skeleton).run()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A prediction is one line; what libraries say to themselves is not part of it."""
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    levels = fake.level, transformers.utils.logging.get_verbosity()
+    fake.setLevel(logging.CRITICAL)
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        fake.setLevel(levels[0])
+        transformers.utils.logging.set_verbosity(levels[1])
+
+
+class _Tracer:
+    def __init__(self, config: Any, stack: Stack, layout: Layout, skeleton: Any) -> None:
+        self.config, self.stack, self.layout, self.skeleton = config, stack, layout, skeleton
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        avoid = set(integers(config.to_dict())) | {2 * n for n in integers(config.to_dict())}
+        candidates = primes_above(1009, avoid)
+        self.rank_prime, batch = next(candidates), next(candidates)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        start = max(2048, window + 1) if window and layout.windowed else 2048
+        context = next(primes_above(start, avoid))
+        most = min(window or positions, positions) if not layout.windowed else positions
+        if context >= most:  # learned positions end there, and a window begins to mask
+            context = next(primes_above(max(most // 2, 3), avoid))
+        self.sizes = Sizes(batch, context, self.rank_prime, layout.virtual_tokens)
+
+    def run(self) -> Profile:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = traced_model(self.config, self.layout, self.rank_prime)
+            tape = Tape(self.sizes)
+            self._step(model, tape)
+            return self._profile(model, tape)
+
+    def _step(self, model: Any, tape: Tape) -> None:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tape.know(tensor)
+        ids = torch.zeros(self.sizes.batch, self.sizes.context, dtype=torch.long)
+        tape.know(ids)
+        self._follow(model, tape)
+        autocast = self.layout.autocast
+        with contextlib.ExitStack() as manners, tape:
+            manners.enter_context(
+                CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention == "flash")
+            )
+            if self.layout.attention == "math":
+                manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+            with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
+                loss = self._loss(model, ids)
+            tape.end_of_forward, tape.forward = tape.now, False
+            # As loss.backward() does, which would leave the function mode out while checkpoints recompute.
+            engine = torch.autograd.Variable._execution_engine
+            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+            tape.tick()
+
+    def _loss(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        if self.layout.loss == "full":
+            loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+            return loss
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = inner.base_model(input_ids=ids)[0]
+        total: torch.Tensor = hidden.sum()
+        return total
+
+    def _follow(self, model: Any, tape: Tape) -> None:
+        """Tells the tape which layer runs, forward, backward and recomputing, and when gradients are complete."""
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        _, layers = layer_stack(inner)
+
+        def enter(number: int) -> None:
+            tape.layer = number
+            tape.after_layers = False
+
+        def leave(number: int, output: Any) -> None:
+            if tape.forward:
+                tape.layer = OWN_OF_NO_LAYER
+                tape.after_layers = number == len(layers) - 1
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor):
+                key = tape._alive.get(first.untyped_storage()._cdata, -1)
+                if key >= 0:
+                    tape.storages[key].kept = True  # the residual stream is kept, compiled or not
+                if first.grad_fn is not None and tape.forward:
+                    first.grad_fn.register_prehook(lambda gradients: enter(number))
+
+        for number, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda module, inputs, number=number: enter(number))
+            layer.register_forward_hook(lambda module, inputs, output, number=number: leave(number, output))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: tape.accumulate(p.grad))
+
+    # --- what the tape says -------------------------------------------------------------------------------------
+
+    def _times(self, layer: int) -> int:
+        return self.stack.times if self.stack.period and layer in self.stack.middle else 1
+
+    def _kind(self, storage: Storage, end_of_forward: int, monomial: Monomial, coefficient: float) -> str:
+        vocabulary = self.config.get_text_config().vocab_size
+        if storage.after_layers and monomial[1] and coefficient % vocabulary == 0:
+            return LOGITS
+        if storage.in_forward and (storage.died is None or storage.died > end_of_forward):
+            return SAVED if storage.kept else POINTWISE
+        return TEMPORARY
+
+    def _profile(self, model: Any, tape: Tape) -> Profile:
+        kinds, monomials, phases, alive = self._moments(tape)
+        work: dict[tuple[str, str], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
+        for (phase, kind, layer), amounts in tape.work.items():
+            for monomial, amount in amounts.items():
+                work[phase, kind][monomial] += amount * self._times(layer)
+        kernels: dict[str, int] = defaultdict(int)
+        for (phase, layer), count in tape.kernels.items():
+            kernels[phase] += count * self._times(layer)
+        parameters = self._parameters(model)
+        _, layers = layer_stack(self.skeleton)
+        text = self.config.get_text_config()
+        return Profile(
+            model_class=type(self.skeleton).__name__,
+            depth=self.stack.depth,
+            vocabulary=text.vocab_size,
+            hidden_size=text.hidden_size,
+            parameters=parameters,
+            largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
+            largest_trained=self._largest_trained(model),
+            phases=phases,
+            kinds=kinds,
+            monomials=monomials,
+            alive=alive,
+            work=[Work(phase, kind, dict(amounts)) for (phase, kind), amounts in work.items()],
+            kernels=dict(kernels),
+        )
+
+    def _moments(self, tape: Tape) -> tuple[list[str], Any, Any, Any]:
+        """The moments that can be a peak, with what is alive then."""
+        columns: dict[tuple[str, Monomial], int] = {}
+        changes: list[tuple[int, int, int, float]] = []  # born, died, column, bytes
+        for storage in tape.storages:
+            coefficient, monomial = self.sizes.factor(storage.size)
+            if _stays(storage, tape.end_of_forward):
+                coefficient *= self._times(storage.layer)
+            died = tape.now + 1 if storage.died is None else storage.died
+            if storage.accumulated is None:
+                kind = self._kind(storage, tape.end_of_forward, monomial, coefficient)
+                lives = [(kind, storage.born, died)]
+            else:
+                lives = [(NEW_GRADIENT, storage.born, storage.accumulated), (GRADIENT, storage.accumulated, died)]
+            for kind, begin, end in lives:
+                if end > begin:
+                    column = columns.setdefault((kind, monomial), len(columns))
+                    changes.append((begin, end, column, coefficient))
+        delta = np.zeros((tape.now + 2, len(columns)))
+        for begin, end, column, coefficient in changes:
+            delta[begin, column] += coefficient
+            delta[end, column] -= coefficient
+        alive = np.cumsum(delta, axis=0)[: tape.now]
+        layer = np.array(tape.layer_of_time[: tape.now])
+        phases = (np.arange(tape.now) >= tape.end_of_forward).astype(np.int64)
+        phases += 2 * np.array(tape.turn_of_time[: tape.now], dtype=np.int64)
+        keep = np.array(
+            [not (self.stack.period and number in self.stack.middle and self.stack.times > 1) for number in layer]
+        )
+        keep &= _local_peaks(delta[: tape.now]) | (phases >= 2)
+        alive, phases = _undominated(alive[keep], phases[keep])
+        return (
+            [kind for kind, _ in columns],
+            np.array([monomial for _, monomial in columns], dtype=np.int64).reshape(-1, 3),
+            phases,
+            alive,
+        )
+
+    def _parameters(self, model: Any) -> list[Parameters]:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        stack_name, _ = layer_stack(inner)
+        embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+        roles = {id(p): "embedding" for p in embedding.parameters()}
+        if head is not None:
+            roles |= {id(p): "head" for p in head.parameters() if id(p) not in roles}
+        quantized = {id(m.weight) for m in model.modules() if isinstance(m, QuantizedLinear)}
+        sums: dict[tuple[Any, ...], tuple[dict[Monomial, float], dict[Monomial, float]]] = {}
+        for name, parameter in model.named_parameters():
+            marker = f"{stack_name}."
+            inside = marker in name
+            layer = int(name.split(marker, 1)[1].split(".")[0]) if inside else OWN_OF_NO_LAYER
+            role = roles.get(id(parameter), "layers" if inside else "other")
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            matrix = parameter.dim() >= 2 and role == "layers"
+            sort = (parameter.requires_grad, dtype, id(parameter) in quantized, role, matrix)
+            numbers, rows = sums.setdefault(sort, (defaultdict(float), defaultdict(float)))
+            _add(numbers, self.sizes.factor(parameter.numel()), self._times(layer))
+            if parameter.dim() >= 2:
+                for length in (parameter.shape[0], parameter.numel() // parameter.shape[0]):
+                    _add(rows, self.sizes.factor(length), self._times(layer))
+            else:
+                _add(rows, self.sizes.factor(parameter.numel()), self._times(layer))
+        return [
+            Parameters(trained, dtype, is_quantized, role, matrix, dict(numbers), dict(rows))
+            for (trained, dtype, is_quantized, role, matrix), (numbers, rows) in sums.items()
+        ]
+
+    def _largest_trained(self, model: Any) -> dict[Monomial, float]:
+        trained = [self.sizes.factor(p.numel()) for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ModelError("Nothing would be trained", where="techniques", given=str(self.layout.peft))
+        usual_rank = 16  # of a low-rank matrix, only to say which of them is the largest
+        coefficient, monomial = max(trained, key=lambda item: item[0] * usual_rank ** item[1][2])
+        return {monomial: coefficient}
+
+
+def _stays(storage: Storage, end_of_forward: int) -> bool:
+    """Whether a layer leaves it behind: saved for backward, or a gradient; else it is handed to the next layer."""
+    saved = storage.in_forward and (storage.died is None or storage.died > end_of_forward)
+    return saved or storage.accumulated is not None
+
+
+def _add(polynomial: dict[Monomial, float], term: tuple[float, Monomial], times: int) -> None:
+    polynomial[term[1]] += term[0] * times
+
+
+def _local_peaks(delta: Any) -> Any:
+    """Moments before something dies: only they can be a peak."""
+    falls = (delta < 0).any(axis=1)
+    peaks = np.zeros(len(delta), dtype=bool)
+    peaks[:-1] = falls[1:]
+    peaks[-1] = True
+    return peaks
+
+
+def _undominated(alive: Any, phases: Any) -> Any:
+    """Leaves out moments that hold no more than another of their phase, in every column."""
+    kept: list[int] = []
+    order = np.argsort(-alive.sum(axis=1), kind="stable")
+    for row in order:
+        same = [k for k in kept if phases[k] == phases[row]]
+        if not same or not (alive[same] >= alive[row]).all(axis=1).any():
+            kept.append(int(row))
+    kept.sort()
+    return alive[kept], phases[kept]

@@ -1,0 +1,323 @@
+"""Traces, memory and time predicted without a GPU: properties that hold whatever the model."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune_study.errors import ConfigError, ModelError, StudyError
+from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
+from finetune_study.forecast.build import Stack
+from finetune_study.forecast.layout import Layout, canonical
+from finetune_study.forecast.profile import Profile
+
+TRACES = predict.Traces()
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "falcon": {"model_type": "falcon", "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4,
+               "vocab_size": 1024, "multi_query": True, "new_decoder_architecture": False},
+    "gpt_neox": {"model_type": "gpt_neox", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+                 "num_attention_heads": 4, "vocab_size": 1024},
+    "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 512},
+    "gemma2, whose layers alternate": {**SMALL, "model_type": "gemma2", "head_dim": 64, "sliding_window": 512},
+    "phi": {"model_type": "phi", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
+            "num_attention_heads": 4, "vocab_size": 1024},
+    "mixtral, a mixture of experts": {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
+}  # fmt: skip
+RECIPES: list[dict[str, Any]] = [
+    {},
+    {"bf16_pure": {}},
+    {"gradient_checkpointing": {}},
+    {"lora": {"r": 8}},
+    {"lora": {"r": 8}, "gradient_checkpointing": {"every": 2}},
+    {"qlora": {"r": 8}, "gradient_checkpointing": {}},
+    {"zero1": {}},
+    {"zero2": {}, "lora": {"r": 8}},
+    {"zero3": {}, "gradient_checkpointing": {}},
+    {"fsdp": {}, "adamw_8bit": {}},
+    {"zero2": {}, "offload_optimizer": {}},
+    {"eager": {}, "adafactor": {}},
+]
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"model_config": SMALL, "hardware": "a100-80gb", "sequence_length": 256, **changes}
+
+
+def peak(**changes: Any) -> float:
+    answer = predict.answer(row(**changes), TRACES)
+    return float(answer["predicted_peak_memory_allocated_gib"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_depth_is_extended_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(canonical(ARCHITECTURES[name]), weights="bfloat16")
+    short = trace.trace(layout)
+    monkeypatch.setattr(trace, "find_stack", lambda kinds: Stack(len(kinds), 0, 0, 0))
+    full = trace.trace(layout)
+    for batch, context in ((1, 128), (4, 384)):
+        for phase in (False, True):
+            extended, whole = (_peak_of(one, batch, context, phase) for one in (short, full))
+            assert extended == pytest.approx(whole, rel=0.005)
+    for kind in ("matmul_bf16", "bytes_pointwise"):
+        phases = ("forward", "backward")
+        assert short.amount(phases, kind, 2, 128, 1) == pytest.approx(full.amount(phases, kind, 2, 128, 1), rel=0.005)
+    assert sum(p.count(1) for p in short.parameters) == sum(p.count(1) for p in full.parameters)
+
+
+def _peak_of(profile: Profile, batch: int, context: int, backward: bool) -> float:
+    total = np.sum(list(profile.curves(batch, context, 1).values()), axis=0)
+    return float(total[profile.backward == backward].max())
+
+
+def test_one_trace_answers_for_every_batch_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace at one pair of primes, evaluated elsewhere, is the trace made elsewhere."""
+    layout = Layout(canonical(SMALL), weights="float32", autocast="bfloat16")
+    usual = trace.trace(layout)
+    others = {1009: (331, 337)}
+    monkeypatch.setattr(trace, "primes_above", lambda start, avoid: iter(others.get(start, (347,))))
+    other = trace.trace(layout)
+    for point in ((1, 128), (7, 512)):
+        for backward in (False, True):
+            assert _peak_of(usual, *point, backward) == pytest.approx(_peak_of(other, *point, backward), rel=1e-9)
+
+
+@pytest.mark.parametrize("techniques", RECIPES, ids=lambda r: "+".join(r) or "default")
+def test_categories_add_up(techniques: dict[str, Any]) -> None:
+    answer = predict.answer(row(techniques=techniques, num_gpus=4), TRACES)
+    categories = answer["predicted_memory_gib"]["by_category"]
+    phases = answer["predicted_memory_gib"]["by_phase"]
+    assert tuple(categories) == memory.CATEGORIES
+    assert tuple(phases) == memory.PHASES
+    allocated = answer["predicted_peak_memory_allocated_gib"]
+    assert sum(categories.values()) - categories["context"] == pytest.approx(allocated)
+    assert max(phases.values()) == pytest.approx(allocated)
+    assert min(categories.values()) >= 0
+    assert answer["predicted_peak_memory_reserved_gib"] >= allocated
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    techniques=st.sampled_from(RECIPES),
+    batch=st.integers(1, 64),
+    context=st.integers(16, 4096),
+    rank=st.integers(1, 256),
+    gpus=st.sampled_from([1, 2, 4, 8, 64]),
+    accumulation=st.integers(1, 8),
+    more=st.integers(1, 1000),
+)
+def test_memory_never_falls_when_work_grows_or_sharding_shrinks(
+    techniques: dict[str, Any], batch: int, context: int, rank: int, gpus: int, accumulation: int, more: int
+) -> None:
+    techniques = {name: {**given, "r": rank} if "lora" in name else given for name, given in techniques.items()}
+    wider = {name: {**given, "r": rank + more} if "lora" in name else given for name, given in techniques.items()}
+    sizes = {
+        "per_device_train_batch_size": batch,
+        "sequence_length": context,
+        "num_gpus": gpus,
+        "gradient_accumulation_steps": accumulation,
+    }
+    least = peak(techniques=techniques, **sizes)
+    assert peak(techniques=techniques, **{**sizes, "per_device_train_batch_size": batch + more}) >= least
+    assert peak(techniques=techniques, **{**sizes, "sequence_length": context + more}) >= least
+    assert peak(techniques=wider, **sizes) >= least
+    if any(name in techniques for name in ("zero1", "zero2", "zero3", "fsdp")) and gpus > 1:
+        assert peak(techniques=techniques, **{**sizes, "num_gpus": gpus * 2}) <= least * (1 + 1e-9)
+
+
+def test_more_sharding_takes_no_more_memory() -> None:
+    shape = {
+        **SMALL,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 16,
+    }
+    stages = [
+        peak(model_config=shape, techniques={stage: {}}, num_gpus=8, per_device_train_batch_size=1)
+        for stage in ("zero1", "zero2", "zero3")
+    ]
+    assert stages == sorted(stages, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_per_weight"),
+    # Rajbhandari et al., arXiv 1910.02054, figure 1: 2 + 2 + 12 bytes, of which N devices share the last, two, all
+    [("zero1", 2 + 2 + 12 / 8), ("zero2", 2 + (2 + 12) / 8), ("zero3", (2 + 2 + 12) / 8)],
+)
+def test_model_states_are_those_of_the_paper(stage: str, bytes_per_weight: float) -> None:
+    answer = predict.answer(row(techniques={stage: {}}, num_gpus=8), TRACES)
+    question = predict.read_question(row(techniques={stage: {}}, num_gpus=8))
+    profile = TRACES.get(question.recipe.layout(question.config, 256))
+    states = memory._States(profile, question.recipe, memory.Situation(1, 256, 8))
+    weights = sum(p.count(1) for p in profile.parameters)
+    found = states.parameters + states.held_gradients + states.optimizer_states
+    assert found == pytest.approx(bytes_per_weight * weights)
+    assert answer["predicted_memory_gib"]["by_phase"]["load"] == pytest.approx(states.parameters / memory.GIB)
+
+
+def test_full_fp32_takes_sixteen_bytes_for_a_weight() -> None:
+    question = predict.read_question(row(techniques={"fp32": {}}))
+    profile = TRACES.get(question.recipe.layout(question.config, 256))
+    states = memory._States(profile, question.recipe, memory.Situation(1, 256))
+    weights = sum(p.count(1) for p in profile.parameters)
+    assert states.parameters + states.held_gradients + states.optimizer_states == pytest.approx(16 * weights)
+
+
+def test_activations_are_those_of_the_formula() -> None:
+    """A layer of a transformer with GELU in 16 bit: 34 s b h + 5 a s² b (arXiv 2205.05198, equation 2).
+
+    2 s b h and a s² b of it are masks of dropout, which is off here.
+    """
+    width, heads, context = 512, 8, 256
+    shape = {"model_type": "gpt_neox", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 12,
+             "num_attention_heads": heads, "vocab_size": 64}  # fmt: skip
+    profile = TRACES.get(Layout(canonical(shape), weights="bfloat16", attention="eager"))
+    curves = profile.curves(1, context, 1)
+    found = float((curves["saved"] + curves["pointwise"]).max()) / 12
+    formula = 32 * context * width + 4 * heads * context**2
+    assert found == pytest.approx(formula, rel=0.25)
+
+
+def test_lora_of_llama_2_70b_trains_131_million_weights() -> None:
+    """arXiv 2406.02290: rank 64 on queries and values."""
+    config = dict(predict.architectures()["meta-llama/Llama-2-70b-hf"])
+    settings = {"lora": {"r": 64, "target_modules": ["q_proj", "v_proj"]}}
+    question = predict.read_question(row(model_config=config, techniques=settings))
+    profile = TRACES.get(question.recipe.layout(config, 256))
+    assert sum(p.count(64) for p in profile.parameters if p.trained) == pytest.approx(131e6, rel=0.01)
+
+
+def test_flash_attention_is_linear_in_the_context_and_eager_quadratic() -> None:
+    shape = {**SMALL, "vocab_size": 64}
+    grown = {}
+    for name in ("eager", "flash_attention_2"):
+        one, two = (peak(model_config=shape, techniques={name: {}}, sequence_length=s) for s in (8192, 16384))
+        grown[name] = two / one
+    assert grown["flash_attention_2"] < 2.01
+    assert grown["eager"] > 3.5
+
+
+def test_checkpointing_keeps_less_and_computes_more() -> None:
+    plain = predict.answer(row(per_device_train_batch_size=32), TRACES)
+    checkpointed = predict.answer(
+        row(per_device_train_batch_size=32, techniques={"gradient_checkpointing": {}}), TRACES
+    )
+    assert checkpointed["predicted_peak_memory_allocated_gib"] < plain["predicted_peak_memory_allocated_gib"]
+    slowdown = checkpointed["predicted_step_time_seconds"] / plain["predicted_step_time_seconds"]
+    assert 1.1 < slowdown < 1.5
+
+
+def test_step_time_follows_from_the_rates() -> None:
+    question = predict.read_question(row(per_device_train_batch_size=64, sequence_length=2048))
+    profile = TRACES.get(question.recipe.layout(question.config, 2048))
+    at = memory.Situation(64, 2048)
+    rates = time.rates_of(question.device, 1)
+    assert rates is not None
+    slower = dataclasses.replace(
+        rates,
+        memory=rates.memory / 2,
+        matmul={k: v / 2 for k, v in rates.matmul.items()},
+        attention={k: v / 2 for k, v in rates.attention.items()},
+    )
+    fast, slow = (time.predict(profile, question.recipe, at, r).seconds for r in (rates, slower))
+    assert fast is not None
+    assert slow == pytest.approx(2 * fast)
+
+
+def test_unknown_rates_give_no_time() -> None:
+    answer = predict.answer(row(hardware={"memory_gib": 20}), TRACES)
+    assert answer["predicted_step_time_seconds"] is None
+    assert answer["bottleneck"] is None
+    assert any("rates" in warning for warning in answer["warnings"])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in recipe.KNOWN if name not in ("offload_optimizer", "offload_param", "zeropp")]
+)
+def test_every_technique_is_answered(name: str) -> None:
+    settings = {"adalora": {"total_step": 100}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2}}.get(
+        name, {}
+    )
+    assert peak(techniques={name: settings}, num_gpus=2) > 0
+
+
+def test_profile_survives_its_file(tmp_path: Any) -> None:
+    layout = Layout(canonical(SMALL))
+    made = trace.trace(layout)
+    made.save(tmp_path / "trace.json")
+    read = Profile.load(tmp_path / "trace.json")
+    assert read.to_dict() == made.to_dict()
+
+
+def test_trace_is_kept_and_read(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = predict.answer(row(), predict.Traces(tmp_path))
+    monkeypatch.setattr(trace, "trace", lambda layout: pytest.fail("traced again"))
+    assert predict.answer(row(), predict.Traces(tmp_path)) == first
+
+
+def test_shipped_hardware_is_complete() -> None:
+    names = ("v100-16gb", "v100-32gb", "t4", "a10g", "l4", "l40s", "rtx3090", "rtx4090", "a5000", "a6000", "a100-40gb",
+             "a100-80gb", "a800-80gb", "h100-80gb", "h200", "b200")  # fmt: skip
+    known = hardware.shipped()
+    for name in names:
+        assert known[name].gpu
+        assert known[name].tflops["fp16"] > known[name].tflops["fp32"]
+        assert known[name].memory_gb_per_s
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sequence_length": 0}, "sequence_length"),
+        ({"sequence_length": 10**12}, "sequence_length"),
+        ({"num_gpus": "two"}, "num_gpus"),
+        ({"hardware": "a100-90gb"}, "did you mean"),
+        ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
+        ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
+        ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
+        ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "never run"),
+        ({"model_config": {"model_type": "t5"}}, "causal"),
+        ({"techniques": {"loro": {}}}, "did you mean lora"),
+        ({"techniques": {"lora": {"rank": 8}}}, "rank"),
+        ({"techniques": {"lora": {"target_modules": ["nonesuch"]}}}, "nonesuch"),
+        ({"techniques": {"zero2": {}, "zero3": {}}}, "exclude"),
+        ({"techniques": {"offload_optimizer": {}}}, "alone"),
+        ({"seq_len": 4}, "seq_len"),
+        ({"model": "meta-llama/Llama-2-7b-hf"}, "both"),
+    ],
+)
+def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, ModelError), match=says):
+        predict.answer(row(**changes), TRACES)
+
+
+def test_a_bad_line_does_not_stop_the_others() -> None:
+    lines = ["not json", json.dumps([1]), json.dumps(row(hardware="x")), "", json.dumps(row(id="good"))]
+    answers = [json.loads(line) for line in predict.answer_lines(lines, TRACES)]
+    assert [("error" in answer) for answer in answers] == [True, True, True, False]
+    assert answers[-1]["id"] == "good"
+    assert set(row()) <= set(answers[-1])
+
+
+def test_what_failed_once_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces, calls = predict.Traces(), []
+
+    def fail(layout: Layout) -> Profile:
+        calls.append(layout)
+        raise ModelError("no")
+
+    monkeypatch.setattr(trace, "trace", fail)
+    for _ in range(2):
+        with pytest.raises(StudyError):
+            predict.answer(row(), traces)
+    assert len(calls) == 1

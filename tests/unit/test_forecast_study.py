@@ -1,0 +1,92 @@
+"""Forecasts of a study: rows, bill, priors, and runs that are not tried."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_study.forecast import study as forecast
+from finetune_study.paths import Results
+from finetune_study.study import Study, open_study, write_plan
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture
+def gpu_raw(raw: Raw) -> Raw:
+    raw["hardware"]["a100"] = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0}
+    raw["hardware"]["a100"]["price_usd_per_gpu_hour"] = 3.0
+    raw["grid"][0]["hardware"] = "a100"
+    return raw
+
+
+def opened(raw: Raw, folder: Path) -> Study:
+    study = open_study(raw, Results(folder))
+    write_plan(study)
+    return study
+
+
+def test_every_run_has_its_row_and_the_bill_is_their_sum(gpu_raw: Raw, tmp_path: Path) -> None:
+    rows = forecast.write(opened(gpu_raw, tmp_path))
+    assert [row["state"] for row in rows] == ["to train"] * 2
+    for row in rows:
+        assert set(row) == set(forecast.COLUMNS)
+        assert row["fits"] == "fits"
+        assert row["memory_gib"] == 79.15  # what torch sees of it, not what the entry says
+        assert 0 < row["predicted_peak_memory_allocated_gib"] <= row["predicted_peak_memory_reserved_gib"]
+    total = forecast.totals(rows)["a100"]
+    assert total["gpu_hours"] == pytest.approx(sum(row["predicted_gpu_hours"] for row in rows))
+    assert total["cost_usd"] == pytest.approx(3.0 * total["gpu_hours"])
+    again = open_study(gpu_raw, Results(tmp_path))
+    assert f"predicted: {total['gpu_hours']:.1f} GPU-hours, {total['cost_usd']:.2f} US dollars" in again.summary()
+
+
+def test_a_prior_is_written_once(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    row = forecast.write(study)[0]
+    path = study.results.run(row["run_id"]).prior
+    first = path.read_text()
+    assert json.loads(first)["predicted_peak_memory_allocated_gib"] == row["predicted_peak_memory_allocated_gib"]
+    forecast.freeze(study.results, row | {"predicted_peak_memory_allocated_gib": 99.0})
+    assert path.read_text() == first
+
+
+def test_a_model_that_is_not_known_yet_is_null_with_the_reason(gpu_raw: Raw, tmp_path: Path) -> None:
+    gpu_raw["models"]["tiny"] = {"name_or_path": "nobody/knows-it"}
+    study = opened(gpu_raw, tmp_path)
+    row = forecast.write(study)[0]
+    assert row["predicted_peak_memory_allocated_gib"] is None
+    assert "not here yet" in row["warnings"]
+    assert not study.results.run(row["run_id"]).prior.exists()
+
+
+def test_what_is_predicted_not_to_fit_is_not_trained_when_asked(gpu_raw: Raw, tmp_path: Path) -> None:
+    wide = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 64, "num_attention_heads": 64}
+    gpu_raw["models"]["tiny"]["architecture"] |= wide
+    study = opened(gpu_raw, tmp_path)
+    forecast.write(study)
+    assert not study.recorded, "off by default"
+    gpu_raw["protocol"]["skip_predicted_oom"] = 0.2
+    asked = opened(gpu_raw, tmp_path)
+    forecast.write(asked)
+    after = open_study(gpu_raw, Results(tmp_path))
+    assert set(after.recorded) == set(after.planned)
+    assert not after.pending
+    record = json.loads(after.results.run(next(iter(after.planned))).record.read_text())
+    assert record["ending"]["status"] == "predicted_oom"
+    forecast.write(after)
+    assert after.plan_digest != study.plan_digest
+    del gpu_raw["protocol"]["skip_predicted_oom"]
+    taken_back = open_study(gpu_raw, Results(tmp_path))
+    assert set(taken_back.pending) == set(taken_back.planned)
+
+
+def test_a_calibration_replaces_the_data_sheet(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    before = forecast.write(study)[0]["predicted_step_time_seconds"]
+    path = study.results.calibration("a100")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"rates": {"launch": 60e-6}}))
+    after = forecast.write(study)[0]["predicted_step_time_seconds"]
+    assert after == pytest.approx(10 * before, rel=0.05), "a tiny model waits for its launches"

@@ -1,0 +1,22 @@
+# What every run will need, before a GPU is held: memory, time, cost. Traced on fake tensors, one batch job.
+
+
+rule forecast:
+    input:
+        plan=RESULTS.plan,
+        calibrations=get_calibrations,
+    output:
+        RESULTS.forecast,
+        RESULTS.forecast_parquet,
+        RESULTS.forecast_csv,
+    log:
+        "logs/forecast.log",
+    localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    params:
+        version=FORECAST_VERSION,
+        prices=STUDY.prices,
+        margin=STUDY.config.protocol.skip_predicted_oom,
+    script:
+        "../scripts/forecast.py"
