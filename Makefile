@@ -4,7 +4,7 @@
 #   make test    run the whole suite
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
-#   make bench   measure on the test cluster; PART=driver (and what else lies in benchmarks/)
+#   make bench   PART=driver measures on the test cluster, PART=predictor compares predictions with published tables
 #   make slurm-up, make slurm-down
 #                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
@@ -57,7 +57,7 @@ check: env
 	@$(BIN)/finetune-study config-docs --check
 
 PART ?= driver
-bench: env slurm-up
+bench: env $(if $(filter driver,$(PART)),slurm-up)
 	@$(BIN)/python benchmarks/$(PART).py --write benchmarks/results
 
 slurm-up:

@@ -225,8 +225,10 @@ class _States:
         if recipe.deepspeed:
             name = str(sharding)
             elements = recipe.setting(name, "reduce_bucket_size", self.profile.hidden_size**2)
-            buffers = 2  # contiguous gradients: one is filled while the other is reduced
-            return float(buffers * min(elements, max(self.trained, 1)) * BYTES[recipe.weights])
+            # runtime/zero/stage_1_and_2.py and stage3.py: allocated whole, however few weights are trained; a second
+            # one is filled while the first is reduced
+            buffers = 2 if recipe.techniques[name].get("overlap_comm") and sharding != "zero3" else 1
+            return float(buffers * elements * BYTES[recipe.weights])
         return 0.0
 
     @property

@@ -79,13 +79,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 KNOWN = (*PRECISIONS, *ATTENTIONS, *PEFT, *SHARDINGS, *OTHERS, *OPTIMIZERS)
 
+_ZERO = ("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients",
+         "reduce_scatter", "allgather_partitions", "round_robin_gradients")  # fmt: skip
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("every", "use_reentrant"),
     "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights",
-             "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "rank_pattern"),
-    "zero3": ("stage3_max_live_parameters", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
-              "reduce_bucket_size"),
-    "zero1": ("reduce_bucket_size",), "zero2": ("reduce_bucket_size",),
+             "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "layers_pattern",
+             "rank_pattern", "alpha_pattern", "exclude_modules", "task_type", "fan_in_fan_out", "inference_mode"),
+    "zero1": _ZERO,
+    "zero2": _ZERO,
+    "zero3": (*_ZERO, "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
+              "stage3_prefetch_bucket_size", "stage3_gather_16bit_weights_on_model_save", "sub_group_size"),
     "bf16": ("dtype",), "fp16": ("dtype",),
     "chunked_cross_entropy": ("num_chunks", "upcast"),
     "sdpa": ("kernel",),
@@ -113,6 +118,8 @@ NOT_FOR_PEFT = (
     "load_in_4bit",
     "prepare_model_for_kbit_training",
     "init_lora_weights",
+    "task_type",
+    "inference_mode",
 )
 """Settings of a PEFT method that change no size, or are dealt with elsewhere."""
 
@@ -272,6 +279,8 @@ class Recipe:
                 settings.pop(key, None)
             settings["target_modules"] = settings.get("target_modules") or "all-linear"
             settings["lora_dropout"] = 0.05 if settings.get("lora_dropout") else 0.0
+        elif method == "ADALORA":
+            settings.setdefault("total_step", 1000)  # peft asks for it; it changes no size
         elif method in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
             settings.setdefault("num_virtual_tokens", 20)
         if isinstance(settings.get("target_modules"), list):
