@@ -134,6 +134,7 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
         if row["quantization"]:
             techniques[name]["bnb_4bit_use_double_quant"] = row["quantization"].endswith("dq")
             techniques[name]["prepare_model_for_kbit_training"] = False
+            techniques[name]["bitsandbytes_before_0_44"] = True  # 2024-04 to 2024-09
             techniques["paged_adamw"] = {}
     if row["sharding"]:
         techniques["fsdp"] = {}
@@ -196,7 +197,7 @@ def ms_swift(row: dict[str, Any], document: dict[str, Any]) -> Case:
     techniques: dict[str, Any] = {"bf16": {"dtype": "bfloat16"}}
     techniques["eager" if row["attention"].startswith("eager") else "flash_attention_2"] = {}
     if row["gradient_checkpointing"]:
-        techniques["gradient_checkpointing"] = {}
+        techniques["gradient_checkpointing"] = {"use_reentrant": True}  # transformers' default then
     if row["method"] in ("lora", "adalora"):
         targets: Any = ["q_proj", "k_proj", "v_proj"]
         if "ALL" in str(row.get("lora_targets") or row.get("tuner_params")):
@@ -208,6 +209,8 @@ def ms_swift(row: dict[str, Any], document: dict[str, Any]) -> Case:
             settings = {"init_r": 12, "total_step": 1000, "target_modules": targets}
         name = "qlora" if "bnb" in (row.get("quantization") or "") else row["method"]
         case.technique = name
+        if name == "qlora":
+            settings["bitsandbytes_before_0_44"] = True  # 0.41.3 is stated
         techniques[name] = settings
     question = _question(model, "a100-80gb", 1, row["seq_len_max"], row["micro_batch"], row["grad_accum"], techniques)
     case.question = question | {"lengths_vary": True}
@@ -639,8 +642,8 @@ def markdown(document: dict[str, Any]) -> str:
 
 LIMITS = """## What is not modelled, and where it is wrong
 
-- **bitsandbytes.** QLoRA rows measured with it (LitGPT, ms-swift) took 20 to 30 % more than predicted: its layers hold
-  memory that the stand-in for them does not.
+- **bitsandbytes.** LitGPT's QLoRA rows took a quarter more than predicted: its layers held memory that the stand-in for
+  them does not.
 - **Varying lengths.** A trace has one length. Where sequences are padded to the longest of their batch, the allocator
   holds blocks of many sizes; `lengths_vary` counts them twice, which is too much for some tables and
   too little for others.
@@ -651,7 +654,8 @@ LIMITS = """## What is not modelled, and where it is wrong
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism, GPTQ and GaLore are not known.
 - **Kernels' own scratch memory** is counted for FlashAttention-2 and cuBLAS alone.
 - **On a CPU** peak memory is that of the process, with what the C library's allocator holds back; predictions count
-  tensors and 0.1 GiB for libraries.
+  tensors and 0.1 GiB for libraries. Of 14 completed runs of a demo study six were within 10 %; in the mean
+  predictions were 17 % off, at worst 35 % too low (LoRA with checkpointing at 384 positions).
 - Interconnects are taken at the data sheet's bandwidth times 0.7; topology, congestion and stragglers are not seen.
 """
 

@@ -221,30 +221,37 @@ class _Dequantized(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(weight)
+        ctx.kept = x if keeps_input else None
         return torch.nn.functional.linear(x, torch.empty_like(weight).mul_(1).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return gradient @ torch.empty_like(weight).mul_(1).to(gradient.dtype), None, None
+        return gradient @ torch.empty_like(weight).mul_(1).to(gradient.dtype), None, None, None
 
 
 class QuantizedLinear(torch.nn.Linear):
     """Stands for bitsandbytes' Linear4bit and Linear8bitLt, which do not run on fake tensors."""
 
+    keeps_input = False
+    """bitsandbytes/autograd/_functions.py: MatMul8bitLt keeps its input, MatMul4Bit did before version 0.44."""
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        return _Dequantized.apply(input.to(dtype), self.weight, self.bias).to(input.dtype)
+        return _Dequantized.apply(input.to(dtype), self.weight, self.bias, self.keeps_input).to(input.dtype)
 
 
-def quantize(model: Any) -> None:
+def quantize(model: Any, keeps_input: bool) -> None:
     """Turns the layers' linear modules into quantised ones; the output layer stays, as in transformers."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             module.__class__ = QuantizedLinear
+            module.keeps_input = keeps_input
             module.weight.requires_grad_(False)
 
 
@@ -310,7 +317,7 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
     model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
     model.train()
     if layout.quantized:
-        quantize(model)
+        quantize(model, layout.keeps_input)
     if layout.upcast:
         upcast(model)
     if layout.checkpoint_every:

@@ -96,7 +96,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "sdpa": ("kernel",),
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-                     "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training")  # fmt: skip
+                     "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training",
+                     "bitsandbytes_before_0_44")  # fmt: skip
 SETTINGS["adalora"] = (
     *SETTINGS["lora"],
     "init_r",
@@ -117,6 +118,7 @@ NOT_FOR_PEFT = (
     "load_in_8bit",
     "load_in_4bit",
     "prepare_model_for_kbit_training",
+    "bitsandbytes_before_0_44",
     "init_lora_weights",
     "task_type",
     "inference_mode",
@@ -246,9 +248,13 @@ class Recipe:
             virtual_tokens=self._virtual_tokens(),
             adapters=self.adapters,
             quantized=self.quantized,
+            keeps_input=self.quantized == "int8" or self._setting_of("qlora", "bitsandbytes_before_0_44", False),
             upcast=self._upcast(),
             loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
         )
+
+    def _setting_of(self, name: str, key: str, default: bool) -> bool:
+        return bool(self.techniques.get(name, {}).get(key, default))
 
     def _kernel(self) -> Literal["sdpa", "math", "flash", "eager"]:
         if self.attention == "eager":
