@@ -114,8 +114,8 @@ class Watching(Base):
         self._next_question = time.monotonic() + (EXPLAIN_SECONDS if unexplained else self.settings.status_interval)
 
     def _confirmed(self, waiting: Mapping[str, Sequence[Task]], found: dict[str, JobStatus]) -> dict[str, JobStatus]:
-        """Accounting calls a job over that SLURM is about to requeue, or that still tidies up after SIGTERM; the
-        controller knows better."""
+        """Accounting calls a job over that SLURM is about to requeue, or that still tidies up after SIGTERM, and seldom
+        knows for what a job waits; the controller knows better."""
         doubtful = [
             status.slurm_id
             for status in found.values()
@@ -123,9 +123,12 @@ class Watching(Base):
             and status.state != "COMPLETED"
             and (status.state in NODE_LOST or not all(map(self._has_ended, waiting[status.slurm_id])))
         ]
+        pending = [status.slurm_id for status in found.values() if status.state == "PENDING"]
         try:
-            known = self.slurm.queue(doubtful) if doubtful else {}
+            known = self.slurm.queue([*doubtful, *pending]) if doubtful or pending else {}
         except SlurmError as error:
+            if not doubtful:
+                return found
             pause = self._asking.failed()
             if self._asking.is_over:
                 return found

@@ -169,7 +169,7 @@ def test_what_is_wrong_is_seen_before_a_job_is_submitted(place: Workplace, small
         "no-python": {"software"},
         "well": set(),
     }
-    assert said.found("no-partition", "partition") == "there is no partition `h100`; there are a100, v100"
+    assert said.found("no-partition", "partition") == "there is no partition `h100`; there are a100, mixed, v100"
     assert "types there: v100" in said.found("other-model", "gpus")
     assert f"QOS `{small_qos}` allows gres/gpu=1 for a job, 2 are asked for" in said.found("small-qos", "limits")
     assert f"QOS `{small_qos}`, MaxWall is 5 min" in said.found("small-qos", "time")

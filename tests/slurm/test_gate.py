@@ -1,6 +1,7 @@
 """What is not submitted, or not yet: canaries, works that fail alike, a budget, unfit nodes, limits of the cluster."""
 
 import subprocess
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_status_is_a_failure_where_it_does_not_mean_the_node(place: Place) -> No
 @pytest.fixture
 def account() -> Iterator[str]:
     """An account with limits of its own."""
-    name = "limited"
+    name = f"limited-{uuid.uuid4().hex[:6]}"
     for command in (f"add account {name}", f"add user root account={name}"):
         subprocess.run(["sacctmgr", "-i", *command.split()], check=True, capture_output=True)
     wait_for(lambda: name in ask("scontrol", "show", "assoc_mgr", "flags=assoc"), "SLURM knows the account")
@@ -154,7 +155,7 @@ def set_limit(account: str, limit: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_twenty_jobs_finish_where_three_may_be_submitted(place: Place, account: str) -> None:
+def test_twenty_jobs_finish_where_three_may_be_submitted(account: str, place: Place) -> None:
     set_limit(account, "MaxSubmitJobs=3")
     for number in range(20):
         place.rule(f"job{number}", "true", slurm_account=account)
@@ -164,7 +165,7 @@ def test_twenty_jobs_finish_where_three_may_be_submitted(place: Place, account: 
     assert all(len(place.begun(f"job{number}")) == 1 for number in range(20))
 
 
-def test_limit_that_never_passes_fails_at_once_beside_one_that_does(place: Place, account: str) -> None:
+def test_limit_that_never_passes_fails_at_once_beside_one_that_does(account: str, place: Place) -> None:
     """SLURM lets both wait, for `AssocGrpGRES` and `AssocMaxWallDurationPerJobLimit`."""
     set_limit(account, "GrpTRES=gres/gpu=2")
     set_limit(account, "MaxWall=20")
