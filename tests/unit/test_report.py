@@ -167,7 +167,7 @@ def test_differing_software_is_warned_of(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, *records)).text
     assert "Software, weights or data differ among runs of one setting." in text
     assert "completed runs differ in software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
-    assert "software, weights or data differ from the baseline's" in text
+    assert "software, weights, data or effective batch differ from the baseline's" in text
     assert "not comparable" in text
 
 
