@@ -9,7 +9,7 @@ from finetune_study.config import Hardware
 from finetune_study.errors import RecordError, StudyError
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
-from finetune_study.record import read_failure
+from finetune_study.record import read_failure, read_record
 
 FAILED = "failed"
 """The last try left no outcome; the next call tries again."""
@@ -42,6 +42,11 @@ def cells(config_plan: list[PlannedRun], results: Results, hardware: dict[str, H
     return _frame([_read(planned, results, hardware) for planned in config_plan])
 
 
+def of_outcomes(config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
+    """One row per planned run, from outcomes.parquet as it lies there."""
+    return complete(pl.read_parquet(results.outcomes_parquet), config_plan, results)
+
+
 def complete(outcomes: pl.DataFrame, config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
     """One row per planned run, from a table of outcomes; runs that have none are `failed` or `not_run`."""
     found = {row["run_id"]: row for row in outcomes.iter_rows(named=True)}
@@ -71,7 +76,13 @@ def _ended(row: dict[str, Any]) -> dict[str, Any]:
 
 def _without_outcome(planned: PlannedRun, results: Results) -> dict[str, Any]:
     row = outcome.run_columns(planned.run)
-    path = results.run(planned.run.run_id).failure
+    paths = results.run(planned.run.run_id)
+    if paths.record.exists():
+        try:
+            read_record(paths.record)
+        except RecordError as error:
+            return _damaged(planned, results, error)
+    path = paths.failure
     if not path.exists():
         return row | {"state": NOT_RUN, "attempts": 0, "reason": planned.unsupported}
     try:

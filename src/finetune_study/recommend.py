@@ -8,7 +8,7 @@ from typing import Any, Literal
 import polars as pl
 
 from finetune_study import table
-from finetune_study.cells import FAILED, NOT_RUN, complete
+from finetune_study.cells import FAILED, NOT_RUN, of_outcomes
 from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
@@ -173,8 +173,7 @@ def recommend(comparisons: pl.DataFrame) -> list[Recommendation]:
 
 def aggregate(config: Config, planned: list[PlannedRun], results: Results) -> None:
     """Writes comparisons.parquet and recommendations.json from outcomes.parquet."""
-    cells = complete(pl.read_parquet(results.outcomes_parquet), planned, results)
-    comparisons = table.compare(cells, table.baseline_of(config))
+    comparisons = table.compare(of_outcomes(planned, results), table.baseline_of(config))
     comparisons.write_parquet(results.comparisons)
     recommendations = recommend(comparisons)
     document = {

@@ -337,13 +337,13 @@ def report_what_there_is(study: Study) -> None:
     The files get a modification time in the past, so that the next `snakemake` makes them properly: it did not see
     which records these were made of.
     """
-    from finetune_study import outcome, recommend, report
+    from finetune_study import cells, outcome, recommend, report
 
     planned, results = list(study.planned.values()), study.results
     readable = [run_id for run_id in study.planned if _is_readable(results.run(run_id))]
     outcome.write(results, readable, study.config.hardware)
     recommend.aggregate(study.config, planned, results)
-    report.build(study.config, planned, results)
+    report.build(study.config, cells.of_outcomes(planned, results), results)
     for path in (
         results.outcomes_parquet,
         results.outcomes_csv,

@@ -1,8 +1,13 @@
 """Comparisons: the spread over repeats, and each recipe against the baseline recipe in the same setting."""
 
+from typing import Any
+
 import polars as pl
 
 from finetune_study.config import Config
+
+Row = dict[str, Any]
+"""A row of a table, by column."""
 
 SETTING = ["target", "hardware", "num_gpus", "sequence_length"]
 """Recipes are compared within one setting."""
@@ -67,6 +72,11 @@ _MEDIANS = (
     "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
     "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch",
 )  # fmt: skip
+
+
+def completed_everywhere(row: Row) -> bool:
+    """Whether every repeat of a configuration that ended has completed, and one has."""
+    return row["num_completed"] > 0 and {*row["states"]} <= {"completed", "failed", "not_run"}
 
 
 def baseline_of(config: Config) -> str:
