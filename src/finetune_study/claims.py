@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from finetune_study.ratio import Repeat, ratio
@@ -46,15 +47,15 @@ class Claim:
     """When a comparison speaks for the claim."""
     comparisons: list[Comparison] = field(default_factory=list)
 
-    @property
+    @cached_property
     def deciding(self) -> list[Comparison]:
         return [one for one in self.comparisons if one.speaks_for is not None]
 
-    @property
+    @cached_property
     def number_for(self) -> int:
         return sum(one.speaks_for is True for one in self.deciding)
 
-    @property
+    @cached_property
     def answer(self) -> Answer:
         if not self.deciding:
             return "not enough data"
@@ -223,9 +224,8 @@ def _very_large(rows: list[Row]) -> Claim:
         "speaks that the mix runs out as well while a lesser one fits, or that every lesser one fits.",
     )  # fmt: skip
     three = {"zero3", "lora", "gradient_checkpointing"}
-    for group in _settings(rows).values():
-        if max(row["total_parameters"] or 0 for row in group) < VERY_LARGE and not _known_large(rows, group[0]["target"]):
-            continue
+    large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
+    for group in _settings(row for row in rows if row["target"] in large).values():
         mixes = [r for r in group if three <= techniques(r) and "offload_optimizer" not in techniques(r)]
         lesser = [r for r in group if len(three & techniques(r)) < 3]
         if not mixes or not lesser:
@@ -240,10 +240,6 @@ def _very_large(rows: list[Row]) -> Claim:
             speaks = False  # it is one way, not a need
         claim.comparisons.append(Comparison(where(group[0]), what, speaks, _ids(mixes[0])))
     return claim
-
-
-def _known_large(rows: list[Row], target: str) -> bool:
-    return max((row["total_parameters"] or 0 for row in rows if row["target"] == target), default=0) >= VERY_LARGE
 
 
 def _flash_long(rows: list[Row]) -> Claim:

@@ -40,6 +40,7 @@ def gather(config: Config, cells: pl.DataFrame) -> page.Contents:
     return page.Contents(
         config=config,
         cells=cells,
+        compared=comparisons,
         comparisons=rows,
         recommendations=recommendations,
         defaults=defaults,
@@ -68,7 +69,7 @@ def save_tables(contents: page.Contents, folder: Path) -> None:
         stale.unlink()
     written: dict[str, pl.DataFrame | list[dict[str, Any]]] = {
         "runs": contents.cells,
-        "comparisons": pl.DataFrame(contents.comparisons, schema=table.SCHEMA),
+        "comparisons": contents.compared,
         "recommendations": [
             one.model_dump(mode="json", exclude={"evidence", "versus"}) for one in contents.recommendations
         ],

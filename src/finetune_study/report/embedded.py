@@ -32,7 +32,6 @@ class Shown:
 
 
 TABLE = (
-    Shown("run_id", "Run", numeric=False),
     Shown("state", "Status", numeric=False),
     Shown("target", "Target", numeric=False),
     Shown("hardware", "Hardware", numeric=False),
@@ -50,6 +49,7 @@ TABLE = (
     Shown("mfu_percent", "MFU", "% of the dense peak"),
     Shown("eval_loss_after", "Held-out loss", "after training"),
     Shown("peak_host_rss_gib", "Host memory", "GiB, all ranks"),
+    Shown("run_id", "Run", numeric=False),
 )
 """Columns of the table, in their order; one in which no run has a value is left out."""
 FILTERS = ("state", "target", "hardware", "recipe", "num_gpus", "sequence_length")

@@ -154,22 +154,20 @@ def feasibility(pair: Pair) -> Figure | None:
     cells = [_cell(pair, one) for one in pair.recommendations]
     contexts = sorted({one.sequence_length for one in pair.recommendations})
     counts = sorted({one.num_gpus for one in pair.recommendations}, reverse=True)
-    base = alt.Chart(alt.InlineData(values=cells)).encode(
+    base = alt.Chart(alt.NamedData("cells")).encode(
         x=alt.X("context:O", sort=contexts, title="Context (tokens)", axis=_axis(orient="top", labelAngle=0)),
         y=alt.Y("gpus:O", sort=counts, title="GPUs" if pair.device == "cuda" else "Processes", axis=_axis()),
         description="tip:N",
         href="link:N",
     )
-    tones = alt.Scale(domain=[*FILLS], range=[*FILLS.values()])
+    tones = dict(domain=[*FILLS], range=[*FILLS.values()])
     chart = alt.layer(
         base.mark_rect(stroke=PAPER, strokeWidth=3).encode(color=alt.Color("tone:N", scale=tones, legend=None)),
         base.mark_text(dy=-8, fontWeight="bold", fontSize=11).encode(text="first:N"),
         base.mark_text(dy=7, fontSize=10.5, color=MUTED).encode(text="second:N"),
     )
     return _figure(
-        "feasibility", pair, chart, f"What fits: {pair.where}",
-        "In each cell the fastest recipe that fits, its step time and peak memory; else how the recipes failed. "
-        "“≈” marks a tie, “?” too few data.",
+        "feasibility", pair, chart, f"What fits: {pair.where}", "", {"cells": cells},
         width=max(1, len(contexts)) * 132, height=max(1, len(counts)) * 44,
     )  # fmt: skip
 
@@ -204,29 +202,29 @@ def recipes(pair: Pair) -> Figure | None:
     largest = max([pair.limit, *(m["memory_end"] or 0 for m in marks)]) * 1.02
     slowest = max([m["time_end"] or 0 for m in marks] + [1e-9]) * 1.5
     y = alt.Y("recipe:N", sort=order, title=None, axis=_axis())
-    memory_x = {"scale": alt.Scale(domain=[0, largest * 1.35], nice=False), "title": "Peak memory per device (GiB)"}
-    base = alt.Chart(alt.InlineData(values=marks)).encode(y=y, description="tip:N", href="link:N")
+    memory_x = {"scale": dict(domain=[0, largest * 1.35], nice=False), "title": "Peak memory per device (GiB)"}
+    base = alt.Chart(alt.NamedData("marks")).encode(y=y, description="tip:N", href="link:N")
     share = alt.Color(
-        "share:N", title=None, scale=alt.Scale(domain=[*SHARES], range=[*SHARES.values()]),
-        legend=alt.Legend(orient="top", direction="horizontal") if parted else None,
+        "share:N", title=None, scale=dict(domain=[*SHARES], range=[*SHARES.values()]),
+        legend=dict(orient="top", direction="horizontal") if parted else None,
     )  # fmt: skip
     memory = alt.layer(
-        alt.Chart(alt.InlineData(values=shares)).mark_bar(height=13).encode(
+        alt.Chart(alt.NamedData("shares")).mark_bar(height=13).encode(
             y=y, x=alt.X("low:Q", axis=_axis(tickCount=5), **memory_x), x2="high:Q", color=share, description="tip:N",
             href="link:N",
         ),
         base.mark_bar(filled=False, stroke=MEMORY, strokeDash=[2, 2], height=13).encode(x="ran_out:Q"),
-        alt.Chart(alt.InlineData(values=[{"limit": pair.limit}])).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="limit:Q"),
+        alt.Chart(alt.NamedData("limit")).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="limit:Q"),
         base.mark_point(shape="diamond", filled=True, size=55, color=INK, stroke=PAPER).encode(x="predicted_memory:Q"),
         base.mark_text(align="left", dx=5).encode(x="memory_end:Q", text="memory_label:N", color=_tone()),
     ).properties(width=300, height=alt.Step(25))  # fmt: skip
-    timed = alt.Chart(alt.InlineData(values=marks)).encode(
+    timed = alt.Chart(alt.NamedData("marks")).encode(
         y=alt.Y("recipe:N", sort=order, title=None, axis=None), description="tip:N", href="link:N"
     )
     time = alt.layer(
         timed.mark_bar(color=BAR, height=13).encode(
             x=alt.X("time:Q", title="Time of an optimizer step (s)", axis=_axis(tickCount=5),
-                    scale=alt.Scale(domain=[0, slowest], nice=False)),
+                    scale=dict(domain=[0, slowest], nice=False)),
         ),
         timed.mark_rule(color=INK, strokeWidth=1.5).encode(x="time_low:Q", x2="time_high:Q"),
         timed.mark_point(shape="diamond", filled=True, size=55, color=INK, stroke=PAPER).encode(x="predicted_time:Q"),
@@ -237,9 +235,9 @@ def recipes(pair: Pair) -> Figure | None:
     return _figure(
         "recipes", pair, alt.hconcat(memory, time, spacing=14),
         f"Memory and time per recipe: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}",
-        f"Medians over completed repeats; thin lines span smallest and largest. {' and '.join(columns)}"
-        f"{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
+        f"{' and '.join(columns)}{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
         + (" Diamonds: predicted before the run." if predicted else ""),
+        {"marks": marks, "shares": shares, "limit": [{"limit": pair.limit}]},
     )  # fmt: skip
 
 
@@ -337,15 +335,15 @@ def pareto(pair: Pair) -> Figure | None:
     points.sort(key=lambda point: (not point["front"], point["time"]))
     _label_apart(points)
     axis = {"type": "log", "nice": False, "padding": 24}
-    base = alt.Chart(alt.InlineData(values=points)).encode(
-        x=alt.X("time:Q", title="Time of an optimizer step (s)", axis=_axis(grid=True, tickCount=6), scale=alt.Scale(**axis)),
-        y=alt.Y("memory:Q", title="Peak memory per device (GiB)", axis=_axis(grid=True, tickCount=6), scale=alt.Scale(**axis)),
+    base = alt.Chart(alt.NamedData("points")).encode(
+        x=alt.X("time:Q", title="Time of an optimizer step (s)", axis=_axis(grid=True, tickCount=6), scale=axis),
+        y=alt.Y("memory:Q", title="Peak memory per device (GiB)", axis=_axis(grid=True, tickCount=6), scale=axis),
     )
     on_front = alt.datum.front == True  # noqa: E712
     chart = alt.layer(
         base.transform_filter(on_front).mark_line(color=BAR, strokeWidth=1.5, interpolate="step-after"),
         base.mark_point(filled=True, size=75, stroke=PAPER, opacity=1).encode(
-            shape=alt.Shape("front:N", legend=None, scale=alt.Scale(domain=[True, False], range=["circle", "diamond"])),
+            shape=alt.Shape("front:N", legend=None, scale=dict(domain=[True, False], range=["circle", "diamond"])),
             color=alt.condition(on_front, alt.value(BAR), alt.value(MUTED)), description="tip:N", href="link:N",
         ),
         base.transform_filter(on_front).mark_text(align="left", dx=7, dy=-7, fontWeight="bold").encode(text="label:N"),
@@ -353,9 +351,7 @@ def pareto(pair: Pair) -> Figure | None:
     )  # fmt: skip
     return _figure(
         "pareto", pair, chart,
-        f"Memory against time: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}",
-        "Down and left is better. Circles: no other recipe is better in both; diamonds: another one is. Both axes are "
-        "logarithmic; a point without a name lies too close to another, hovering names it.",
+        f"Memory against time: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}", "", {"points": points},
         width=470, height=270,
     )  # fmt: skip
 
@@ -419,16 +415,18 @@ def _scaling(kind: str, pair: Pair, rows: list[Row], axis: str, title: str, head
     shown = [name for name in pair.recipes if name in shown]
     if len(values) < 2 or not any(done.values()):
         return None
+    memory = _points(rows, shown, axis, "peak_memory_gib_median", pair.limit)
+    time = _points(rows, shown, axis, "step_time_seconds_median", None)
     panels = [
-        _panel(pair, rows, shown, axis, title, "peak_memory_gib_median", "Peak memory per device (GiB)", pair.limit),
-        _panel(pair, rows, shown, axis, title, "step_time_seconds_median", "Step time (s)", None),
+        _panel("memory", memory, shown, title, "Peak memory per device (GiB)", limited=True),
+        _panel("time", time, shown, title, "Step time (s)", limited=False),
     ]
     powers = [(name, *(_power(rows, name, axis, c) for c in ("peak_memory_gib_median", "step_time_seconds_median"))) for name in shown]
-    fitted = ", ".join(f"{n} memory {_power_text(m)}, time {_power_text(t)}" for n, m, t in powers if m is not None or t is not None)
+    fitted = "; ".join(f"{n} {_power_text(m)}, {_power_text(t)}" for n, m, t in powers if m is not None or t is not None)
     return _figure(
         kind, pair, alt.hconcat(*panels, spacing=28), heading,
-        f"Crosses: it failed there; in words on hovering. Both axes are logarithmic."
-        + (f" Fitted exponents: {fitted}." if fitted else ""),
+        f"Fitted exponents of memory and time: {fitted}." if fitted else "",
+        {"memory": memory, "time": time, "limit": [{"limit": pair.limit}]},
     )  # fmt: skip
 
 
@@ -437,14 +435,12 @@ def _power(rows: list[Row], name: str, axis: str, column: str) -> float | None:
 
 
 def _power_text(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:+.2f}".replace("-", "−")
+    return "unknown" if value is None else f"{value:.2f}".replace("-", "−")
 
 
-def _panel(
-    pair: Pair, rows: list[Row], names: list[str], axis: str, title: str, column: str, heading: str, limit: float | None
-) -> alt.LayerChart:  # fmt: skip
-    known = [row[column] for row in rows if row[column]]
-    top = limit or max(known, default=1.0) * 1.6
+def _points(rows: list[Row], names: list[str], axis: str, column: str, limit: float | None) -> list[dict[str, Any]]:
+    """A point for each configuration; one that failed stands at the limit, or above all others."""
+    top = limit or max((row[column] for row in rows if row[column]), default=1.0) * 1.6
     points = [
         {
             "x": row[axis], "y": row[column] or (top if _failed(row) else None), "recipe": row["recipe"],
@@ -452,15 +448,20 @@ def _panel(
         }
         for row in rows if row["recipe"] in names
     ]  # fmt: skip
-    points = [point for point in points if point["y"] is not None]
+    return [point for point in points if point["y"] is not None]
+
+
+def _panel(
+    name: str, points: list[dict[str, Any]], names: list[str], title: str, heading: str, *, limited: bool
+) -> alt.LayerChart:  # fmt: skip
     ticks = sorted({point["x"] for point in points})
-    colour = alt.Color("recipe:N", title=None, sort=names, scale=alt.Scale(domain=names, range=[*SERIES[: len(names)]]),
-                       legend=alt.Legend(orient="bottom", columns=4, symbolOpacity=1))  # fmt: skip
-    shape = alt.Shape("recipe:N", title=None, sort=names, scale=alt.Scale(domain=names, range=[*SHAPES[: len(names)]]),
-                      legend=alt.Legend(orient="bottom", columns=4))  # fmt: skip
-    base = alt.Chart(alt.InlineData(values=points)).encode(
-        x=alt.X("x:Q", title=title, scale=alt.Scale(type="log", nice=False, padding=14), axis=_axis(values=ticks, grid=True, format="d")),
-        y=alt.Y("y:Q", title=heading, scale=alt.Scale(type="log", nice=False, padding=14), axis=_axis(grid=True, tickCount=5)),
+    colour = alt.Color("recipe:N", title=None, sort=names, scale=dict(domain=names, range=[*SERIES[: len(names)]]),
+                       legend=dict(orient="bottom", columns=4, symbolOpacity=1))  # fmt: skip
+    shape = alt.Shape("recipe:N", title=None, sort=names, scale=dict(domain=names, range=[*SHAPES[: len(names)]]),
+                      legend=dict(orient="bottom", columns=4))  # fmt: skip
+    base = alt.Chart(alt.NamedData(name)).encode(
+        x=alt.X("x:Q", title=title, scale=dict(type="log", nice=False, padding=14), axis=_axis(values=ticks, grid=True, format="d")),
+        y=alt.Y("y:Q", title=heading, scale=dict(type="log", nice=False, padding=14), axis=_axis(grid=True, tickCount=5)),
     )  # fmt: skip
     done = base.transform_filter("!datum.failed")
     layers = [
@@ -469,8 +470,8 @@ def _panel(
         base.transform_filter("datum.failed").mark_text(text="✕", fontSize=12, fontWeight="bold").encode(
             color=colour, description="tip:N", href="link:N"),
     ]  # fmt: skip
-    if limit is not None:
-        line = alt.Chart(alt.InlineData(values=[{"limit": limit}])).mark_rule(color=MUTED, strokeDash=[4, 3])
+    if limited:
+        line = alt.Chart(alt.NamedData("limit")).mark_rule(color=MUTED, strokeDash=[4, 3])
         layers.append(line.encode(y="limit:Q"))
     return alt.layer(*layers).properties(width=265, height=230)
 
@@ -492,22 +493,21 @@ def _very_large(all_pairs: list[Pair]) -> list[Figure]:
                  for row in pair.best_rows(num_gpus=pair.most_gpus, sequence_length=pair.shortest)]  # fmt: skip
         columns = [pair.target for pair in found]
         rows = [name for name in found[0].recipes if any(cell["recipe"] == name for cell in cells)]
-        base = alt.Chart(alt.InlineData(values=cells)).encode(
+        base = alt.Chart(alt.NamedData("cells")).encode(
             x=alt.X("target:N", sort=columns, title=None, axis=_axis(orient="top", labelAngle=0)),
             y=alt.Y("recipe:N", sort=rows, title=None, axis=_axis()),
             description="tip:N", href="link:N",
         )  # fmt: skip
         chart = alt.layer(
             base.mark_rect(stroke=PAPER, strokeWidth=2).encode(
-                color=alt.Color("tone:N", legend=None, scale=alt.Scale(domain=[*FILLS], range=[*FILLS.values()]))
+                color=alt.Color("tone:N", legend=None, scale=dict(domain=[*FILLS], range=[*FILLS.values()]))
             ),
             base.mark_text(fontSize=10.5).encode(text="text:N"),
         )
         figures.append(
             _figure(
                 "models", found[0], chart, f"Which mix a model needs: {hardware} {TIMES} {found[0].most_gpus}",
-                "Models from the smallest to the largest; step time and peak memory, or how it failed. Most GPUs, "
-                "shortest context.",
+                "", {"cells": cells},
                 width=132 * len(columns), height=26 * len(rows), target="",
             )  # fmt: skip
         )
@@ -528,13 +528,16 @@ def _tone() -> alt.Color:
     return alt.Color("tone:N", legend=None, scale=None)
 
 
-def _axis(**settings: Any) -> alt.Axis:
-    return alt.Axis(**{"domain": False, "ticks": False, "labelPadding": 6, "grid": False} | settings)
+def _axis(**settings: Any) -> dict[str, Any]:
+    """Plain, as scales and legends are: Altair copies its own classes, with a hundred undefined fields, all the time."""
+    return {"domain": False, "ticks": False, "labelPadding": 6, "grid": False} | settings
 
 
 def _figure(
-    kind: str, pair: Pair, chart: Any, title: str, caption: str, target: str | None = None, **size: int
+    kind: str, pair: Pair, chart: Any, title: str, caption: str, datasets: dict[str, list[dict[str, Any]]],
+    target: str | None = None, **size: int,
 ) -> Figure:  # fmt: skip
+    """A figure in the report's style. Charts name their data, which joins them here: Altair copies what a chart holds."""
     if size:
         chart = chart.properties(**size)
     if isinstance(chart, alt.HConcatChart):
@@ -546,4 +549,5 @@ def _figure(
         .configure_legend(labelColor=INK, labelFontSize=11, symbolSize=60, labelLimit=220)
         .configure_text(fontSize=11, color=INK)
     )  # fmt: skip
-    return Figure(kind, pair.target if target is None else target, pair.hardware, title, caption, styled.to_dict(validate=False))
+    return Figure(kind, pair.target if target is None else target, pair.hardware, title, caption,
+                  styled.to_dict(validate=False) | {"datasets": datasets})  # fmt: skip

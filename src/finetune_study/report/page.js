@@ -120,7 +120,12 @@ function start(study) {
         const cell = element("td", undefined, { class: column.numeric ? "number" : "name" });
         const text = value(column.name, i);
         if (column.name === "run_id") cell.append(element("a", text, { href: `#run=${encodeURIComponent(text)}` }));
-        else if (column.name === "state") cell.append(badge(text));
+        else if (column.name === "state") {
+          const run = value("run_id", i);
+          const link = element("a", undefined, { href: `#run=${encodeURIComponent(run)}`, "aria-label": `${study.states[text]?.words}: ${run}` });
+          link.append(badge(text));
+          cell.append(link);
+        }
         else cell.textContent = shown(text);
         row.append(cell);
       }

@@ -60,8 +60,10 @@ class Contents:
     config: Config
     cells: pl.DataFrame
     """One row per planned run (`cells.SCHEMA`)."""
+    compared: pl.DataFrame
+    """One row per configuration (`table.SCHEMA`)."""
     comparisons: list[Row]
-    """One per configuration (`table.SCHEMA`)."""
+    """The same, row by row."""
     recommendations: list[Recommendation]
     defaults: list[Default]
     pairs: list[Pair]
@@ -86,6 +88,7 @@ def render(contents: Contents) -> str:
         question=QUESTION,
         answer=answer(contents.recommendations, contents.defaults),
         headline=tables.headline(cells),
+        cells_total=cells.height,
         states=tables.STATES,
         counts=tables.counts(cells["state"]),
         defaults=contents.defaults,

@@ -92,15 +92,14 @@ def size(gib: float) -> str:
 
 
 def how_it_failed(states: list[str]) -> tuple[str, str]:
-    """The state that stands for several that did not fit, and all of them in words.
+    """The state that stands for several that did not fit, and how often each occurs, by its symbol.
 
     What is still open comes first, since more runs may change it; then what happened most often.
     """
     found = Counter(state for state in states if state != "completed") or Counter(["not_run"])
     open_ones = [state for state in ("failed", "not_run") if found[state]]
     state = open_ones[0] if open_ones else found.most_common(1)[0][0]
-    rest = [f"{number} {STATES[name].words}" for name, number in found.items()]
-    return state, ", ".join(rest) if len(rest) > 1 else ""
+    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in found.items()) if len(found) > 1 else ""
 
 
 def counts(states: Iterable[str]) -> list[tuple[str, int]]:
