@@ -8,6 +8,7 @@ commit are called synthetic. It is written as a study is, config.yaml and result
 """
 
 import argparse
+import datetime
 import math
 import random
 from collections.abc import Iterator
@@ -67,14 +68,20 @@ SHAPES = {
 }
 HARDWARE: dict[str, dict[str, Any]] = {
     "a100-80gb": {
-        "gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0, "max_gpus": 8,
+        "gpu": "NVIDIA A100-SXM4-80GB",
+        "memory_gib": 80,
+        "compute_capability": 8.0,
+        "max_gpus": 8,
         "price_usd_per_gpu_hour": 5.12,
     },
     "v100-32gb": {
-        "gpu": "Tesla V100-SXM2-32GB", "memory_gib": 32, "compute_capability": 7.0, "max_gpus": 8,
+        "gpu": "Tesla V100-SXM2-32GB",
+        "memory_gib": 32,
+        "compute_capability": 7.0,
+        "max_gpus": 8,
         "price_usd_per_gpu_hour": 3.90,
     },
-}  # fmt: skip
+}
 LINK_GBPS = {"a100-80gb": 200e9, "v100-32gb": 60e9}
 """Rate of a collective, bytes a second."""
 HOST_GBPS, HOST_GIB = 12e9, 1000.0
@@ -146,11 +153,18 @@ def records(config: Config, seed: int = 0) -> Iterator[tuple[PlannedRun, Record 
         if chance < 0.006:
             yield planned, None
         elif chance < 0.010:
-            yield planned, Failure(
-                run_id=run.run_id, attempt=1 + number % 3, cause="NCCL error: unhandled system error (synthetic)",
-                log=f"results/runs/{run.run_id}/launch.log", log_tail="rank 3: ncclSystemError\n<b>synthetic</b> log",
-                duration_seconds=71.0, started_at=_start(number),
-            )  # fmt: skip
+            yield (
+                planned,
+                Failure(
+                    run_id=run.run_id,
+                    attempt=1 + number % 3,
+                    cause="NCCL error: unhandled system error (synthetic)",
+                    log=f"results/runs/{run.run_id}/launch.log",
+                    log_tail="rank 3: ncclSystemError\n<b>synthetic</b> log",
+                    duration_seconds=71.0,
+                    started_at=_start(number),
+                ),
+            )
         else:
             node = draw.randrange(NODES)
             yield planned, _record(run, node, nodes[run.hardware.name][node], number, draw)
@@ -162,14 +176,15 @@ def _shape(target: str) -> Shape:
 
 def _start(number: int) -> str:
     minutes = 7 * (number // 40)
-    return f"2025-{1 + minutes // 40320 % 12:02}-{1 + minutes // 1440 % 28:02}T{minutes // 60 % 24:02}:{minutes % 60:02}:{number % 60:02}Z"
+    day = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(minutes=minutes, seconds=number % 60)
+    return day.isoformat().replace("+00:00", "Z")
 
 
 def memory_gib(run: Run) -> dict[str, float]:
     """Peak of each part on one device, GiB, by the usual budgets.
 
-    Mixed precision: 2 bytes for a frozen weight, 4 for a trained one, 4 for its gradient, 8 for Adam's states (and 2 for
-    the working copy under ZeRO). Activations: L((16 b + 2) ...) with s² for attention that is written out.
+    Mixed precision: 2 bytes for a frozen weight, 4 for a trained one, 4 for its gradient, 8 for Adam's
+    states. Activations: 34 s b h of each layer, and 5 a s² b for attention that is written out (arXiv 2205.05198).
     """
     shape, used = _shape(run.target), run.parsed_techniques
     shards = run.num_gpus
@@ -203,8 +218,11 @@ def step_seconds(run: Run) -> float:
     attention = 12 * shape.layers * shape.hidden * run.sequence_length
     flops = tokens * (_flops_per_weight(run) * shape.parameters + attention)
     recomputed = 1.30 if "gradient_checkpointing" in used else 1.0
-    efficiency = 0.46 * run.sequence_length * run.per_device_train_batch_size / (
-        run.sequence_length * run.per_device_train_batch_size + 300
+    efficiency = (
+        0.46
+        * run.sequence_length
+        * run.per_device_train_batch_size
+        / (run.sequence_length * run.per_device_train_batch_size + 300)
     )
     written_out = 0 if "flash_attention_2" in used else 40 * shape.layers * shape.heads * run.sequence_length**2
     seconds = recomputed * (flops / efficiency / rate + written_out * run.training.effective_batch_size / 1.4e12)
@@ -232,9 +250,11 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
     base = step_seconds(run) * math.exp(slower + draw.gauss(0, TRY_SPREAD))
     limit_seconds = 30 * 60
     about: dict[str, Any] = {
-        "run": run, "started_at": _start(number), "slurm_job_id": str(4_000_000 + number),
+        "run": run,
+        "started_at": _start(number),
+        "slurm_job_id": str(4_000_000 + number),
         "environment": _environment(run, node),
-    }  # fmt: skip
+    }
     on_host = 16 * trainable(run) / GIB if "offload_optimizer" in run.techniques else 0
     if on_host > HOST_GIB:
         reason = "SLURM: the job's memory ran out (oom_kill), synthetic"
@@ -250,19 +270,30 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
         steps, duration = steps[:done], float(limit_seconds)
         ending = Ending(status="timeout", reason="30 minutes are over.")
     rank = {
-        "steps": steps, "startup_seconds": 12.0, "load_seconds": loading - 12,
+        "steps": steps,
+        "startup_seconds": 12.0,
+        "load_seconds": loading - 12,
         "memory": {
-            "peak_allocated_bytes": int(allocated * GIB), "peak_reserved_bytes": int(reserved * GIB),
-            "peak_device_used_bytes": int((reserved + KERNELS_GIB) * GIB), "peak_rss_bytes": int((6 + on_host) * GIB),
+            "peak_allocated_bytes": int(allocated * GIB),
+            "peak_reserved_bytes": int(reserved * GIB),
+            "peak_device_used_bytes": int((reserved + KERNELS_GIB) * GIB),
+            "peak_rss_bytes": int((6 + on_host) * GIB),
         },
-        "evaluations": {"before": 3.1, "after": 3.1 - 1.4 * (0.9 if "lora" in run.techniques else 1) + 0.01 * draw.random()},
-        "trainable_parameters": int(trainable(run)), "total_parameters": int(_shape(run.target).parameters),
+        "evaluations": {
+            "before": 3.1,
+            "after": 3.1 - 1.4 * (0.9 if "lora" in run.techniques else 1) + 0.01 * draw.random(),
+        },
+        "trainable_parameters": int(trainable(run)),
+        "total_parameters": int(_shape(run.target).parameters),
         "compute_dtype": "bfloat16" if "bf16" in run.techniques else "float16",
         "attention_implementation": "flash_attention_2" if "flash_attention_2" in run.techniques else "eager",
-        "model_flops_per_step": run.training.effective_batch_size * run.sequence_length
-        * _flops_per_weight(run) * _shape(run.target).parameters / run.num_gpus,
+        "model_flops_per_step": run.training.effective_batch_size
+        * run.sequence_length
+        * _flops_per_weight(run)
+        * _shape(run.target).parameters
+        / run.num_gpus,
         "energy_joules": 330.0 * sum(s["seconds"] for s in steps if s["timed"]),
-    }  # fmt: skip
+    }
     return Record(**about, ending=ending, duration_seconds=duration, ranks=[rank] * run.num_gpus)
 
 
@@ -272,10 +303,15 @@ def _out_of_memory(parts: dict[str, float], limit: float, draw: random.Random) -
     asked = int(GIB * draw.uniform(0.1, 2.0))
     held = int(min(limit, sum(parts.values())) * GIB * 0.98)
     return Ending(
-        status="device_oom", reason=f"CUDA out of memory. Tried to allocate {asked / GIB:.2f} GiB (synthetic)",
-        phase=phase, step=0 if phase == "load" else 1, rank=0, bytes_requested=asked, bytes_held=held,
+        status="device_oom",
+        reason=f"CUDA out of memory. Tried to allocate {asked / GIB:.2f} GiB (synthetic)",
+        phase=phase,
+        step=0 if phase == "load" else 1,
+        rank=0,
+        bytes_requested=asked,
+        bytes_held=held,
         fragmented=draw.random() < 0.1,
-    )  # fmt: skip
+    )
 
 
 def _steps(run: Run, base: float, draw: random.Random) -> Iterator[dict[str, Any]]:
@@ -283,9 +319,14 @@ def _steps(run: Run, base: float, draw: random.Random) -> Iterator[dict[str, Any
     for number in range(1, run.num_steps + 1):
         timed = number > run.protocol.num_untimed_steps
         yield {
-            "step": number, "seconds": base * math.exp(draw.gauss(0, STEP_SPREAD)) * (1 if timed else 1.6), "timed": timed,
-            "stepped": True, "loss": 3.1 - 0.1 * number, "real_tokens": positions, "loss_tokens": positions // 4,
-        }  # fmt: skip
+            "step": number,
+            "seconds": base * math.exp(draw.gauss(0, STEP_SPREAD)) * (1 if timed else 1.6),
+            "timed": timed,
+            "stepped": True,
+            "loss": 3.1 - 0.1 * number,
+            "real_tokens": positions,
+            "loss_tokens": positions // 4,
+        }
 
 
 def _environment(run: Run, node: int) -> dict[str, Any]:
@@ -315,7 +356,9 @@ def write(folder: Path, repeats: int = 3, seed: int = 0) -> Config:
         elif document is not None:
             write_failure(paths, document)
         forecast = sum(memory_gib(planned.run).values()) - KERNELS_GIB
-        paths.prior.write_text(f'{{"predicted_peak_memory_allocated_gib": {forecast * math.exp(draw.gauss(0, 0.05)):.3f}}}')
+        paths.prior.write_text(
+            f'{{"predicted_peak_memory_allocated_gib": {forecast * math.exp(draw.gauss(0, 0.05)):.3f}}}'
+        )
     return config
 
 

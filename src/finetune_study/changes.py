@@ -1,15 +1,21 @@
 """Against an earlier study: what got better or worse beyond the noise, and what fits now that did not."""
 
+import io
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from finetune_study import table
 from finetune_study.errors import StudyError
-from finetune_study.ratio import Ratio, Repeat, ratio
+from finetune_study.ratio import Ratio, ratio
+from finetune_study.record import write_atomically
 from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
 
 ORDER = ("better", "worse", "differs", "same", "not known")
@@ -39,14 +45,19 @@ def read(path: Path) -> pl.DataFrame:
         found = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise StudyError(
-            "The earlier study's outcomes can't be read", where=str(path), given=str(error).splitlines()[0],
-            allowed="an outcomes.parquet that finetune-study wrote", do="name it in report.earlier_outcomes",
-        ) from None  # fmt: skip
+            "The earlier study's outcomes can't be read",
+            where=str(path),
+            given=str(error).splitlines()[0],
+            allowed="an outcomes.parquet that finetune-study wrote",
+            do="name it in report.earlier_outcomes",
+        ) from None
     if missing := [name for name in (*CONFIGURATION, "run_id", "status") if name not in found.columns]:
         raise StudyError(
-            "The file is no table of outcomes", where=str(path), given=f"no column {', '.join(missing)}",
+            "The file is no table of outcomes",
+            where=str(path),
+            given=f"no column {', '.join(missing)}",
             allowed="an outcomes.parquet that finetune-study wrote",
-        )  # fmt: skip
+        )
     found = found.with_columns(state=pl.col("status"))
     return found.select(
         (pl.col(name) if name in found.columns else pl.lit(None)).cast(dtype).alias(name)
@@ -69,6 +80,35 @@ def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:
     words = ", ".join(f"{counts[name]} {name}" for name in ORDER if counts[name])
     summary = f"{len(changed)} of {len(now)} configurations are in both" + (f": {words}" if words else "")
     return Earlier(path, summary, changed)
+
+
+def of_files(now: Path, earlier: Path) -> Earlier:
+    """The comparison of two files of outcomes.
+
+    Raises:
+        StudyError: when one of them is none.
+    """
+    return compare(table.compare(read(now), "").to_dicts(), read(earlier), str(earlier))
+
+
+def text(found: Earlier) -> str:
+    """For a terminal: what changed, then a line on the rest."""
+    rows = [one for one in found.changed if one["change"] in ("better", "worse", "differs")]
+    shown = Table("setting", "recipe", "change", "why", "software", box=box.SIMPLE_HEAD, pad_edge=False)
+    for one in rows:
+        place = f"{one['target']} on {one['hardware']} × {one['num_gpus']}, context {one['sequence_length']}"
+        shown.add_row(*map(Text, (place, one["recipe"], one["change"], one["why"], one["software"])))
+    stream = io.StringIO()
+    console = Console(file=stream, width=140, highlight=False)
+    if rows:
+        console.print(shown)
+    console.print(Text(f"{found.summary} (against {found.path})"))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def write(found: Earlier, path: Path) -> None:
+    """The comparison as CSV."""
+    write_atomically(path, pl.DataFrame(found.changed, infer_schema_length=None).write_csv())
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -98,7 +138,8 @@ def _change(now: Row, then: Row) -> Row:
 
 def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
     """Better or worse by what differs beyond the noise; `differs` where time and memory say opposite things."""
-    words, directions = [], set()
+    words: list[str] = []
+    directions: set[str] = set()
     for name, found in (("step time", time), ("peak memory", memory)):
         if found is not None and found.leaves_out_one:
             directions.add("better" if found.value < 1 else "worse")
@@ -111,10 +152,7 @@ def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
 
 
 def _ratio(now: Row, then: Row, column: str) -> Ratio | None:
-    above, below = (
-        [Repeat(node, value) for node, value in zip(row["nodes_of_repeats"], row[f"{column}_repeats"], strict=True) if value]
-        for row in (now, then)
-    )  # fmt: skip
+    above, below = table.repeats(now, column), table.repeats(then, column)
     return ratio(above, below) if above and below else None
 
 
@@ -123,7 +161,7 @@ def _answered(row: Row) -> bool:
 
 
 def _states(row: Row) -> str:
-    return ", ".join(f"{n} {state}" for state, n in Counter(row["states"]).items())
+    return ", ".join(f"{n} {state}" for state, n in Counter[str](row["states"]).items())
 
 
 def _text(found: Ratio | None) -> str:

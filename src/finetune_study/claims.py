@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from finetune_study.ratio import Repeat, ratio
-from finetune_study.table import Row, completed_everywhere, show
+from finetune_study.ratio import ratio
+from finetune_study.table import Row, completed_everywhere, repeats, show
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 
@@ -77,7 +77,13 @@ def _settings(rows: Iterable[Row]) -> dict[Key, list[Row]]:
     """Rows that may be compared: one setting and one micro-batch."""
     found: dict[Key, list[Row]] = {}
     for row in rows:
-        key = (row["target"], row["hardware"], row["num_gpus"], row["sequence_length"], row["per_device_train_batch_size"])
+        key = (
+            row["target"],
+            row["hardware"],
+            row["num_gpus"],
+            row["sequence_length"],
+            row["per_device_train_batch_size"],
+        )
         found.setdefault(key, []).append(row)
     return found
 
@@ -105,19 +111,16 @@ def exchanged(rows: Iterable[Row], without: frozenset[str], with_: frozenset[str
 def _same_kind(first: Row, second: Row) -> bool:
     """Whether two configurations completed and may be compared: never across software, weights, data, batch."""
     return (
-        completed_everywhere(first) and completed_everywhere(second)
-        and len(first["provenance"]) == 1 and first["provenance"] == second["provenance"]
-    )  # fmt: skip
-
-
-def _repeats(row: Row, column: str) -> list[Repeat]:
-    values = row[f"{column}_repeats"]
-    return [Repeat(node, value) for node, value in zip(row["nodes_of_repeats"], values, strict=True) if value]
+        completed_everywhere(first)
+        and completed_everywhere(second)
+        and len(first["provenance"]) == 1
+        and first["provenance"] == second["provenance"]
+    )
 
 
 def measured(first: Row, second: Row, column: str) -> tuple[float, float | None, float | None] | None:
     """Ratio of the second to the first in a column with its interval; None where one is missing."""
-    above, below = _repeats(second, column), _repeats(first, column)
+    above, below = repeats(second, column), repeats(first, column)
     if not above or not below:
         return None
     found = ratio(above, below)
@@ -166,17 +169,24 @@ def check(rows: list[Row]) -> list[Claim]:
 
 def _best_balance(rows: list[Row]) -> Claim:
     claim = Claim(
-        "balance", "ZeRO-2 with LoRA is the best balance of memory and runtime.", PAPER,
+        "balance",
+        "ZeRO-2 with LoRA is the best balance of memory and runtime.",
+        PAPER,
         "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all recipes that "
         "fit, at least three of them, without FlashAttention on either side.",
-    )  # fmt: skip
+    )
     for group in _settings(rows).values():
         fitting = [
-            r for r in group
-            if completed_everywhere(r) and r["step_time_seconds_median"] and r["peak_memory_gib_median"]
+            r
+            for r in group
+            if completed_everywhere(r)
+            and r["step_time_seconds_median"]
+            and r["peak_memory_gib_median"]
             and not any("flash" in name for name in techniques(r))
-        ]  # fmt: skip
-        ours = [r for r in fitting if {"zero2", "lora"} <= techniques(r) and "gradient_checkpointing" not in techniques(r)]
+        ]
+        ours = [
+            r for r in fitting if {"zero2", "lora"} <= techniques(r) and "gradient_checkpointing" not in techniques(r)
+        ]
         if group[0]["num_gpus"] < 2 or not ours or len(fitting) < 3:
             continue
         product = {r["recipe"]: r["step_time_seconds_median"] * r["peak_memory_gib_median"] for r in fitting}
@@ -186,28 +196,39 @@ def _best_balance(rows: list[Row]) -> Claim:
         few = min(r["num_completed"] for r in fitting) < 3
         share = product[own] / product[best]
         claim.comparisons.append(
-            Comparison(where(group[0]), f"{own}: × {show(share)} of the smallest ({best}) of {len(fitting)} recipes",
-                       None if mixed or few else share <= 1 + LITTLE, _ids(*ours))
-        )  # fmt: skip
+            Comparison(
+                where(group[0]),
+                f"{own}: × {show(share)} of the smallest ({best}) of {len(fitting)} recipes",
+                None if mixed or few else share <= 1 + LITTLE,
+                _ids(*ours),
+            )
+        )
     return claim
 
 
 def _pairs_claim(
-    claim: Claim, rows: Iterable[Row], without: set[str], with_: set[str],
+    claim: Claim,
+    rows: Iterable[Row],
+    without: set[str],
+    with_: set[str],
     judge: Callable[[Row, Row], tuple[str, bool | None] | None],
-) -> Claim:  # fmt: skip
+) -> Claim:
     for first, second in exchanged(rows, frozenset(without), frozenset(with_)):
         judged = judge(first, second) if _same_kind(first, second) else None
         if judged is not None:
-            claim.comparisons.append(Comparison(where(first), _pair_text(first, second, judged[0]), judged[1], _ids(first, second)))
+            claim.comparisons.append(
+                Comparison(where(first), _pair_text(first, second, judged[0]), judged[1], _ids(first, second))
+            )
     return claim
 
 
 def _memory_of_zero(rows: list[Row]) -> Claim:
     claim = Claim(
-        "zero-memory", "ZeRO shards model states: 2 to 4 times less memory.", PAPER,
+        "zero-memory",
+        "ZeRO shards model states: 2 to 4 times less memory.",
+        PAPER,
         "At least half of the peak memory is saved on several GPUs, the recipe being the same otherwise.",
-    )  # fmt: skip
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         memory = measured(first, second, "peak_memory_gib")
@@ -219,10 +240,12 @@ def _memory_of_zero(rows: list[Row]) -> Claim:
 
 def _very_large(rows: list[Row]) -> Claim:
     claim = Claim(
-        "very-large", "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
-        PAPER, "The mix completes where at least one recipe with fewer of the three ran out of memory; against it "
+        "very-large",
+        "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
+        PAPER,
+        "The mix completes where at least one recipe with fewer of the three ran out of memory; against it "
         "speaks that the mix runs out as well while a lesser one fits, or that every lesser one fits.",
-    )  # fmt: skip
+    )
     three = {"zero3", "lora", "gradient_checkpointing"}
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
     for group in _settings(row for row in rows if row["target"] in large).values():
@@ -230,11 +253,16 @@ def _very_large(rows: list[Row]) -> Claim:
         lesser = [r for r in group if len(three & techniques(r)) < 3]
         if not mixes or not lesser:
             continue
-        mix_fits, ran_out = any(completed_everywhere(r) for r in mixes), [r for r in lesser if "device_oom" in r["states"]]
+        mix_fits, ran_out = (
+            any(completed_everywhere(r) for r in mixes),
+            [r for r in lesser if "device_oom" in r["states"]],
+        )
         fitting = [r for r in lesser if completed_everywhere(r)]
         speaks = True if mix_fits and ran_out else False if fitting and not mix_fits else None
-        what = f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit'}; of {len(lesser)} lesser mixes " \
-            f"{len(ran_out)} ran out of memory, {len(fitting)} fit"  # fmt: skip
+        what = (
+            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit'}; of {len(lesser)} lesser mixes "
+            f"{len(ran_out)} ran out of memory, {len(fitting)} fit"
+        )
         if mix_fits and fitting:
             what += f" ({', '.join(r['recipe'] for r in fitting)})"
             speaks = False  # it is one way, not a need
@@ -244,49 +272,63 @@ def _very_large(rows: list[Row]) -> Claim:
 
 def _flash_long(rows: list[Row]) -> Claim:
     claim = Claim(
-        "flash-long", f"FlashAttention-2 saves memory and time at long context (from {LONG} tokens on).", PAPER,
+        "flash-long",
+        f"FlashAttention-2 saves memory and time at long context (from {LONG} tokens on).",
+        PAPER,
         "Both step time and peak memory are smaller than with the attention it replaces.",
-    )  # fmt: skip
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
         return f"{_text('memory', memory)}, {_text('time', time)}", _all(_side(memory, None, 1), _side(time, None, 1))
 
-    return _pairs_claim(claim, [r for r in rows if r["sequence_length"] >= LONG], {"eager", "sdpa"}, {"flash_attention_2"}, judge)
+    return _pairs_claim(
+        claim, [r for r in rows if r["sequence_length"] >= LONG], {"eager", "sdpa"}, {"flash_attention_2"}, judge
+    )
 
 
 def _flash_short(rows: list[Row]) -> Claim:
     claim = Claim(
-        "flash-short", f"FlashAttention-2 changes little below about {SHORT} tokens.", PAPER,
+        "flash-short",
+        f"FlashAttention-2 changes little below about {SHORT} tokens.",
+        PAPER,
         "Step time and peak memory differ by less than 10 %.",
-    )  # fmt: skip
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
         sides = (_side(one, 1 - LITTLE, 1 + LITTLE) for one in (memory, time))
         return f"{_text('memory', memory)}, {_text('time', time)}", _all(*sides)
 
-    return _pairs_claim(claim, [r for r in rows if r["sequence_length"] < SHORT], {"eager", "sdpa"}, {"flash_attention_2"}, judge)
+    return _pairs_claim(
+        claim, [r for r in rows if r["sequence_length"] < SHORT], {"eager", "sdpa"}, {"flash_attention_2"}, judge
+    )
 
 
 def _checkpointing(rows: list[Row]) -> Claim:
     claim = Claim(
-        "checkpointing", "Gradient checkpointing saves memory at a modest slow-down (about 30 % on one GPU).",
-        f"{PAPER}; {LECTURE}", f"Less peak memory, and a step takes at most × {MODEST} the time.",
-    )  # fmt: skip
+        "checkpointing",
+        "Gradient checkpointing saves memory at a modest slow-down (about 30 % on one GPU).",
+        f"{PAPER}; {LECTURE}",
+        f"Less peak memory, and a step takes at most × {MODEST} the time.",
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
-        return f"{_text('time', time)}, {_text('memory', memory)}", _all(_side(memory, None, 1), _side(time, None, MODEST))
+        return f"{_text('time', time)}, {_text('memory', memory)}", _all(
+            _side(memory, None, 1), _side(time, None, MODEST)
+        )
 
     return _pairs_claim(claim, rows, set(), {"gradient_checkpointing"}, judge)
 
 
 def _checkpointing_fits(rows: list[Row]) -> Claim:
     claim = Claim(
-        "checkpointing-fits", "Gradient checkpointing lets larger models or longer contexts fit.", PAPER,
+        "checkpointing-fits",
+        "Gradient checkpointing lets larger models or longer contexts fit.",
+        PAPER,
         "For a target on some hardware it completes somewhere where the same recipe without it ran out of memory.",
-    )  # fmt: skip
+    )
     tried: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
     for first, second in exchanged(rows, frozenset(), frozenset({"gradient_checkpointing"})):
         ended = completed_everywhere(second) or "device_oom" in second["states"]
@@ -303,24 +345,29 @@ def _checkpointing_fits(rows: list[Row]) -> Claim:
 
 def _lora_parameters(rows: list[Row]) -> Claim:
     claim = Claim(
-        "lora-parameters", "LoRA trains orders of magnitude fewer parameters (131 million of Llama 2's 70 billion).",
-        PAPER, "At most 1 % of the weights are trained.",
-    )  # fmt: skip
+        "lora-parameters",
+        "LoRA trains orders of magnitude fewer parameters (131 million of Llama 2's 70 billion).",
+        PAPER,
+        "At most 1 % of the weights are trained.",
+    )
     seen: set[tuple[str, str]] = set()
     for row in rows:
         if "lora" in techniques(row) and row["trainable_parameters"] and (row["target"], row["recipe"]) not in seen:
             seen.add((row["target"], row["recipe"]))
             share = row["trainable_parameters"] / row["total_parameters"]
-            what = f"{row['recipe']}: {row['trainable_parameters']:,} of {row['total_parameters']:,} weights, {show(100 * share)} %"
+            numbers = f"{row['trainable_parameters']:,} of {row['total_parameters']:,} weights"
+            what = f"{row['recipe']}: {numbers}, {show(100 * share)} %"
             claim.comparisons.append(Comparison(row["target"], what, share <= 0.01, _ids(row)))
     return claim
 
 
 def _lora_memory(rows: list[Row]) -> Claim:
     claim = Claim(
-        "lora-memory", "LoRA saves up to two thirds of the memory.", f"{PAPER}; {LECTURE}",
+        "lora-memory",
+        "LoRA saves up to two thirds of the memory.",
+        f"{PAPER}; {LECTURE}",
         "The largest saving among the pairs of one target on one hardware is 60 % or more.",
-    )  # fmt: skip
+    )
     best: dict[tuple[str, str], tuple[float, Row, Row]] = {}
     for first, second in exchanged(rows, frozenset(), frozenset({"lora"})):
         found = measured(first, second, "peak_memory_gib") if _same_kind(first, second) else None
@@ -336,9 +383,11 @@ def _lora_memory(rows: list[Row]) -> Claim:
 
 def _zero3_costs(rows: list[Row]) -> Claim:
     claim = Claim(
-        "zero3-costs", "Over-optimization costs time: ZeRO-3 without need is slower.", PAPER,
+        "zero3-costs",
+        "Over-optimization costs time: ZeRO-3 without need is slower.",
+        PAPER,
         "On several GPUs a step takes longer with ZeRO-3 than with ZeRO-2 where both fit.",
-    )  # fmt: skip
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         time = measured(first, second, "step_time_seconds")
@@ -349,9 +398,11 @@ def _zero3_costs(rows: list[Row]) -> Claim:
 
 def _quantization_costs(rows: list[Row]) -> Claim:
     claim = Claim(
-        "quantization-costs", "Quantization costs throughput (about 30 % on one GPU).", LECTURE,
+        "quantization-costs",
+        "Quantization costs throughput (about 30 % on one GPU).",
+        LECTURE,
         "A step takes longer with QLoRA than with LoRA, and at most × 1.6.",
-    )  # fmt: skip
+    )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
         time = measured(first, second, "step_time_seconds")
@@ -409,7 +460,7 @@ _LADDER: tuple[tuple[str, frozenset[str]], ...] = (
     ("LoRA, ZeRO-3, and states on the host", frozenset({"lora", "zero3", "offload_optimizer"})),
     ("Quantized weights (costs throughput: only where it must be)", frozenset({"qlora"})),
 )
-"""What each rung adds to save memory of weights, gradients and optimizer states; a rung may use the host or fewer bits."""
+"""What each rung adds to save memory of weights, gradients and optimizer states, from the fastest on."""
 _STATES = {"lora", "qlora", "zero1", "zero2", "zero3", "offload_optimizer"}
 _ACTIVATIONS = {"gradient_checkpointing", "flash_attention_2", "flash_attention_3"}
 
@@ -463,8 +514,10 @@ def _activations(here: list[Row], contexts: list[int], chosen: Row, limit: float
         steps.append(Step(f"Context {contexts[-1]}: {words}", answer, _room(answer, limit), fits))
         if fits:
             break
-    larger = sorted((r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == contexts[0]),
-                    key=lambda r: r["per_device_train_batch_size"])  # fmt: skip
+    larger = sorted(
+        (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == contexts[0]),
+        key=lambda r: r["per_device_train_batch_size"],
+    )
     for row in larger[1:]:
         question = f"Micro-batch {row['per_device_train_batch_size']} at context {contexts[0]}"
         steps.append(Step(question, row, _room(row, limit), completed_everywhere(row)))

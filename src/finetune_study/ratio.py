@@ -1,4 +1,4 @@
-"""How much slower one recipe is than another, and how sure that is: runs differ from node to node and from try to try."""
+"""How much slower one recipe is than another, and how sure that is: runs differ by node and from try to try."""
 
 import math
 import statistics

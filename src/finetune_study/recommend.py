@@ -323,8 +323,10 @@ def _lacks(best: Evidence, rival: Evidence) -> str | None:
     if len({*best.nodes_of_repeats, *rival.nodes_of_repeats}) < MIN_NODES:
         return f"All ran on one node; a ranking needs {MIN_NODES}"
     if _in_blocks(best.starts_of_repeats, rival.starts_of_repeats):
-        return f"All runs of one of {best.recipe}, {rival.recipe} were before those of the other; a ranking needs them "\
-            "in random order"  # fmt: skip
+        return (
+            f"All runs of one of {best.recipe}, {rival.recipe} were before those of the other; a ranking needs them "
+            "in random order"
+        )
     return None
 
 

@@ -1,7 +1,7 @@
-"""How a study stands, from its files alone: beside a live driver, after a dead one, and with SLURM's words if there is one.
+"""How a study stands, from its files alone: beside a live driver, after a dead one, with SLURM's words if it is there.
 
-The ledger is the executor's (`ledger.schema.json` describes its lines); it is read, never written, and what it says that
-this does not know is left alone.
+The ledger is the executor's (`ledger.schema.json` describes its lines); it is read, never written, and what this does
+not know of it is left alone.
 """
 
 import datetime
@@ -55,11 +55,9 @@ NEVER_CLEARS = {
     "JobHeldUser": "it is held: `scontrol release` lets it go",
     "ReqNodeNotAvail": "a node that was asked for is down or reserved",
     "JobArrayTaskLimit": "clears when other tasks of its array end",
-}  # fmt: skip
+}
 """SLURM's pending reasons that waiting alone does not clear, with what to do (squeue(1), JOB REASON CODES)."""
-WAITING = frozenset(
-    {"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"}
-)
+WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
 """Of these, those that may clear after all, when something else ends: they are named, but not as hopeless."""
 
 
@@ -99,7 +97,9 @@ class Status:
     problems: list[str] = field(default_factory=list)
 
 
-def look(study: Study, ledger: Path = LEDGER, queue: Callable[[Iterable[str]], Mapping[str, InQueue]] | None = None) -> Status:
+def look(
+    study: Study, ledger: Path = LEDGER, queue: Callable[[Iterable[str]], Mapping[str, InQueue]] | None = None
+) -> Status:
     """The status of a study now.
 
     Args:
@@ -220,7 +220,7 @@ def _number(value: object) -> float | None:
 
 
 def _driver(lock: Path) -> str:
-    """Who is at work: the executor writes it into its lock, which outlives it; so a process of this host is looked for."""
+    """Who is at work: the executor writes it into its lock, which outlives it; a process of this host is looked for."""
     try:
         said = lock.read_text(encoding="utf-8").strip()
     except OSError:
@@ -238,9 +238,20 @@ def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
         return {}
     try:
         found = subprocess.run(
-            ["squeue", "--noheader", "--states=all", "--jobs", ",".join(asked), "--Format", "JobID:|,State:|,ReasonList:|,TimeUsed:|"],
-            capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=False,
-        )  # fmt: skip
+            [
+                "squeue",
+                "--noheader",
+                "--states=all",
+                "--jobs",
+                ",".join(asked),
+                "--Format",
+                "JobID:|,State:|,ReasonList:|,TimeUsed:|",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=SQUEUE_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return parse_squeue(found.stdout)
@@ -273,7 +284,9 @@ def render(status: Status, now: float | None = None) -> Group:
     total = sum(number for _, number in status.counts)
     parts: list[Any] = [Text(f"{total} runs: " + ", ".join(f"{n} {STATES[state].words}" for state, n in status.counts))]
     expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
-    parts.append(Text(f"GPU-hours: {show(status.used_gpu_hours)} used, {expected} still to come ({status.num_left} runs)"))
+    parts.append(
+        Text(f"GPU-hours: {show(status.used_gpu_hours)} used, {expected} still to come ({status.num_left} runs)")
+    )
     parts.append(Text(status.driver))
     if status.open:
         parts.append(_jobs(status.open, now))
@@ -294,8 +307,10 @@ def _jobs(jobs: list[tuple[Submitted, InQueue | None]], now: float) -> Table:
         word = seen.reason.partition(",")[0].strip() if seen else ""
         hopeless = todo is not None and word not in WAITING
         reason = (seen.reason if seen else "") + (f": {todo}" if todo else "")
-        table.add_row(*map(Text, (job.name, job.slurm_id or "", state, since, seen.elapsed if seen else "")),
-                      Text(("NEVER CLEARS BY WAITING: " if hopeless else "") + reason, style="bold red" if hopeless else ""))  # fmt: skip
+        table.add_row(
+            *map(Text, (job.name, job.slurm_id or "", state, since, seen.elapsed if seen else "")),
+            Text(("NEVER CLEARS BY WAITING: " if hopeless else "") + reason, style="bold red" if hopeless else ""),
+        )
     return table
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import polars as pl
 
 from finetune_study.config import Config
+from finetune_study.ratio import Repeat
 
 Row = dict[str, Any]
 """A row of a table, by column."""
@@ -79,6 +80,17 @@ def completed_everywhere(row: Row) -> bool:
     return row["num_completed"] > 0 and {*row["states"]} <= {"completed", "failed", "not_run"}
 
 
+def repeats(row: Row, column: str) -> list[Repeat]:
+    """The completed repeats of a configuration, each with its node.
+
+    Args:
+        row: a configuration.
+        column: `step_time_seconds` or `peak_memory_gib`.
+    """
+    values = zip(row["nodes_of_repeats"], row[f"{column}_repeats"], strict=True)
+    return [Repeat(node, value) for node, value in values if value]
+
+
 def baseline_of(config: Config) -> str:
     """The recipe that the others are compared with."""
     return config.report.baseline or config.grid[0].recipes[0]
@@ -148,14 +160,13 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
     allocated = pl.col("peak_memory_allocated_gib").filter(completed).is_not_null().any()
     cells = cells.with_columns(
         _node=pl.coalesce(optional(cells, "host").cast(pl.String), pl.lit("unknown")),
-        _step_time=optional(cells, "predicted_step_time_seconds_median", "predicted_step_time_seconds").cast(pl.Float64),
+        _step_time=optional(cells, "predicted_step_time_seconds_median", "predicted_step_time_seconds").cast(
+            pl.Float64
+        ),
         _peak=optional(cells, "predicted_peak_memory_allocated_gib", "predicted_peak_device_used_gib").cast(pl.Float64),
     )
     timed = completed & pl.col("step_time_seconds_median").is_not_null()
-    medians = [
-        pl.col(name).filter(completed).median().alias(f"{name}_median")
-        for name in _MEDIANS
-    ]
+    medians = [pl.col(name).filter(completed).median().alias(f"{name}_median") for name in _MEDIANS]
     rows = cells.group_by(CONFIGURATION, maintain_order=True).agg(
         *medians,
         run_ids=pl.col("run_id"),

@@ -11,7 +11,6 @@ from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.record import write_atomically
 from finetune_study.report import costs, figures, page, summary, tables
-from finetune_study.report.figures import Pair
 from finetune_study.table import Row
 
 
@@ -30,8 +29,8 @@ def build(config: Config, cells: pl.DataFrame, results: Results) -> None:
     write_atomically(results.report, page.render(contents))
 
 
-def gather(config: Config, cells: pl.DataFrame) -> page.Contents:
-    """Everything that the report says of a study."""
+def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Contents:
+    """Everything that the report says of a study; without its figures where only text is wanted."""
     comparisons = table.compare(cells, table.baseline_of(config))
     rows = comparisons.to_dicts()
     recommendations = recommend.recommend(comparisons)
@@ -45,16 +44,12 @@ def gather(config: Config, cells: pl.DataFrame) -> page.Contents:
         recommendations=recommendations,
         defaults=defaults,
         pairs=pairs,
-        figures=[(figure, figure.svg()) for figure in figures.draw(pairs)],
+        figures=[(figure, figure.svg()) for figure in (figures.draw(pairs) if draw else [])],
         claims=claims.check(rows),
-        walks=[claims.walk(pair.rows, _devices(pair), pair.limit) for pair in pairs],
+        walks=[claims.walk(pair.rows, pair.planned_gpus, pair.limit) for pair in pairs],
         costs=costs.costs(config, defaults, rows),
         earlier=_earlier(config, rows),
     )
-
-
-def _devices(pair: Pair) -> int:
-    return max(row["num_gpus"] for row in pair.rows)
 
 
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:

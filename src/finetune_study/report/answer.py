@@ -26,7 +26,10 @@ def _default(defaults: list[Default]) -> str:
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    parts = [f"{recipe} for {joined(_where(one) for one in some[:3])}{_more(some[3:])}" for recipe, some in ranked[:MAX_NAMED]]
+    parts = [
+        f"{recipe} for {joined(_where(one) for one in some[:3])}{_more(some[3:])}"
+        for recipe, some in ranked[:MAX_NAMED]
+    ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
     sure = [one for one in named if one.recommendation.verdict in ("ranked", "only_one_fits")]
     first = "The fastest recipe that fits" + ("" if len(sure) == len(named) else ", as far as the runs can tell,")
@@ -52,10 +55,14 @@ def joined(parts: Iterable[str]) -> str:
 def _why_none(defaults: list[Default]) -> str:
     verdicts = Counter(one.recommendation.verdict for one in defaults)
     words = {
-        "nothing_fits": "everything that was tried failed to fit", "no_data": "no run has completed",
+        "nothing_fits": "everything that was tried failed to fit",
+        "no_data": "no run has completed",
         "not_comparable": "the runs differ in software, weights or data",
-    }  # fmt: skip
-    return joined(f"{words.get(verdict, verdict)} ({n} of {len(defaults)} pairs of model and hardware)" for verdict, n in verdicts.items())
+    }
+    return joined(
+        f"{words.get(verdict, verdict)} ({n} of {len(defaults)} pairs of model and hardware)"
+        for verdict, n in verdicts.items()
+    )
 
 
 def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> str:
@@ -65,7 +72,11 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> s
     if not beyond:
         tail = f"; nothing fits in {nothing} of {settings}" if nothing else ""
         named = any(one.recommendation.recipe for one in defaults)
-        return ("No setting is known in which a default stops fitting" if named else "What to add is not known") + tail + "."
+        return (
+            ("No setting is known in which a default stops fitting" if named else "What to add is not known")
+            + tail
+            + "."
+        )
     added = Counter(name for other in beyond for name in other.added)
     saved = sum(other.recipe is not None for other in beyond)
     what = joined(f"{name} ({n} times)" for name, n in added.most_common(3))
@@ -76,14 +87,20 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> s
 
 def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
     bests = [(one, one.recommendation.best) for one in defaults]
-    dollars = sorted((b.cost_usd_per_epoch_median, _where(one)) for one, b in bests if b and b.cost_usd_per_epoch_median is not None)
+    dollars = sorted(
+        (b.cost_usd_per_epoch_median, _where(one)) for one, b in bests if b and b.cost_usd_per_epoch_median is not None
+    )
     hours = sorted(
-        (b.epoch_hours_median * one.recommendation.num_gpus, _where(one)) for one, b in bests if b and b.epoch_hours_median is not None
+        (b.epoch_hours_median * one.recommendation.num_gpus, _where(one))
+        for one, b in bests
+        if b and b.epoch_hours_median is not None
     )
     verdicts = Counter(one.verdict for one in recommendations)
     open_ones = verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"]
-    sure = f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, " \
-        f"{verdicts['tie']} are ties and {open_ones} lack data"  # fmt: skip
+    sure = (
+        f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, "
+        f"{verdicts['tie']} are ties and {open_ones} lack data"
+    )
     if verdicts["nothing_fits"]:
         sure += f" ({verdicts['nothing_fits']} times nothing fits)"
     if dollars:

@@ -28,10 +28,11 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
         group = by_pair.get((default.target, default.hardware), [])
         at = default.recommendation
         chosen = [
-            r for r in group
+            r
+            for r in group
             if (r["num_gpus"], r["sequence_length"], r["recipe"], r["per_device_train_batch_size"])
             == (at.num_gpus, at.sequence_length, at.recipe, at.per_device_train_batch_size)
-        ]  # fmt: skip
+        ]
         found += [_cost(config, "the default", row) for row in chosen[:1]]
         # A shorter context is a cheaper epoch, of fewer tokens: only settings of the default's context are compared.
         same = [r for r in group if r["sequence_length"] == at.sequence_length]

@@ -12,8 +12,14 @@ from finetune_study import cells as cells_module
 from finetune_study.report.tables import STATES
 
 SETTINGS = (
-    "model", "tokenizer", "hardware", "techniques", "data", "training", "protocol",
-)  # fmt: skip
+    "model",
+    "tokenizer",
+    "hardware",
+    "techniques",
+    "data",
+    "training",
+    "protocol",
+)
 """Parts of a run's settings: each takes few values over a study, so that each is stored once."""
 DIGITS = 6
 """Significant digits of a number in the page; the files have them all."""
@@ -63,7 +69,9 @@ def embed(cells: pl.DataFrame) -> str:
         cells: one row per planned run (`cells.SCHEMA`).
     """
     frame = with_error_of_prediction(cells)
-    columns = {name: _column(frame[name]) for name in frame.columns if name not in _LEFT_OUT and _has_values(frame[name])}
+    columns = {
+        name: _column(frame[name]) for name in frame.columns if name not in _LEFT_OUT and _has_values(frame[name])
+    }
     parts = {name: frame["settings"].str.json_path_match(f"$.{name}") for name in SETTINGS}
     document = {
         "count": frame.height,
@@ -71,12 +79,13 @@ def embed(cells: pl.DataFrame) -> str:
         "settings": {name: _column(series) for name, series in parts.items() if _has_values(series)},
         "table": [
             {"name": one.name, "title": one.title, "hint": one.hint, "numeric": one.numeric}
-            for one in TABLE if one.name in columns
+            for one in TABLE
+            if one.name in columns
         ],
         "filters": [name for name in FILTERS if name in columns],
         "states": {name: {"words": s.words, "symbol": s.symbol, "tone": s.tone} for name, s in STATES.items()},
         "meanings": {name: meaning for name, (_, meaning) in cells_module.COLUMNS.items() if name in columns},
-    }  # fmt: skip
+    }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=5, mtime=0)).decode()
 

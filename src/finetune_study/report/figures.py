@@ -21,7 +21,7 @@ INK, MUTED, LINE, BAR, MEMORY, PAPER = "#1f2328", "#5f6872", "#d5d9de", "#3f7cac
 FILLS = {"good": "#cfe3f3", "memory": "#f9dccd", "limit": "#f4e9c3", "problem": "#f0d5e3", "none": "#f1f2f4"}
 """Cells of a map by the tone of their state; symbol and words say the same."""
 SERIES = ("#0072b1", "#d55e01", "#009e74", "#cc79a8", "#8c6d00", "#56b4ea", "#6f42c2", "#5a5a5a")
-"""Lines: Okabe and Ito's palette for colour-blind readers, its yellow darkened; each line has a mark of its own, too."""
+"""Lines: Okabe and Ito's palette for colour-blind readers, its yellow darkened; each has a mark of its own, too."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 SHARES = {"in tensors": "#3f7cad", "held by the allocator, unused": "#8fb8d9", "beside the allocator": "#c9cdd3"}
 PNG_SCALE = 2
@@ -73,14 +73,22 @@ class Pair:
         return f"{self.target} on {self.hardware}"
 
     @property
+    def planned_gpus(self) -> int:
+        """The largest number of devices that a run asks for."""
+        return max(int(row["num_gpus"]) for row in self.rows)
+
+    @property
     def most_gpus(self) -> int:
         """The largest number of devices with a completed run; else the largest that was planned."""
-        return max((r["num_gpus"] for r in self.rows if r["num_completed"]), default=max(r["num_gpus"] for r in self.rows))
+        done = [int(row["num_gpus"]) for row in self.rows if row["num_completed"]]
+        return max(done, default=self.planned_gpus)
 
     @property
     def shortest(self) -> int:
-        at = [r for r in self.rows if r["num_gpus"] == self.most_gpus]
-        return min((r["sequence_length"] for r in at if r["num_completed"]), default=min(r["sequence_length"] for r in at))
+        """The shortest context with a completed run on that many devices; else the shortest that was planned."""
+        at = [row for row in self.rows if row["num_gpus"] == self.most_gpus]
+        done = [int(row["sequence_length"]) for row in at if row["num_completed"]]
+        return min(done or [int(row["sequence_length"]) for row in at])
 
     def best_rows(self, *, num_gpus: int | None = None, sequence_length: int | None = None) -> list[Row]:
         """Each recipe of each setting at its fastest micro-batch that fits, else at its smallest."""
@@ -146,7 +154,7 @@ def save(figures: Sequence[Figure], svgs: Sequence[str], folder: Path) -> None:
 def run_link(row: Row) -> str:
     """Anchor of the panel of a run: of the first one that completed, else of the first."""
     ids, states = row["run_ids"], row["states"]
-    return "#run=" + next((i for i, state in zip(ids, states, strict=True) if state == "completed"), ids[0])
+    return f"#run={next((i for i, state in zip(ids, states, strict=True) if state == 'completed'), ids[0])}"
 
 
 def feasibility(pair: Pair) -> Figure | None:
@@ -160,16 +168,22 @@ def feasibility(pair: Pair) -> Figure | None:
         description="tip:N",
         href="link:N",
     )
-    tones = dict(domain=[*FILLS], range=[*FILLS.values()])
+    tones = {"domain": [*FILLS], "range": [*FILLS.values()]}
     chart = alt.layer(
         base.mark_rect(stroke=PAPER, strokeWidth=3).encode(color=alt.Color("tone:N", scale=tones, legend=None)),
         base.mark_text(dy=-8, fontWeight="bold", fontSize=11).encode(text="first:N"),
         base.mark_text(dy=7, fontSize=10.5, color=MUTED).encode(text="second:N"),
     )
     return _figure(
-        "feasibility", pair, chart, f"What fits: {pair.where}", "", {"cells": cells},
-        width=max(1, len(contexts)) * 132, height=max(1, len(counts)) * 44,
-    )  # fmt: skip
+        "feasibility",
+        pair,
+        chart,
+        f"What fits: {pair.where}",
+        "",
+        {"cells": cells},
+        width=max(1, len(contexts)) * 132,
+        height=max(1, len(counts)) * 44,
+    )
 
 
 def _cell(pair: Pair, one: Recommendation) -> dict[str, Any]:
@@ -181,15 +195,21 @@ def _cell(pair: Pair, one: Recommendation) -> dict[str, Any]:
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
         micro = f" b{best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""
         return here | {
-            "tone": "good", "first": sure + best.recipe + micro, "second": ", ".join(filter(None, numbers)),
-            "tip": places + one.reason, "link": run_link(best.model_dump()),
-        }  # fmt: skip
+            "tone": "good",
+            "first": sure + best.recipe + micro,
+            "second": ", ".join(filter(None, numbers)),
+            "tip": places + one.reason,
+            "link": run_link(best.model_dump()),
+        }
     state, words = how_it_failed([state for e in one.evidence for state in e.states])
     first = one.evidence[0] if one.evidence else None
     return here | {
-        "tone": STATES[state].tone, "first": f"{STATES[state].symbol} {STATES[state].words}", "second": words,
-        "tip": places + one.reason, "link": run_link(first.model_dump()) if first else "#runs",
-    }  # fmt: skip
+        "tone": STATES[state].tone,
+        "first": f"{STATES[state].symbol} {STATES[state].words}",
+        "second": words,
+        "tip": places + one.reason,
+        "link": run_link(first.model_dump()) if first else "#runs",
+    }
 
 
 def recipes(pair: Pair) -> Figure | None:
@@ -202,43 +222,61 @@ def recipes(pair: Pair) -> Figure | None:
     largest = max([pair.limit, *(m["memory_end"] or 0 for m in marks)]) * 1.02
     slowest = max([m["time_end"] or 0 for m in marks] + [1e-9]) * 1.5
     y = alt.Y("recipe:N", sort=order, title=None, axis=_axis())
-    memory_x = {"scale": dict(domain=[0, largest * 1.35], nice=False), "title": "Peak memory per device (GiB)"}
     base = alt.Chart(alt.NamedData("marks")).encode(y=y, description="tip:N", href="link:N")
     share = alt.Color(
-        "share:N", title=None, scale=dict(domain=[*SHARES], range=[*SHARES.values()]),
-        legend=dict(orient="top", direction="horizontal") if parted else None,
-    )  # fmt: skip
+        "share:N",
+        title=None,
+        scale={"domain": [*SHARES], "range": [*SHARES.values()]},
+        legend={"orient": "top", "direction": "horizontal"} if parted else None,
+    )
     memory = alt.layer(
-        alt.Chart(alt.NamedData("shares")).mark_bar(height=13).encode(
-            y=y, x=alt.X("low:Q", axis=_axis(tickCount=5), **memory_x), x2="high:Q", color=share, description="tip:N",
+        alt.Chart(alt.NamedData("shares"))
+        .mark_bar(height=13)
+        .encode(
+            y=y,
+            x=alt.X(
+                "low:Q",
+                axis=_axis(tickCount=5),
+                title="Peak memory per device (GiB)",
+                scale={"domain": [0, largest * 1.35], "nice": False},
+            ),
+            x2="high:Q",
+            color=share,
+            description="tip:N",
             href="link:N",
         ),
         base.mark_bar(filled=False, stroke=MEMORY, strokeDash=[2, 2], height=13).encode(x="ran_out:Q"),
         alt.Chart(alt.NamedData("limit")).mark_rule(color=MUTED, strokeDash=[4, 3]).encode(x="limit:Q"),
         base.mark_point(shape="diamond", filled=True, size=55, color=INK, stroke=PAPER).encode(x="predicted_memory:Q"),
         base.mark_text(align="left", dx=5).encode(x="memory_end:Q", text="memory_label:N", color=_tone()),
-    ).properties(width=300, height=alt.Step(25))  # fmt: skip
+    ).properties(width=300, height=alt.Step(25))
     timed = alt.Chart(alt.NamedData("marks")).encode(
         y=alt.Y("recipe:N", sort=order, title=None, axis=None), description="tip:N", href="link:N"
     )
     time = alt.layer(
         timed.mark_bar(color=BAR, height=13).encode(
-            x=alt.X("time:Q", title="Time of an optimizer step (s)", axis=_axis(tickCount=5),
-                    scale=dict(domain=[0, slowest], nice=False)),
+            x=alt.X(
+                "time:Q",
+                title="Time of an optimizer step (s)",
+                axis=_axis(tickCount=5),
+                scale={"domain": [0, slowest], "nice": False},
+            ),
         ),
         timed.mark_rule(color=INK, strokeWidth=1.5).encode(x="time_low:Q", x2="time_high:Q"),
         timed.mark_point(shape="diamond", filled=True, size=55, color=INK, stroke=PAPER).encode(x="predicted_time:Q"),
         timed.mark_text(align="left", dx=5).encode(x="time_end:Q", text="time_label:N", color=_tone()),
-    ).properties(width=230, height=alt.Step(25))  # fmt: skip
+    ).properties(width=230, height=alt.Step(25))
     columns = sorted({row["peak_memory_column"] for row in rows if row["peak_memory_column"]})
     predicted = any(m["predicted_memory"] is not None or m["predicted_time"] is not None for m in marks)
     return _figure(
-        "recipes", pair, alt.hconcat(memory, time, spacing=14),
+        "recipes",
+        pair,
+        alt.hconcat(memory, time, spacing=14),
         f"Memory and time per recipe: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}",
         f"{' and '.join(columns)}{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
         + (" Diamonds: predicted before the run." if predicted else ""),
         {"marks": marks, "shares": shares, "limit": [{"limit": pair.limit}]},
-    )  # fmt: skip
+    )
 
 
 def _recipe_mark(pair: Pair, row: Row) -> dict[str, Any]:
@@ -325,11 +363,16 @@ def pareto(pair: Pair) -> Figure | None:
     front = {row["recipe"] for row in pareto_front(rows)}
     points = [
         {
-            "time": row["step_time_seconds_median"], "memory": row["peak_memory_gib_median"],
-            "recipe": row["recipe"], "front": row["recipe"] in front, "tip": tip(row), "link": run_link(row),
+            "time": row["step_time_seconds_median"],
+            "memory": row["peak_memory_gib_median"],
+            "recipe": row["recipe"],
+            "front": row["recipe"] in front,
+            "tip": tip(row),
+            "link": run_link(row),
         }
-        for row in rows if row["step_time_seconds_median"] is not None and row["peak_memory_gib_median"] is not None
-    ]  # fmt: skip
+        for row in rows
+        if row["step_time_seconds_median"] is not None and row["peak_memory_gib_median"] is not None
+    ]
     if len(points) < 2:
         return None
     points.sort(key=lambda point: (not point["front"], point["time"]))
@@ -343,17 +386,26 @@ def pareto(pair: Pair) -> Figure | None:
     chart = alt.layer(
         base.transform_filter(on_front).mark_line(color=BAR, strokeWidth=1.5, interpolate="step-after"),
         base.mark_point(filled=True, size=75, stroke=PAPER, opacity=1).encode(
-            shape=alt.Shape("front:N", legend=None, scale=dict(domain=[True, False], range=["circle", "diamond"])),
-            color=alt.condition(on_front, alt.value(BAR), alt.value(MUTED)), description="tip:N", href="link:N",
+            shape=alt.Shape("front:N", legend=None, scale={"domain": [True, False], "range": ["circle", "diamond"]}),
+            color=alt.condition(on_front, alt.value(BAR), alt.value(MUTED)),
+            description="tip:N",
+            href="link:N",
         ),
         base.transform_filter(on_front).mark_text(align="left", dx=7, dy=-7, fontWeight="bold").encode(text="label:N"),
-        base.transform_filter("!datum.front").mark_text(align="left", dx=7, dy=9, color=MUTED, fontSize=10).encode(text="label:N"),
-    )  # fmt: skip
+        base.transform_filter("!datum.front")
+        .mark_text(align="left", dx=7, dy=9, color=MUTED, fontSize=10)
+        .encode(text="label:N"),
+    )
     return _figure(
-        "pareto", pair, chart,
-        f"Memory against time: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}", "", {"points": points},
-        width=470, height=270,
-    )  # fmt: skip
+        "pareto",
+        pair,
+        chart,
+        f"Memory against time: {pair.where} {TIMES} {pair.most_gpus}, context {pair.shortest}",
+        "",
+        {"points": points},
+        width=470,
+        height=270,
+    )
 
 
 def _label_apart(points: list[dict[str, Any]]) -> None:
@@ -378,15 +430,22 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 def context(pair: Pair) -> Figure | None:
     """Memory and time against context, with the fitted exponents and the lengths that failed."""
     rows = pair.best_rows(num_gpus=pair.most_gpus)
-    return _scaling("context", pair, rows, "sequence_length", "Context (tokens)",
-                    f"Against context: {pair.where} {TIMES} {pair.most_gpus}")  # fmt: skip
+    return _scaling(
+        "context",
+        pair,
+        rows,
+        "sequence_length",
+        "Context (tokens)",
+        f"Against context: {pair.where} {TIMES} {pair.most_gpus}",
+    )
 
 
 def gpus(pair: Pair) -> Figure | None:
     """Memory and time against the number of GPUs."""
     rows = pair.best_rows(sequence_length=pair.shortest)
-    return _scaling("gpus", pair, rows, "num_gpus", "GPUs",
-                    f"Against the number of GPUs: {pair.where}, context {pair.shortest}")  # fmt: skip
+    return _scaling(
+        "gpus", pair, rows, "num_gpus", "GPUs", f"Against the number of GPUs: {pair.where}, context {pair.shortest}"
+    )
 
 
 def long_context(pair: Pair) -> Figure | None:
@@ -394,13 +453,17 @@ def long_context(pair: Pair) -> Figure | None:
     rows = pair.best_rows(num_gpus=pair.most_gpus)
     flash = {row["recipe"]: _without_attention(row) for row in rows if "flash_attention" in (row["techniques"] or "")}
     plain = {row["recipe"]: _without_attention(row) for row in rows if row["recipe"] not in flash}
-    chosen = {name for with_flash in flash.items() for name in (with_flash[0], *(n for n, t in plain.items() if t == with_flash[1]))}
+    chosen = {*flash, *(name for name, rest in plain.items() if rest in flash.values())}
     if not any(plain.get(name) for name in chosen):
         return None
     return _scaling(
-        "long_context", pair, [row for row in rows if row["recipe"] in chosen], "sequence_length", "Context (tokens)",
+        "long_context",
+        pair,
+        [row for row in rows if row["recipe"] in chosen],
+        "sequence_length",
+        "Context (tokens)",
         f"Long context with and without FlashAttention: {pair.where} {TIMES} {pair.most_gpus}",
-    )  # fmt: skip
+    )
 
 
 def _without_attention(row: Row) -> tuple[str, ...]:
@@ -411,7 +474,9 @@ def _without_attention(row: Row) -> tuple[str, ...]:
 def _scaling(kind: str, pair: Pair, rows: list[Row], axis: str, title: str, heading: str) -> Figure | None:
     values = sorted({row[axis] for row in rows})
     done = {name: sum(1 for r in rows if r["recipe"] == name and r["num_completed"]) for name in pair.recipes}
-    shown = [n for n in sorted(pair.recipes, key=lambda n: -done[n]) if any(r["recipe"] == n for r in rows)][: len(SERIES)]
+    shown = [n for n in sorted(pair.recipes, key=lambda n: -done[n]) if any(r["recipe"] == n for r in rows)][
+        : len(SERIES)
+    ]
     shown = [name for name in pair.recipes if name in shown]
     if len(values) < 2 or not any(done.values()):
         return None
@@ -421,13 +486,21 @@ def _scaling(kind: str, pair: Pair, rows: list[Row], axis: str, title: str, head
         _panel("memory", memory, shown, title, "Peak memory per device (GiB)", limited=True),
         _panel("time", time, shown, title, "Step time (s)", limited=False),
     ]
-    powers = [(name, *(_power(rows, name, axis, c) for c in ("peak_memory_gib_median", "step_time_seconds_median"))) for name in shown]
-    fitted = "; ".join(f"{n} {_power_text(m)}, {_power_text(t)}" for n, m, t in powers if m is not None or t is not None)
+    powers: list[tuple[str, float | None, float | None]] = [
+        (name, _power(rows, name, axis, "peak_memory_gib_median"), _power(rows, name, axis, "step_time_seconds_median"))
+        for name in shown
+    ]
+    fitted = "; ".join(
+        f"{n} {_power_text(m)}, {_power_text(t)}" for n, m, t in powers if m is not None or t is not None
+    )
     return _figure(
-        kind, pair, alt.hconcat(*panels, spacing=28), heading,
+        kind,
+        pair,
+        alt.hconcat(*panels, spacing=28),
+        heading,
         f"Fitted exponents of memory and time: {fitted}." if fitted else "",
         {"memory": memory, "time": time, "limit": [{"limit": pair.limit}]},
-    )  # fmt: skip
+    )
 
 
 def _power(rows: list[Row], name: str, axis: str, column: str) -> float | None:
@@ -443,33 +516,61 @@ def _points(rows: list[Row], names: list[str], axis: str, column: str, limit: fl
     top = limit or max((row[column] for row in rows if row[column]), default=1.0) * 1.6
     points = [
         {
-            "x": row[axis], "y": row[column] or (top if _failed(row) else None), "recipe": row["recipe"],
-            "failed": not row[column], "tip": tip(row), "link": run_link(row),
+            "x": row[axis],
+            "y": row[column] or (top if _failed(row) else None),
+            "recipe": row["recipe"],
+            "failed": not row[column],
+            "tip": tip(row),
+            "link": run_link(row),
         }
-        for row in rows if row["recipe"] in names
-    ]  # fmt: skip
+        for row in rows
+        if row["recipe"] in names
+    ]
     return [point for point in points if point["y"] is not None]
 
 
 def _panel(
     name: str, points: list[dict[str, Any]], names: list[str], title: str, heading: str, *, limited: bool
-) -> alt.LayerChart:  # fmt: skip
+) -> Any:
     ticks = sorted({point["x"] for point in points})
-    colour = alt.Color("recipe:N", title=None, sort=names, scale=dict(domain=names, range=[*SERIES[: len(names)]]),
-                       legend=dict(orient="bottom", columns=4, symbolOpacity=1))  # fmt: skip
-    shape = alt.Shape("recipe:N", title=None, sort=names, scale=dict(domain=names, range=[*SHAPES[: len(names)]]),
-                      legend=dict(orient="bottom", columns=4))  # fmt: skip
+    colour = alt.Color(
+        "recipe:N",
+        title=None,
+        sort=names,
+        scale={"domain": names, "range": [*SERIES[: len(names)]]},
+        legend={"orient": "bottom", "columns": 4, "symbolOpacity": 1},
+    )
+    shape = alt.Shape(
+        "recipe:N",
+        title=None,
+        sort=names,
+        scale={"domain": names, "range": [*SHAPES[: len(names)]]},
+        legend={"orient": "bottom", "columns": 4},
+    )
     base = alt.Chart(alt.NamedData(name)).encode(
-        x=alt.X("x:Q", title=title, scale=dict(type="log", nice=False, padding=14), axis=_axis(values=ticks, grid=True, format="d")),
-        y=alt.Y("y:Q", title=heading, scale=dict(type="log", nice=False, padding=14), axis=_axis(grid=True, tickCount=5)),
-    )  # fmt: skip
+        x=alt.X(
+            "x:Q",
+            title=title,
+            scale={"type": "log", "nice": False, "padding": 14},
+            axis=_axis(values=ticks, grid=True, format="d"),
+        ),
+        y=alt.Y(
+            "y:Q",
+            title=heading,
+            scale={"type": "log", "nice": False, "padding": 14},
+            axis=_axis(grid=True, tickCount=5),
+        ),
+    )
     done = base.transform_filter("!datum.failed")
     layers = [
         done.mark_line(strokeWidth=1.6).encode(color=colour),
-        done.mark_point(filled=True, size=48, opacity=1).encode(color=colour, shape=shape, description="tip:N", href="link:N"),
-        base.transform_filter("datum.failed").mark_text(text="✕", fontSize=12, fontWeight="bold").encode(
-            color=colour, description="tip:N", href="link:N"),
-    ]  # fmt: skip
+        done.mark_point(filled=True, size=48, opacity=1).encode(
+            color=colour, shape=shape, description="tip:N", href="link:N"
+        ),
+        base.transform_filter("datum.failed")
+        .mark_text(text="✕", fontSize=12, fontWeight="bold")
+        .encode(color=colour, description="tip:N", href="link:N"),
+    ]
     if limited:
         line = alt.Chart(alt.NamedData("limit")).mark_rule(color=MUTED, strokeDash=[4, 3])
         layers.append(line.encode(y="limit:Q"))
@@ -489,27 +590,37 @@ def _very_large(all_pairs: list[Pair]) -> list[Figure]:
         if len(found) < 2:
             continue
         found = found[-MAX_PAIRS:]
-        cells = [_size_cell(pair, row) for pair in found
-                 for row in pair.best_rows(num_gpus=pair.most_gpus, sequence_length=pair.shortest)]  # fmt: skip
+        cells = [
+            _size_cell(pair, row)
+            for pair in found
+            for row in pair.best_rows(num_gpus=pair.most_gpus, sequence_length=pair.shortest)
+        ]
         columns = [pair.target for pair in found]
         rows = [name for name in found[0].recipes if any(cell["recipe"] == name for cell in cells)]
         base = alt.Chart(alt.NamedData("cells")).encode(
             x=alt.X("target:N", sort=columns, title=None, axis=_axis(orient="top", labelAngle=0)),
             y=alt.Y("recipe:N", sort=rows, title=None, axis=_axis()),
-            description="tip:N", href="link:N",
-        )  # fmt: skip
+            description="tip:N",
+            href="link:N",
+        )
         chart = alt.layer(
             base.mark_rect(stroke=PAPER, strokeWidth=2).encode(
-                color=alt.Color("tone:N", legend=None, scale=dict(domain=[*FILLS], range=[*FILLS.values()]))
+                color=alt.Color("tone:N", legend=None, scale={"domain": [*FILLS], "range": [*FILLS.values()]})
             ),
             base.mark_text(fontSize=10.5).encode(text="text:N"),
         )
         figures.append(
             _figure(
-                "models", found[0], chart, f"Which mix a model needs: {hardware} {TIMES} {found[0].most_gpus}",
-                "", {"cells": cells},
-                width=132 * len(columns), height=26 * len(rows), target="",
-            )  # fmt: skip
+                "models",
+                found[0],
+                chart,
+                f"Which mix a model needs: {hardware} {TIMES} {found[0].most_gpus}",
+                "",
+                {"cells": cells},
+                width=132 * len(columns),
+                height=26 * len(rows),
+                target="",
+            )
         )
     return figures
 
@@ -529,15 +640,21 @@ def _tone() -> alt.Color:
 
 
 def _axis(**settings: Any) -> dict[str, Any]:
-    """Plain, as scales and legends are: Altair copies its own classes, with a hundred undefined fields, all the time."""
+    """Plain, as scales and legends are: Altair copies its own classes, a hundred undefined fields each, all the time."""
     return {"domain": False, "ticks": False, "labelPadding": 6, "grid": False} | settings
 
 
 def _figure(
-    kind: str, pair: Pair, chart: Any, title: str, caption: str, datasets: dict[str, list[dict[str, Any]]],
-    target: str | None = None, **size: int,
-) -> Figure:  # fmt: skip
-    """A figure in the report's style. Charts name their data, which joins them here: Altair copies what a chart holds."""
+    kind: str,
+    pair: Pair,
+    chart: Any,
+    title: str,
+    caption: str,
+    datasets: dict[str, list[dict[str, Any]]],
+    target: str | None = None,
+    **size: int,
+) -> Figure:
+    """A figure in the report's style. Charts name their data, added here: Altair copies what they hold."""
     if size:
         chart = chart.properties(**size)
     if isinstance(chart, alt.HConcatChart):
@@ -545,9 +662,17 @@ def _figure(
     styled = (
         chart.configure(font=FONT, background=PAPER)
         .configure_view(stroke=None)
-        .configure_axis(labelColor=INK, titleColor=MUTED, gridColor=LINE, titleFontWeight="normal", labelFontSize=11, labelLimit=220)
+        .configure_axis(
+            labelColor=INK, titleColor=MUTED, gridColor=LINE, titleFontWeight="normal", labelFontSize=11, labelLimit=220
+        )
         .configure_legend(labelColor=INK, labelFontSize=11, symbolSize=60, labelLimit=220)
         .configure_text(fontSize=11, color=INK)
-    )  # fmt: skip
-    return Figure(kind, pair.target if target is None else target, pair.hardware, title, caption,
-                  styled.to_dict(validate=False) | {"datasets": datasets})  # fmt: skip
+    )
+    return Figure(
+        kind,
+        pair.target if target is None else target,
+        pair.hardware,
+        title,
+        caption,
+        styled.to_dict(validate=False) | {"datasets": datasets},
+    )

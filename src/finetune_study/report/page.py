@@ -105,7 +105,7 @@ def render(contents: Contents) -> str:
         hardware=[*dict.fromkeys(pair.hardware for pair in contents.pairs)],
         comparisons=contents.comparisons,
         baseline=table.baseline_of(config),
-        spent=show(cells["gpu_hours"].sum()),
+        spent=show(float(cells["gpu_hours"].sum())),
         costs=contents.costs,
         claims=contents.claims,
         support=claims.SUPPORT,

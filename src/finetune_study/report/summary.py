@@ -54,13 +54,14 @@ def _cells(one: Default) -> list[str]:
     hours = best.epoch_hours_median
     return [
         place,
-        best.recipe + (f", micro-batch {best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""),
+        best.recipe
+        + (f", micro-batch {best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""),
         verdict,
         show(best.step_time_seconds_median, "s"),
         show(best.peak_memory_gib_median, "GiB"),
         show(None if hours is None else hours * at.num_gpus),
         show(best.cost_usd_per_epoch_median),
-    ]  # fmt: skip
+    ]
 
 
 def terminal(contents: Contents, width: int = 120, *, colour: bool = False) -> str:

@@ -99,7 +99,9 @@ def how_it_failed(states: list[str]) -> tuple[str, str]:
     found = Counter(state for state in states if state != "completed") or Counter(["not_run"])
     open_ones = [state for state in ("failed", "not_run") if found[state]]
     state = open_ones[0] if open_ones else found.most_common(1)[0][0]
-    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in found.items()) if len(found) > 1 else ""
+    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in found.items()) if len(
+        found
+    ) > 1 else ""
 
 
 def counts(states: Iterable[str]) -> list[tuple[str, int]]:
@@ -129,8 +131,12 @@ def flat(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(";") for name in lists)
 
 
+MAX_RUNS = 200
+"""Runs that the terminal lists; of more it says the counts, and the page has them all."""
+
+
 def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
-    """The study in a few lines for a terminal: a table of all runs, then the counts.
+    """The study in a few lines for a terminal: a table of all runs where they are few, then the counts.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
@@ -148,7 +154,7 @@ def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
         numbers = [show(row["step_time_seconds_median"], "s"), show(row["peak"], "GiB")]
         numbers += [show(row["predicted_peak_memory_allocated_gib"], "GiB")] if predicted else []
         table.add_row(row["run_id"], row["state"], *(number.strip() for number in numbers))
-    if cells.height:
+    if 0 < cells.height <= MAX_RUNS:
         console.print(table)
     console.print(headline(cells), markup=False)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"
