@@ -640,7 +640,7 @@ def _tone() -> alt.Color:
 
 
 def _axis(**settings: Any) -> dict[str, Any]:
-    """Plain, as scales and legends are: Altair copies its own classes, a hundred undefined fields each, all the time."""
+    """Plain, as scales and legends are: Altair copies its own classes, with all their fields, time and again."""
     return {"domain": False, "ticks": False, "labelPadding": 6, "grid": False} | settings
 
 

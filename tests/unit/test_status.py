@@ -1,0 +1,169 @@
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from finetune_study import status
+from finetune_study.record import Failure, Record
+from finetune_study.status import InQueue, Status
+from finetune_study.study import Study
+from tests.unit import handmade
+
+CONFIG = handmade.study()
+RUNS = handmade.runs(CONFIG)
+FULL, LORA = RUNS["full", 1], RUNS["lora", 1]
+NOW = 1_000_000.0
+
+
+def study(root: Path, *documents: Record | Failure) -> Study:
+    results = handmade.write(root / "results", *documents)
+    return Study(CONFIG, results, {one.run.run_id: one for one in handmade.planned(CONFIG)})
+
+
+def ledger(root: Path, *events: dict[str, Any] | str) -> Path:
+    path = root / "ledger.jsonl"
+    path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in events), encoding="utf-8")
+    return path
+
+
+def intent(name: str, token: str, **more: Any) -> dict[str, Any]:
+    return {"event": "intent", "key": f"key of {token}", "token": token, "name": name, "slurm_id": None} | more
+
+
+def submitted(token: str, slurm_id: str, **more: Any) -> dict[str, Any]:
+    return {"event": "submitted", "key": f"key of {token}", "token": token, "slurm_id": slurm_id} | more
+
+
+def closed(token: str) -> dict[str, Any]:
+    return {"event": "closed", "key": f"key of {token}", "token": token, "how": "success"}
+
+
+def shown(seen: Status) -> str:
+    console = Console(width=200, record=True, file=None, highlight=False)
+    with console.capture() as capture:
+        console.print(status.render(seen, NOW), soft_wrap=True)
+    return capture.get()
+
+
+def no_slurm(ids: Iterable[str]) -> dict[str, InQueue]:
+    return {}
+
+
+def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> None:
+    seen = status.look(study(tmp_path, handmade.completed(LORA, 1.0)), tmp_path / "none.jsonl", no_slurm)
+    assert seen.counts == [("completed", 1), ("not_run", 1)]
+    assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
+    assert seen.driver == "no driver has been at work here"
+    assert "2 runs: 1 completed, 1 not run" in shown(seen)
+    assert "GPU-hours: 0.0100 used, about 0.0100 still to come (1 runs)" in shown(seen)
+
+
+def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:
+    seen = status.look(study(tmp_path), tmp_path / "none.jsonl", no_slurm)
+    assert seen.expected_gpu_hours is None
+    assert "not known yet still to come" in shown(seen)
+
+
+def test_the_last_failures_come_with_cause_and_log(tmp_path: Path) -> None:
+    text = shown(
+        status.look(
+            study(tmp_path, handmade.failure(FULL, cause="a [bold]bug", log_tail="one\ntwo")),
+            tmp_path / "none.jsonl",
+            no_slurm,
+        )
+    )
+    assert f"{FULL.run_id} failed (try 1): a [bold]bug" in text
+    assert "log: results/launch.log" in text
+    assert "    two" in text
+
+
+def test_jobs_come_from_the_ledger_and_closed_ones_are_gone(tmp_path: Path) -> None:
+    path = ledger(
+        tmp_path,
+        intent("run-a", "t1", at=NOW - 3700),
+        submitted("t1", "41"),
+        intent("run-b", "t2"),
+        submitted("t2", "42"),
+        closed("t2"),
+        intent("run-c", "t3"),
+        {"event": "something new", "token": "t1", "and": "more"},
+        '{"event": "intent", "tok',
+    )
+    jobs, problems = status.read_ledger(path)
+    assert [(job.name, job.slurm_id) for job in jobs] == [("run-a", "41"), ("run-c", None)]
+    assert problems == []
+    queue = {"41": InQueue("RUNNING", "node-7", "12:00")}
+    text = shown(status.look(study(tmp_path), path, lambda ids: queue))
+    assert "1:01:40" in text
+    assert "node-7" in text
+    assert "not submitted yet" in text
+
+
+def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) -> None:
+    _, problems = status.read_ledger(ledger(tmp_path, "[]", intent("a", "t1")))
+    assert problems == [f"{tmp_path / 'ledger.jsonl'}, line 1: not an event"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "hopeless"),
+    [("Resources", False), ("Priority", False), ("QOSMaxGRESPerUser", False), ("PartitionTimeLimit", True),
+     ("BadConstraints", True), ("AssocGrpGRESMinutes", True)],
+)  # fmt: skip
+def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopeless: bool) -> None:
+    path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"))
+    text = shown(status.look(study(tmp_path), path, lambda ids: {"41": InQueue("PENDING", reason, "0:00")}))
+    assert reason in text
+    assert ("NEVER CLEARS BY WAITING" in text) == hopeless
+    if hopeless:
+        assert status.NEVER_CLEARS[reason] in text
+
+
+def test_a_damaged_record_is_a_problem_and_no_end(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    paths = one.results.run(FULL.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.record.write_text("{")
+    seen = status.look(one, tmp_path / "none.jsonl", no_slurm)
+    assert seen.counts == [("not_run", 2)]
+    assert "record.json is damaged" in shown(seen)
+
+
+def test_what_squeue_says_is_read() -> None:
+    text = "41|PENDING|(Resources)|0:00|\n42|RUNNING|a100-1|1:02:03|\n\n"
+    assert status.parse_squeue(text) == {
+        "41": InQueue("PENDING", "Resources", "0:00"),
+        "42": InQueue("RUNNING", "a100-1", "1:02:03"),
+    }
+
+
+def test_a_dead_driver_is_told_from_a_live_one(tmp_path: Path) -> None:
+    import os
+
+    path = ledger(tmp_path)
+    lock = tmp_path / "lock"
+    lock.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+    assert status.look(study(tmp_path), path, no_slurm).driver.startswith("driver: process")
+    lock.write_text(f"process 999999999 on {os.uname().nodename}\n")
+    assert "is gone" in status.look(study(tmp_path), path, no_slurm).driver
+    lock.write_text("process 1 on another-host\n")
+    assert status.look(study(tmp_path), path, no_slurm).driver == "last driver: process 1 on another-host"
+
+
+def test_the_executors_ledger_follows_the_schema(tmp_path: Path) -> None:
+    """The executor writes it, the schema describes it, and this reads it: held together here."""
+    from snakemake_executor_plugin_submitit.ledger import Ledger
+
+    written = Ledger(tmp_path / "submitit")
+    first = written.intend("key", "digest", "asked", "run-a")
+    written.submitted(first, "7")
+    second = written.intend("other", "digest", "asked", "run-b")
+    written.close(second, "cancelled", keep_files=False)
+    written.release()
+    path = tmp_path / "submitit" / "ledger.jsonl"
+    for line in path.read_text().splitlines():
+        jsonschema.validate(json.loads(line), status.schema())
+    assert [(job.name, job.slurm_id) for job in status.read_ledger(path)[0]] == [("run-a", "7")]
