@@ -5,6 +5,8 @@
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   measure on the test cluster; PART=driver (and what else lies in benchmarks/)
+#   make synthetic
+#                the report of a synthetic study, to look at every figure: build/synthetic/results/report/index.html
 #   make slurm-up, make slurm-down
 #                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
@@ -28,7 +30,7 @@ GPU_ENV ?= .venv-gpu
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test check bench slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -59,6 +61,10 @@ check: env
 PART ?= driver
 bench: env slurm-up
 	@$(BIN)/python benchmarks/$(PART).py --write benchmarks/results
+
+synthetic: env
+	@$(BIN)/python benchmarks/synthetic.py build/synthetic
+	@$(BIN)/finetune-study report -c build/synthetic/config.yaml -r build/synthetic/results
 
 slurm-up:
 	@tests/slurm/cluster.sh up

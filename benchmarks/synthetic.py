@@ -23,7 +23,7 @@ from finetune_study.config import Config
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun, plan
-from finetune_study.record import Ending, Failure, Record, write_atomically, write_failure, write_record
+from finetune_study.record import Ending, Failure, Phase, Record, write_atomically, write_failure, write_record
 from finetune_study.run import Run
 
 GIB = 2**30
@@ -137,8 +137,16 @@ def settings(repeats: int = 3, targets: int | None = None) -> dict[str, Any]:
     }
 
 
-def records(config: Config, seed: int = 0) -> Iterator[tuple[PlannedRun, Record | Failure | None]]:
-    """What became of each run of the study; None: it has not been tried."""
+def records(
+    config: Config, seed: int = 0, *, complete: bool = False
+) -> Iterator[tuple[PlannedRun, Record | Failure | None]]:
+    """What became of each run of the study; None: it has not been tried.
+
+    Args:
+        config: the study.
+        seed: of all that is drawn.
+        complete: every run has an outcome; else a few failed or were not tried.
+    """
     draw = random.Random(seed)
     nodes = {
         hardware: [draw.gauss(0, NODE_SPREAD) + (0.08 if number == NODES - 1 else 0) for number in range(NODES)]
@@ -149,7 +157,7 @@ def records(config: Config, seed: int = 0) -> Iterator[tuple[PlannedRun, Record 
         if planned.unsupported:
             yield planned, Record(run=run, ending=Ending(status="unsupported", reason=planned.unsupported))
             continue
-        chance = draw.random()
+        chance = 1.0 if complete else draw.random()
         if chance < 0.006:
             yield planned, None
         elif chance < 0.010:
@@ -299,7 +307,7 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
 
 def _out_of_memory(parts: dict[str, float], limit: float, draw: random.Random) -> Ending:
     static = parts["weights"]
-    phase = "load" if static > limit else "optimizer" if static + parts["optimizer states"] > limit else "backward"
+    phase: Phase = "load" if static > limit else "optimizer" if static + parts["optimizer states"] > limit else "backward"
     asked = int(GIB * draw.uniform(0.1, 2.0))
     held = int(min(limit, sum(parts.values())) * GIB * 0.98)
     return Ending(
@@ -342,13 +350,13 @@ def _environment(run: Run, node: int) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, repeats: int = 3, seed: int = 0) -> Config:
+def write(folder: Path, repeats: int = 3, seed: int = 0, *, complete: bool = False) -> Config:
     """Writes config.yaml and results/ of a synthetic study."""
     raw = settings(repeats)
     config = config_module.parse(raw)
     write_atomically(folder / "config.yaml", yaml.safe_dump(raw, sort_keys=False))
     results, draw = Results(folder / "results"), random.Random(seed + 1)
-    for planned, document in records(config, seed):
+    for planned, document in records(config, seed, complete=complete):
         paths = results.run(planned.run.run_id)
         paths.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(document, Record):
@@ -367,6 +375,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--complete", action="store_true", help="every run has an outcome")
     given = parser.parse_args()
-    write(given.folder, given.repeats, given.seed)
+    write(given.folder, given.repeats, given.seed, complete=given.complete)
     print(f"{given.folder}/config.yaml and {given.folder}/results: synthetic, nothing was measured")

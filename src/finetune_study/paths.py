@@ -128,6 +128,11 @@ class Results:
         return self.root / "report" / "tables"
 
     @property
+    def changes(self) -> Path:
+        """What changed since an earlier study, by the target `compare`."""
+        return self.root / "changes.csv"
+
+    @property
     def summary(self) -> Path:
         """The answer as Markdown, to paste into an issue or a chat."""
         return self.root / "report" / "summary.md"

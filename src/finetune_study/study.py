@@ -22,6 +22,8 @@ from finetune_study.plan import PlannedRun
 from finetune_study.record import Ending, Record
 from finetune_study.run import Run
 
+EARLIER = "earlier"
+"""Key of `snakemake --config`: outcomes.parquet of the study that `snakemake compare` compares with."""
 REMEASURE = "remeasure"
 """Key of `snakemake --config`: patterns of run_ids whose records are set aside and measured again."""
 
@@ -39,6 +41,8 @@ class Study:
     """Every run of the study by its run_id, in the order of the plan."""
     remeasured: tuple[str, ...] = ()
     """Runs with an outcome that are to be measured again."""
+    compared_with: str | None = None
+    """Outcomes of another study, named on the command line."""
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -151,6 +155,12 @@ class Study:
         return [str(path)] if path.is_file() else []
 
     @property
+    def earlier_outcomes(self) -> list[str]:
+        """Outcomes of the study that the report compares with, if the configuration names one."""
+        path = self.config.report.earlier_outcomes
+        return [] if path is None else [str(Path(path).expanduser())]
+
+    @property
     def plan_digest(self) -> str:
         """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
         return run_module.digest([[run_id, planned.unsupported] for run_id, planned in self.planned.items()], 16)
@@ -191,12 +201,13 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     """
     settings = dict(raw)
     patterns = str(settings.pop(REMEASURE, "") or "")
+    earlier = str(settings.pop(EARLIER, "") or "") or None
     config = config_module.parse(settings, where)
     planned = {one.run.run_id: one for one in plan_module.plan(config)}
     _check_writable(results)
     _check_records(results, planned)
     _check_files(config)
-    return Study(config, results, planned, _select(patterns, planned))
+    return Study(config, results, planned, _select(patterns, planned), earlier)
 
 
 def _select(patterns: str, planned: Mapping[str, PlannedRun]) -> tuple[str, ...]:
@@ -349,6 +360,7 @@ def report_what_there_is(study: Study) -> None:
         results.outcomes_csv,
         results.comparisons,
         results.recommendations,
+        results.summary,
         results.report,
     ):
         os.utime(path, (1, 1))

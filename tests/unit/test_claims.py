@@ -12,8 +12,12 @@ GPU = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8
 
 def study(recipes: dict[str, Any], lengths: list[int], num_gpus: int = 2) -> Config:
     block = {
-        "targets": "tiny", "hardware": "a100", "num_gpus": num_gpus, "recipes": list(recipes), "sequence_length": lengths
-    }  # fmt: skip
+        "targets": "tiny",
+        "hardware": "a100",
+        "num_gpus": num_gpus,
+        "recipes": list(recipes),
+        "sequence_length": lengths,
+    }
     protocol = {"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3}
     return handmade.study(hardware={"a100": GPU}, recipes=recipes, grid=[block], protocol=protocol)
 
@@ -41,10 +45,16 @@ def checked(
 
 def test_flash_attention_long_and_short(tmp_path: Path) -> None:
     config = study({"plain": {"eager": {}}, "flash": {"flash_attention_2": {}}}, [256, 4096])
-    found = checked(config, tmp_path, {
-        ("plain", 256): (1.0, 10.0), ("flash", 256): (1.02, 10.0),
-        ("plain", 4096): (9.0, 60.0), ("flash", 4096): (5.0, 20.0),
-    })  # fmt: skip
+    found = checked(
+        config,
+        tmp_path,
+        {
+            ("plain", 256): (1.0, 10.0),
+            ("flash", 256): (1.02, 10.0),
+            ("plain", 4096): (9.0, 60.0),
+            ("flash", 4096): (5.0, 20.0),
+        },
+    )
     assert (found["flash-long"].answer, found["flash-short"].answer) == ("holds", "holds")
     (long,) = found["flash-long"].comparisons
     assert long.where == "tiny, a100 × 2, context 4096"
@@ -75,25 +85,40 @@ def test_zero_saves_memory_and_three_costs_time(tmp_path: Path) -> None:
 
 def test_checkpointing_saves_and_rescues(tmp_path: Path) -> None:
     config = study({"full": {}, "full-gc": {"gradient_checkpointing": {}}}, [256, 4096])
-    found = checked(config, tmp_path, {
-        ("full", 256): (1.0, 40.0), ("full-gc", 256): (1.3, 10.0), ("full", 4096): None, ("full-gc", 4096): (9.0, 60.0),
-    })  # fmt: skip
+    found = checked(
+        config,
+        tmp_path,
+        {
+            ("full", 256): (1.0, 40.0),
+            ("full-gc", 256): (1.3, 10.0),
+            ("full", 4096): None,
+            ("full-gc", 4096): (9.0, 60.0),
+        },
+    )
     assert found["checkpointing"].answer == "holds"
     assert found["checkpointing-fits"].answer == "holds"
     assert "completes in 1 of 1" in found["checkpointing-fits"].comparisons[0].what
 
 
 def test_very_large_models_need_all_three(tmp_path: Path) -> None:
-    recipes = {
+    recipes: dict[str, Any] = {
         "zero3-lora": {"zero3": {}, "lora": {}},
         "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
     }
     config = study(recipes, [256])
-    needed = checked(config, tmp_path / "a", {("zero3-lora", 256): None, ("zero3-lora-gc", 256): (1.0, 70.0)},
-                     total_parameters=70_000_000_000)  # fmt: skip
+    needed = checked(
+        config,
+        tmp_path / "a",
+        {("zero3-lora", 256): None, ("zero3-lora-gc", 256): (1.0, 70.0)},
+        total_parameters=70_000_000_000,
+    )
     assert needed["very-large"].answer == "holds"
-    fits = checked(config, tmp_path / "b", {("zero3-lora", 256): (1.0, 75.0), ("zero3-lora-gc", 256): (1.0, 70.0)},
-                   total_parameters=70_000_000_000)  # fmt: skip
+    fits = checked(
+        config,
+        tmp_path / "b",
+        {("zero3-lora", 256): (1.0, 75.0), ("zero3-lora-gc", 256): (1.0, 70.0)},
+        total_parameters=70_000_000_000,
+    )
     assert fits["very-large"].answer == "does not hold"
 
 
@@ -109,7 +134,7 @@ def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> N
 
 
 def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
-    recipes = {"full": {}, "lora": {"lora": {}}, "lora-gc": {"lora": {}, "gradient_checkpointing": {}}}
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "lora-gc": {"lora": {}, "gradient_checkpointing": {}}}
     config = study(recipes, [256, 4096])
     records: list[Record] = []
     for one in handmade.planned(config):
@@ -121,5 +146,7 @@ def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
     assert walk.first[1].room == 70.0
     last = walk.second[-1]
     assert (last.question, last.row and last.row["recipe"], last.taken) == (
-        "Context 4096: gradient checkpointing", "lora-gc", True
-    )  # fmt: skip
+        "Context 4096: gradient checkpointing",
+        "lora-gc",
+        True,
+    )

@@ -165,12 +165,12 @@ def feasibility(pair: Pair) -> Figure | None:
     base = alt.Chart(alt.NamedData("cells")).encode(
         x=alt.X("context:O", sort=contexts, title="Context (tokens)", axis=_axis(orient="top", labelAngle=0)),
         y=alt.Y("gpus:O", sort=counts, title="GPUs" if pair.device == "cuda" else "Processes", axis=_axis()),
-        description="tip:N",
-        href="link:N",
     )
     tones = {"domain": [*FILLS], "range": [*FILLS.values()]}
     chart = alt.layer(
-        base.mark_rect(stroke=PAPER, strokeWidth=3).encode(color=alt.Color("tone:N", scale=tones, legend=None)),
+        base.mark_rect(stroke=PAPER, strokeWidth=3).encode(
+            color=alt.Color("tone:N", scale=tones, legend=None), description="tip:N", href="link:N"
+        ),
         base.mark_text(dy=-8, fontWeight="bold", fontSize=11).encode(text="first:N"),
         base.mark_text(dy=7, fontSize=10.5, color=MUTED).encode(text="second:N"),
     )
@@ -457,7 +457,7 @@ def long_context(pair: Pair) -> Figure | None:
     if not any(plain.get(name) for name in chosen):
         return None
     return _scaling(
-        "long_context",
+        "flash",
         pair,
         [row for row in rows if row["recipe"] in chosen],
         "sequence_length",
@@ -600,12 +600,12 @@ def _very_large(all_pairs: list[Pair]) -> list[Figure]:
         base = alt.Chart(alt.NamedData("cells")).encode(
             x=alt.X("target:N", sort=columns, title=None, axis=_axis(orient="top", labelAngle=0)),
             y=alt.Y("recipe:N", sort=rows, title=None, axis=_axis()),
-            description="tip:N",
-            href="link:N",
         )
         chart = alt.layer(
             base.mark_rect(stroke=PAPER, strokeWidth=2).encode(
-                color=alt.Color("tone:N", legend=None, scale={"domain": [*FILLS], "range": [*FILLS.values()]})
+                color=alt.Color("tone:N", legend=None, scale={"domain": [*FILLS], "range": [*FILLS.values()]}),
+                description="tip:N",
+                href="link:N",
             ),
             base.mark_text(fontSize=10.5).encode(text="text:N"),
         )

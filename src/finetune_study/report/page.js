@@ -28,7 +28,11 @@ function showTip(event) {
 document.addEventListener("pointermove", showTip);
 document.addEventListener("focusin", showTip);
 document.addEventListener("focusout", () => { tip.hidden = true; });
-addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+addEventListener("scroll", () => {
+  const focused = document.activeElement;
+  if (focused?.closest("figure svg")) showTip({ target: focused }); // it follows a mark that the keyboard reached
+  else tip.hidden = true;
+}, { passive: true });
 
 // One model, one kind of hardware, or all.
 const picked = { target: by("pick-target"), hardware: by("pick-hardware") };
