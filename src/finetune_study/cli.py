@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Column, Table
 
 from finetune_study import config as config_module
@@ -81,18 +81,20 @@ def status(
 
     from finetune_study import status as status_module
 
-    def look() -> object:
+    def look() -> Group:
         seen = status_module.look(_open(config, results), ledger or status_module.LEDGER)
         return status_module.render(seen)
 
-    if watch is None:
-        Console().print(look(), soft_wrap=True)
-        return
+    console = Console()
+    console.print(look(), soft_wrap=True)
     try:
-        with Live(look(), auto_refresh=False) as live:  # type: ignore[arg-type]
-            while True:
+        with Live(console=console, auto_refresh=False) as live:
+            while watch is not None:
                 time.sleep(watch)
-                live.update(look(), refresh=True)  # type: ignore[arg-type]
+                if console.is_terminal:
+                    live.update(look(), refresh=True)
+                else:  # a log: one look after the other
+                    console.print(look(), soft_wrap=True)
     except KeyboardInterrupt:
         return
 

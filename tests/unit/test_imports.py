@@ -14,7 +14,7 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
     [
         ("launch, allocation, after_kill", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
-        ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
+        ("report, table, recommend, cells, outcome, ratio, claims, changes, status, export", (*TORCH, *WORKFLOW)),
         ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),
     ],
 )
