@@ -307,7 +307,9 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
 
 def _out_of_memory(parts: dict[str, float], limit: float, draw: random.Random) -> Ending:
     static = parts["weights"]
-    phase: Phase = "load" if static > limit else "optimizer" if static + parts["optimizer states"] > limit else "backward"
+    phase: Phase = (
+        "load" if static > limit else "optimizer" if static + parts["optimizer states"] > limit else "backward"
+    )
     asked = int(GIB * draw.uniform(0.1, 2.0))
     held = int(min(limit, sum(parts.values())) * GIB * 0.98)
     return Ending(

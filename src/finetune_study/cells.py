@@ -49,13 +49,19 @@ def of_outcomes(config_plan: list[PlannedRun], results: Results) -> pl.DataFrame
 
 def complete(outcomes: pl.DataFrame, config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
     """One row per planned run, from a table of outcomes; runs that have none are `failed` or `not_run`."""
-    found = {row["run_id"]: row for row in outcomes.iter_rows(named=True)}
-    return _frame(
-        [
-            _ended(found[planned.run.run_id]) if planned.run.run_id in found else _without_outcome(planned, results)
-            for planned in config_plan
-        ]
+    ended = outcomes.with_columns(state=pl.col("status"), attempts=pl.col("attempt"))
+    ended = ended.select(table_column(ended, name, dtype) for name, dtype in SCHEMA.items())
+    known = frozenset(outcomes["run_id"])
+    missing = _frame([_without_outcome(one, results) for one in config_plan if one.run.run_id not in known])
+    order = pl.DataFrame({"run_id": [one.run.run_id for one in config_plan]}, schema={"run_id": pl.String})
+    return order.join(pl.concat([ended, missing]), on="run_id", how="left", maintain_order="left").select(
+        SCHEMA.names()
     )
+
+
+def table_column(frame: pl.DataFrame, name: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+    """A column, null where the frame has none: a table of another version may lack it."""
+    return (pl.col(name) if name in frame.columns else pl.lit(None)).cast(dtype).alias(name)
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:

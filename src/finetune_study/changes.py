@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune_study import table
+from finetune_study.cells import SCHEMA, table_column
 from finetune_study.errors import StudyError
 from finetune_study.ratio import Ratio, ratio
 from finetune_study.record import write_atomically
@@ -39,8 +40,6 @@ def read(path: Path) -> pl.DataFrame:
     Raises:
         StudyError: when the file can't be read, or is no table of outcomes.
     """
-    from finetune_study.cells import SCHEMA
-
     try:
         found = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -59,10 +58,7 @@ def read(path: Path) -> pl.DataFrame:
             allowed="an outcomes.parquet that finetune-study wrote",
         )
     found = found.with_columns(state=pl.col("status"))
-    return found.select(
-        (pl.col(name) if name in found.columns else pl.lit(None)).cast(dtype).alias(name)
-        for name, dtype in SCHEMA.items()
-    )
+    return found.select(table_column(found, name, dtype) for name, dtype in SCHEMA.items())
 
 
 def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:

@@ -286,9 +286,10 @@ def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list
         return "only_one_fits", [best], f"{_timing(best)} is the only one that fits.{beside}", []
     versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
     numbers = "; ".join([_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals)])
-    too_few = [one for one in versus if one.too_few]
-    if too_few or len(versus) < len(rivals):
-        why = too_few[0].too_few if too_few else f"A ranking needs {MIN_REPEATS} runs of each"
+    lacking = [one.too_few for one in versus if one.too_few]
+    lacking += [f"No outcome yet: {_endings(pending)}"] if pending else []
+    if lacking or len(versus) < len(rivals):
+        why = lacking[0] if lacking else f"A ranking needs {MIN_REPEATS} runs of each"
         return "too_few_data", [best], f"{numbers}. {why}.{beside}", versus
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:

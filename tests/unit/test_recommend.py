@@ -143,6 +143,16 @@ def test_what_would_settle_it_is_named_by_run(tmp_path: Path) -> None:
     assert (one.verdict, one.settled_by) == ("too_few_data", [runs["full", 3].run_id])
 
 
+def test_a_rival_that_is_still_open_leaves_the_ranking_open(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "late"], "sequence_length": 128}
+    study = repeats(3, recipes={"full": [], "lora": ["lora"], "late": ["eager"]}, grid=[block])
+    runs = handmade.runs(study)
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02)))
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert "No outcome yet: late (3 not_run)." in one.reason
+    assert one.settled_by == [runs["late", number].run_id for number in (1, 2, 3)]
+
+
 def test_too_few_planned_repeats_are_named(tmp_path: Path) -> None:
     study = repeats(1)
     one = the_only(study, tmp_path, *timed(study, lora=(1.0,), full=(2.0,)))

@@ -220,7 +220,7 @@ def recipes(pair: Pair) -> Figure | None:
     shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in _shares(row)]
     parted = len({share["share"] for share in shares}) > 1
     largest = max([pair.limit, *(m["memory_end"] or 0 for m in marks)]) * 1.02
-    slowest = max([m["time_end"] or 0 for m in marks] + [1e-9]) * 1.5
+    slowest = (max((m["time_end"] or 0 for m in marks), default=0) or 1.0) * 1.5
     y = alt.Y("recipe:N", sort=order, title=None, axis=_axis())
     base = alt.Chart(alt.NamedData("marks")).encode(y=y, description="tip:N", href="link:N")
     share = alt.Color(
