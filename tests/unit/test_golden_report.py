@@ -6,6 +6,7 @@ A change on purpose: `RENEW_GOLDEN=1 python -m pytest tests/unit/test_golden_rep
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.unit import handmade
 
 GOLDEN = Path(__file__).parent / "golden"
 GPU = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0, "price_usd_per_gpu_hour": 5.12}
-RECIPES = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+RECIPES: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
 
 
 def contents(root: Path) -> page.Contents:
