@@ -584,9 +584,13 @@ def _failed(row: Row) -> bool:
 def _very_large(all_pairs: list[Pair]) -> list[Figure]:
     """Recipes against models, from the smallest to the largest, on most GPUs at the shortest context."""
     figures = []
+    # Where nothing fits, no run has counted a model's weights; another kind of hardware may have.
+    sizes: dict[str, int] = {}
+    for pair in all_pairs:
+        sizes[pair.target] = max([sizes.get(pair.target, 0), *(row["total_parameters"] or 0 for row in pair.rows)])
     for hardware in dict.fromkeys(pair.hardware for pair in all_pairs):
         found = [pair for pair in all_pairs if pair.hardware == hardware]
-        found.sort(key=lambda pair: max((r["total_parameters"] or 0 for r in pair.rows), default=0))
+        found.sort(key=lambda pair: sizes[pair.target])
         if len(found) < 2:
             continue
         found = found[-MAX_PAIRS:]

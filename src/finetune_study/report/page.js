@@ -61,7 +61,7 @@ function reader(column) {
 
 function number(value) {
   if (Number.isInteger(value)) return Math.abs(value) >= 100000 ? value.toLocaleString("en") : String(value);
-  return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(3)));
+  return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
 }
 const shown = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? number(value) : String(value));
 
