@@ -417,6 +417,19 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert "predicted 0.600" in Text(page).text
     (recipes,) = (f for f, _ in report.gather(STUDY, handmade.frame(STUDY, tmp_path)).figures if f.kind == "recipes")
     assert {(m["predicted_memory"], m["predicted_time"]) for m in recipes.spec["datasets"]["marks"]} == {(0.6, 2.5)}
+    assert "predicted 2.50 s and 0.600 GiB" in recipes.spec["datasets"]["marks"][0]["tip"]
+
+
+def test_a_prediction_of_what_never_ran_does_not_stretch_the_axis(tmp_path: Path) -> None:
+    runs = handmade.runs(STUDY)
+    for name, seconds in (("full", 100.0), ("lora", 1.5)):
+        paths = Results(tmp_path).run(runs[name, 1].run_id)
+        paths.folder.mkdir(parents=True)
+        paths.prior.write_text(json.dumps({"predicted_step_time_seconds": seconds}))
+    found = drawn(STUDY, tmp_path, handmade.out_of_memory(runs["full", 1]), handmade.completed(runs["lora", 1], 1.0))
+    marks = {mark["recipe"]: mark for mark in found["recipes"].spec["datasets"]["marks"]}
+    assert (marks["full"]["predicted_time"], marks["lora"]["predicted_time"]) == (None, 1.5)
+    assert "predicted 100 s" in marks["full"]["tip"]
 
 
 @pytest.mark.parametrize("status", ["implied_oom", "predicted_oom"])

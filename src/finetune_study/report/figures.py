@@ -232,12 +232,12 @@ def _cell(pair: Pair, one: Recommendation) -> dict[str, Any]:
 def recipes(pair: Pair) -> Figure | None:
     """Peak memory, broken down, and step time of each recipe, predicted beside measured."""
     rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
-    marks = [_recipe_mark(pair, row) for row in rows]
+    marks = [_recipe_mark(pair, row, _slowest(rows)) for row in rows]
     order = [name for name in pair.recipes if any(m["recipe"] == name for m in marks)]
     shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in _shares(row)]
     parted = len({share["share"] for share in shares}) > 1
     largest = max([pair.limit, *(m["memory_end"] or 0 for m in marks)]) * 1.02
-    slowest = (max((m["time_end"] or 0 for m in marks), default=0) or 1.0) * 1.5
+    slowest = _slowest(rows) * 1.5
     y = alt.Y("recipe:N", sort=order, title=None, axis=_axis())
     base = alt.Chart(alt.NamedData("marks")).encode(y=y, description="tip:N", href="link:N")
     share = alt.Color(
@@ -296,12 +296,21 @@ def recipes(pair: Pair) -> Figure | None:
     )
 
 
-def _recipe_mark(pair: Pair, row: Row) -> dict[str, Any]:
+def _slowest(rows: list[Row]) -> float:
+    """The longest step time, measured, or predicted of what was measured; where nothing was, predicted."""
+    done = [row for row in rows if row["step_time_seconds_median"] is not None]
+    ends = [row["step_time_seconds_max"] for row in done]
+    ends += [row["predicted_step_time_seconds"] or 0.0 for row in done or rows]
+    return max(ends, default=0.0) or 1.0
+
+
+def _recipe_mark(pair: Pair, row: Row, slowest: float) -> dict[str, Any]:
     several = row["num_completed"] > 1
     ran_out = row["peak_memory_gib_median"] is None and any("oom" in state for state in row["states"])
     memory, seconds = row["peak_memory_gib_median"], row["step_time_seconds_median"]
     shares = _shares(row)
     predicted = _within(row["predicted_peak_memory_gib"], pair.limit)
+    predicted_time = _within(row["predicted_step_time_seconds"], slowest)
     return {
         "recipe": row["recipe"],
         "memory_end": max([s["high"] for s in shares] + [predicted or 0, pair.limit if ran_out else 0]),
@@ -311,8 +320,8 @@ def _recipe_mark(pair: Pair, row: Row) -> dict[str, Any]:
         "time": seconds,
         "time_low": row["step_time_seconds_min"] if several else None,
         "time_high": row["step_time_seconds_max"] if several else None,
-        "time_end": row["step_time_seconds_max"] or 0,
-        "predicted_time": row["predicted_step_time_seconds"],
+        "time_end": max(row["step_time_seconds_max"] or 0, predicted_time or 0),
+        "predicted_time": predicted_time,
         "time_label": show(seconds, "s"),
         "tone": INK if memory is not None else MEMORY if ran_out else MUTED,
         "tip": tip(row),
@@ -358,10 +367,16 @@ def tip(row: Row) -> str:
         label(row, row["step_time_seconds_median"], "s"),
         show(row["peak_memory_gib_median"], "GiB"),
         f"{show(row['tokens_per_second_per_gpu_median'])} tokens/s per device" if row["num_completed"] else "",
-        f"predicted {show(row['predicted_peak_memory_gib'], 'GiB')}" if row["predicted_peak_memory_gib"] else "",
+        _predicted(row),
         f"{row['num_completed']} of {row['num_repeats']} repeats completed",
     ]
     return "; ".join(filter(None, parts))
+
+
+def _predicted(row: Row) -> str:
+    seconds, memory = row["predicted_step_time_seconds"], row["predicted_peak_memory_gib"]
+    numbers = filter(None, (show(seconds, "s"), show(memory, "GiB")))
+    return f"predicted {' and '.join(numbers)}" if seconds or memory else ""
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
