@@ -28,6 +28,8 @@ from finetune_study.table import show
 
 LEDGER = Path(".snakemake/auxiliary/submitit/ledger.jsonl")
 """Of the executor, below the folder in which Snakemake works."""
+SQUEUE_FORMAT = "%i|%T|%R|%M"
+"""Job (of an array `<array>_<place>`), state, why it waits or where it runs, time used; see squeue(1)."""
 SQUEUE_SECONDS = 20
 """A controller that does not answer by then is left out."""
 LAST_FAILURES = 5
@@ -266,8 +268,7 @@ def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
                 "--array",
                 "--jobs",
                 ",".join(asked),
-                "--Format",
-                "JobArrayID:|,State:|,ReasonList:|,TimeUsed:|",
+                f"--format={SQUEUE_FORMAT}",
             ],
             capture_output=True,
             text=True,
@@ -280,7 +281,7 @@ def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
 
 
 def parse_squeue(text: str) -> dict[str, InQueue]:
-    """Lines of `squeue --array --Format JobArrayID:|,State:|,ReasonList:|,TimeUsed:|`."""
+    """Lines of `squeue --array` in `SQUEUE_FORMAT`."""
     jobs: dict[str, InQueue] = {}
     for line in text.splitlines():
         parts = [part.strip() for part in line.split("|")]
