@@ -4,7 +4,10 @@
 #   make test    run the whole suite
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
-#   make bench   PART=driver measures on the test cluster, PART=predictor compares predictions with published tables
+#   make bench   PART=driver measures on the test cluster, PART=predictor compares predictions with published tables,
+#                PART=report measures how long the report of 100,000 runs takes
+#   make synthetic
+#                the report of a synthetic study, to look at every figure: build/synthetic/results/report/index.html
 #   make slurm-up, make slurm-down
 #                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
@@ -28,7 +31,7 @@ GPU_ENV ?= .venv-gpu
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test check bench slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -59,6 +62,10 @@ check: env
 PART ?= driver
 bench: env $(if $(filter driver,$(PART)),slurm-up)
 	@$(BIN)/python benchmarks/$(PART).py --write benchmarks/results
+
+synthetic: env
+	@$(BIN)/python benchmarks/synthetic.py build/synthetic
+	@$(BIN)/finetune-study report -c build/synthetic/config.yaml -r build/synthetic/results
 
 slurm-up:
 	@tests/slurm/cluster.sh up

@@ -12,7 +12,8 @@
 #   outcomes.parquet, outcomes.csv  one row per run
 #   comparisons.parquet             spread over repeats, against the baseline recipe
 #   recommendations.json            which recipe, where, and how sure
-#   report/index.html               the page
+#   report/index.html               the page; beside it summary.md, figures/, tables/
+#   changes.csv                     against an earlier study, by `snakemake compare`
 
 from snakemake.utils import min_version
 

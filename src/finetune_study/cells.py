@@ -9,7 +9,7 @@ from finetune_study.config import Hardware
 from finetune_study.errors import RecordError, StudyError
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
-from finetune_study.record import read_failure
+from finetune_study.record import read_failure, read_record
 
 FAILED = "failed"
 """The last try left no outcome; the next call tries again."""
@@ -42,15 +42,26 @@ def cells(config_plan: list[PlannedRun], results: Results, hardware: dict[str, H
     return _frame([_read(planned, results, hardware) for planned in config_plan])
 
 
+def of_outcomes(config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
+    """One row per planned run, from outcomes.parquet as it lies there."""
+    return complete(pl.read_parquet(results.outcomes_parquet), config_plan, results)
+
+
 def complete(outcomes: pl.DataFrame, config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
     """One row per planned run, from a table of outcomes; runs that have none are `failed` or `not_run`."""
-    found = {row["run_id"]: row for row in outcomes.iter_rows(named=True)}
-    return _frame(
-        [
-            _ended(found[planned.run.run_id]) if planned.run.run_id in found else _without_outcome(planned, results)
-            for planned in config_plan
-        ]
+    ended = outcomes.with_columns(state=pl.col("status"), attempts=pl.col("attempt"))
+    ended = ended.select(table_column(ended, name, dtype) for name, dtype in SCHEMA.items())
+    known = frozenset(outcomes["run_id"])
+    missing = _frame([_without_outcome(one, results) for one in config_plan if one.run.run_id not in known])
+    order = pl.DataFrame({"run_id": [one.run.run_id for one in config_plan]}, schema={"run_id": pl.String})
+    return order.join(pl.concat([ended, missing]), on="run_id", how="left", maintain_order="left").select(
+        SCHEMA.names()
     )
+
+
+def table_column(frame: pl.DataFrame, name: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:
+    """A column, null where the frame has none: a table of another version may lack it."""
+    return (pl.col(name) if name in frame.columns else pl.lit(None)).cast(dtype).alias(name)
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
@@ -71,7 +82,13 @@ def _ended(row: dict[str, Any]) -> dict[str, Any]:
 
 def _without_outcome(planned: PlannedRun, results: Results) -> dict[str, Any]:
     row = outcome.run_columns(planned.run)
-    path = results.run(planned.run.run_id).failure
+    paths = results.run(planned.run.run_id)
+    if paths.record.exists():
+        try:
+            read_record(paths.record)
+        except RecordError as error:
+            return _damaged(planned, results, error)
+    path = paths.failure
     if not path.exists():
         return row | {"state": NOT_RUN, "attempts": 0, "reason": planned.unsupported}
     try:

@@ -1,12 +1,13 @@
 """The command `finetune-study`."""
 
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Column, Table
 
 from finetune_study import config as config_module
@@ -27,6 +28,8 @@ ResultsFolder = Annotated[Path, typer.Option("--results", "-r", help="The study'
 
 CONFIG = Path("config/config.yaml")
 RESULTS = Path("results")
+MIN_WIDTH = 120
+"""Columns of a terminal that tables are made for; a narrower one wraps them."""
 
 
 def _open(config: Path, results: Path) -> Study:
@@ -53,14 +56,88 @@ def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
 
 @app.command()
 def summary(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
-    """Print a short table of all runs, and where the report lies."""
+    """Print a short table of all runs, the answer so far, and where the report lies."""
     from finetune_study.cells import cells
+    from finetune_study.report import gather
+    from finetune_study.report import summary as texts
     from finetune_study.report.tables import summary_text
 
     study = _open(config, results)
-    print(summary_text(cells(list(study.planned.values()), study.results, study.config.hardware)))
+    frame = cells(list(study.planned.values()), study.results, study.config.hardware)
+    print(summary_text(frame))
+    width = max(MIN_WIDTH, Console().width)
+    print(texts.terminal(gather(study.config, frame, draw=False), width, colour=sys.stdout.isatty()))
     if study.results.report.exists():
         print(f"report: {study.results.report.absolute()}")
+
+
+@app.command()
+def status(
+    config: ConfigFile = CONFIG,
+    results: ResultsFolder = RESULTS,
+    ledger: Annotated[Path | None, typer.Option(help="The executor's ledger.jsonl.")] = None,
+    watch: Annotated[float | None, typer.Option(help="Look again every so many seconds, until Ctrl-C.", min=1)] = None,
+) -> None:
+    """Say how the study stands: runs by status, jobs and why they wait, GPU-hours, the last failures."""
+    from rich.live import Live
+
+    from finetune_study import status as status_module
+
+    def look() -> Group:
+        seen = status_module.look(_open(config, results), ledger or status_module.LEDGER)
+        return status_module.render(seen)
+
+    console = Console()
+    console.print(look(), soft_wrap=True)
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while watch is not None:
+                time.sleep(watch)
+                if console.is_terminal:
+                    live.update(look(), refresh=True)
+                else:  # a log: one look after the other
+                    console.print(look(), soft_wrap=True)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(help="An entry under `models`.")],
+    hardware: Annotated[str, typer.Argument(help="An entry under `hardware`.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default: export/TARGET_HARDWARE.")
+    ] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="Devices; default: where the default recipe was chosen.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that they are on; default: likewise, or one.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Context; default: likewise.")] = None,
+    config: ConfigFile = CONFIG,
+    results: ResultsFolder = RESULTS,
+) -> None:
+    """Write the recommended recipe for data of your own: settings, training script, resumable sbatch script."""
+    from finetune_study import export as exporter
+    from finetune_study.cells import cells
+
+    study = _open(config, results)
+    frame = cells(list(study.planned.values()), study.results, study.config.hardware)
+    one = exporter.choose(study, frame, target, hardware, num_gpus, sequence_length, nodes)
+    for path in exporter.export(study, one, output or Path("export") / f"{target}_{hardware}"):
+        print(path)
+
+
+@app.command()
+def compare(
+    now: Annotated[Path, typer.Argument(help="outcomes.parquet of a study.")],
+    earlier: Annotated[Path, typer.Argument(help="outcomes.parquet of an earlier one.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the table as CSV.")] = None,
+) -> None:
+    """Say what got better or worse beyond the noise since an earlier study."""
+    from finetune_study import changes
+
+    found = changes.of_files(now, earlier)
+    print(changes.text(found))
+    if output is not None:
+        changes.write(found, output)
 
 
 @app.command()

@@ -318,8 +318,12 @@ class Report(Section):
 
     title: str = "Fine-tuning study"
     """Heading of the report."""
+    notice: str | None = None
+    """A text that stands above everything else, for example that the numbers are not final."""
     baseline: str | None = None
     """Recipe that the others are compared with. Default: the first one in the grid."""
+    earlier_outcomes: str | None = None
+    """An `outcomes.parquet` of an earlier study; the report says what got better or worse since."""
 
 
 class Config(Section):

@@ -170,6 +170,20 @@ class Results:
     def figures(self) -> Path:
         return self.root / "report" / "figures"
 
+    @property
+    def tables(self) -> Path:
+        return self.root / "report" / "tables"
+
+    @property
+    def changes(self) -> Path:
+        """What changed since an earlier study, by the target `compare`."""
+        return self.root / "changes.csv"
+
+    @property
+    def summary(self) -> Path:
+        """The answer as Markdown, to paste into an issue or a chat."""
+        return self.root / "report" / "summary.md"
+
 
 MANIFEST = "manifest.json"
 """In every prepared folder, written last: what it holds, where it came from, its digest."""

@@ -2,32 +2,38 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import polars as pl
 
 from finetune_study import table
-from finetune_study.cells import FAILED, NOT_RUN, complete
+from finetune_study.cells import FAILED, NOT_RUN, of_outcomes
 from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
+from finetune_study.ratio import Repeat, ratio
 from finetune_study.record import write_atomically
 from finetune_study.section import Section
 from finetune_study.table import show
 
-FORMAT = 1
+FORMAT = 2
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
+MIN_NODES = 2
+"""Nodes that the runs of two compared recipes must come from: nodes of one kind differ, often by several per cent."""
 
 Verdict = Literal["ranked", "tie", "too_few_data", "only_one_fits", "not_comparable", "nothing_fits", "no_data"]
 VERDICTS: dict[Verdict, str] = {
-    "ranked": "Fastest by more than the spread of the repeats.",
-    "tie": "Fastest by median, but its spread over repeats overlaps with another recipe's.",
-    "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe.",
-    "only_one_fits": "All other recipes were tried and did not complete.",
-    "not_comparable": "Runs with different software, weights or data are not compared; measure them again.",
-    "nothing_fits": "Every recipe was tried and none completed.",
+    "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
+    "tie": "Fastest by median, but for at least one other recipe the interval of the ratio holds 1.",
+    "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
+    f"over at least {MIN_NODES} nodes.",
+    "only_one_fits": "Every other recipe has an outcome, and none completed.",
+    "not_comparable": "Runs with different software, weights, data or effective batch are not compared; measure them "
+    "again.",
+    "nothing_fits": "Every recipe has an outcome, and none completed.",
     "no_data": "No recipe has completed, and some have no outcome yet.",
 }
 """Each verdict and what it means."""
@@ -41,13 +47,21 @@ class Evidence(Section):
     recipe: str
     per_device_train_batch_size: int
     states: list[str]
+    run_ids: list[str]
     num_completed: int
     step_time_seconds_median: float | None
     step_time_seconds_min: float | None
     step_time_seconds_max: float | None
     peak_memory_column: str | None
     peak_memory_gib_median: float | None
+    tokens_per_second_per_gpu_median: float | None
+    epoch_hours_median: float | None
+    cost_usd_per_epoch_median: float | None
     provenance: list[str]
+    techniques: str | None
+    nodes_of_repeats: list[str]
+    starts_of_repeats: list[str | None]
+    step_time_seconds_repeats: list[float]
 
     @property
     def fits(self) -> bool:
@@ -58,6 +72,32 @@ class Evidence(Section):
     def pending(self) -> bool:
         """No answer yet: a repeat without an outcome might still tell."""
         return not self.fits and bool({*self.states} & _PENDING)
+
+    @property
+    def missing(self) -> list[str]:
+        """run_ids of the repeats that are planned and have no outcome."""
+        return [run_id for run_id, state in zip(self.run_ids, self.states, strict=True) if state in _PENDING]
+
+    @property
+    def repeats(self) -> list[Repeat]:
+        pairs = zip(self.nodes_of_repeats, self.step_time_seconds_repeats, strict=True)
+        return [Repeat(node, seconds) for node, seconds in pairs]
+
+
+class Versus(Section):
+    """The fastest recipe against another one."""
+
+    recipe: str
+    ratio: float
+    """Step time of this one over the fastest's."""
+    low: float | None
+    """Lower bound of the interval of 95 %; null where nodes and recipes can't be told apart."""
+    high: float | None
+    num_nodes: int
+    differs: bool
+    """The interval leaves out 1."""
+    too_few: str | None
+    """What a ranking of these two lacks."""
 
 
 class Recommendation(Section):
@@ -74,25 +114,131 @@ class Recommendation(Section):
     per_device_train_batch_size: int | None
     tied_with: list[str]
     reason: str
+    settled_by: list[str]
+    """What would settle an open question: run_ids of planned runs first, then what to add."""
+    versus: list[Versus]
     evidence: list[Evidence]
+
+    def evidence_of(self, recipe: str | None) -> Evidence | None:
+        return next((one for one in self.evidence if one.recipe == recipe), None)
+
+    @property
+    def best(self) -> Evidence | None:
+        """The evidence of the recipe that is named."""
+        return self.evidence_of(self.recipe)
+
+
+class Elsewhere(Section):
+    """A setting in which the default recipe does not fit, and what does."""
+
+    num_gpus: int
+    nodes: int
+    sequence_length: int
+    ended: list[str]
+    """How the default's repeats ended there."""
+    verdict: Verdict
+    recipe: str | None
+    """What to use instead; null where nothing is known to fit."""
+    added: list[str]
+    """Its techniques that the default lacks."""
+    left_out: list[str]
+    """The default's techniques that it lacks."""
+    step_time_seconds_median: float | None
+    peak_memory_gib_median: float | None
+    cost_usd_per_epoch_median: float | None
+    epoch_hours_median: float | None
+    settled_by: list[str]
+
+
+class Default(Section):
+    """The default recipe of a target on some hardware: the fastest that fits on most GPUs at the shortest context."""
+
+    target: str
+    hardware: str
+    recommendation: Recommendation
+    """In the setting that the default is chosen in."""
+    fits_in: int
+    """Settings in which the default fits."""
+    fastest_in: int
+    """Settings in which it is the fastest by median, or tied with it."""
+    of: int
+    """Settings of this target on this hardware."""
+    elsewhere: list[Elsewhere]
+    """Settings where it was tried and does not fit."""
 
 
 def recommend(comparisons: pl.DataFrame) -> list[Recommendation]:
     """One recommendation per setting, in the order of the comparisons (`table.SCHEMA`)."""
-    return [_setting(group.to_dicts()) for _, group in comparisons.group_by(table.SETTING, maintain_order=True)]
+    needed = comparisons.select(*table.SETTING, *Evidence.model_fields)
+    return [_setting(group.to_dicts()) for _, group in needed.group_by(table.SETTING, maintain_order=True)]
 
 
 def aggregate(config: Config, planned: list[PlannedRun], results: Results) -> None:
     """Writes comparisons.parquet and recommendations.json from outcomes.parquet."""
-    cells = complete(pl.read_parquet(results.outcomes_parquet), planned, results)
-    comparisons = table.compare(cells, table.baseline_of(config))
+    comparisons = table.compare(of_outcomes(planned, results), table.baseline_of(config))
     comparisons.write_parquet(results.comparisons)
-    document = {"format": FORMAT, "min_repeats": MIN_REPEATS, "recommendations": _dump(recommend(comparisons))}
+    recommendations = recommend(comparisons)
+    document = {
+        "format": FORMAT,
+        "min_repeats": MIN_REPEATS,
+        "min_nodes": MIN_NODES,
+        "defaults": _dump(defaults(recommendations)),
+        "recommendations": _dump(recommendations),
+    }
     write_atomically(results.recommendations, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
-def _dump(recommendations: list[Recommendation]) -> list[dict[str, Any]]:
-    return [recommendation.model_dump(mode="json") for recommendation in recommendations]
+def defaults(recommendations: list[Recommendation]) -> list[Default]:
+    """The default of every target on every hardware, in the order of the recommendations."""
+    groups: dict[tuple[str, str], list[Recommendation]] = {}
+    for one in recommendations:
+        groups.setdefault((one.target, one.hardware), []).append(one)
+    return [_default(group) for group in groups.values()]
+
+
+def _default(group: list[Recommendation]) -> Default:
+    # A default is asked for where there is most to choose from: all GPUs, on few nodes, a short context.
+    chosen = min(group, key=lambda one: (one.recipe is None, -one.num_gpus, one.nodes, one.sequence_length))
+    there = [(one, one.evidence_of(chosen.recipe)) for one in group]
+    return Default(
+        target=chosen.target,
+        hardware=chosen.hardware,
+        recommendation=chosen,
+        fits_in=sum(found is not None and found.fits for _, found in there),
+        fastest_in=sum(chosen.recipe is not None and chosen.recipe in (one.recipe, *one.tied_with) for one in group),
+        of=len(group),
+        elsewhere=[
+            _elsewhere(chosen, one, found) for one, found in there if found and not found.fits and not found.pending
+        ],
+    )
+
+
+def _elsewhere(default: Recommendation, here: Recommendation, found: Evidence) -> Elsewhere:
+    own, other = _techniques(default.best), _techniques(here.best)
+    best = here.best
+    return Elsewhere(
+        num_gpus=here.num_gpus,
+        nodes=here.nodes,
+        sequence_length=here.sequence_length,
+        ended=found.states,
+        verdict=here.verdict,
+        recipe=here.recipe,
+        added=[name for name in other if name not in own],
+        left_out=[name for name in own if name not in other] if best else [],
+        step_time_seconds_median=best.step_time_seconds_median if best else None,
+        peak_memory_gib_median=best.peak_memory_gib_median if best else None,
+        cost_usd_per_epoch_median=best.cost_usd_per_epoch_median if best else None,
+        epoch_hours_median=best.epoch_hours_median if best else None,
+        settled_by=here.settled_by,
+    )
+
+
+def _techniques(one: Evidence | None) -> list[str]:
+    return one.techniques.split("+") if one and one.techniques else []
+
+
+def _dump(sections: Iterable[Section]) -> list[dict[str, Any]]:
+    return [section.model_dump(mode="json") for section in sections]
 
 
 def _setting(rows: list[dict[str, Any]]) -> Recommendation:
@@ -100,7 +246,7 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     for row in rows:
         by_recipe.setdefault(row["recipe"], []).append(Evidence(**{name: row[name] for name in Evidence.model_fields}))
     evidence = [min(options, key=_preference) for options in by_recipe.values()]
-    verdict, named, reason = _judge(evidence)
+    verdict, named, reason, versus = _judge(evidence)
     return Recommendation(
         **{name: rows[0][name] for name in table.SETTING},
         verdict=verdict,
@@ -108,6 +254,8 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
         per_device_train_batch_size=named[0].per_device_train_batch_size if named else None,
         tied_with=[other.recipe for other in named[1:]],
         reason=reason,
+        settled_by=_settled_by(verdict, evidence, versus),
+        versus=versus,
         evidence=evidence,
     )
 
@@ -119,41 +267,113 @@ def _preference(option: Evidence) -> tuple[int, float]:
     return (1 if option.fits else 2 if option.pending else 3), option.per_device_train_batch_size
 
 
-def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str]:
-    """Verdict, the recipe it names followed by those tied with it, and the reason in a sentence."""
+def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
+    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios."""
     fitting = [one for one in evidence if one.fits]
     others = [one for one in evidence if not one.fits]
     pending = [one for one in others if one.pending]
     beside = f" Not compared: {_endings(others)}." if others else ""
     if not fitting:
         if pending:
-            return "no_data", [], f"Nothing completed yet: {_endings(others)}."
-        return "nothing_fits", [], f"Nothing fits: {_endings(others)}."
+            return "no_data", [], f"Nothing completed yet: {_endings(others)}.", []
+        return "nothing_fits", [], f"Nothing fits: {_endings(others)}.", []
     if len({digest for one in fitting for digest in one.provenance}) > 1:
         names = ", ".join(one.recipe for one in fitting)
-        return "not_comparable", [], f"{names} completed, but not all with the same software, weights and data.{beside}"
+        differ = "not all with the same software, weights, data and effective batch"
+        return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
     if not rivals:
         if pending or not others:
             missing = "no other recipe completed yet" if pending else "no other recipe is planned here"
-            return "too_few_data", [best], f"{_timing(best)}; {missing}.{beside}"
-        return "only_one_fits", [best], f"{_timing(best)} is the only one that fits.{beside}"
-    numbers = "; ".join(_timing(one) for one in (best, *rivals))
-    if min(one.num_completed for one in fitting) < MIN_REPEATS:
-        return "too_few_data", [best], f"{numbers}. A ranking needs {MIN_REPEATS} runs of each.{beside}"
-    slowest = best.step_time_seconds_max or 0.0
-    tied = [one for one in rivals if (one.step_time_seconds_min or 0.0) <= slowest]
+            return "too_few_data", [best], f"{_timing(best)}; {missing}.{beside}", []
+        return "only_one_fits", [best], f"{_timing(best)} is the only one that fits.{beside}", []
+    versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
+    numbers = "; ".join([_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals)])
+    lacking = [one.too_few for one in versus if one.too_few]
+    lacking += [f"No outcome yet: {_endings(pending)}"] if pending else []
+    if lacking or len(versus) < len(rivals):
+        why = lacking[0] if lacking else f"A ranking needs {MIN_REPEATS} runs of each"
+        return "too_few_data", [best], f"{numbers}. {why}.{beside}", versus
+    tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
-        return "tie", [best, *tied], f"{numbers}. The spreads over repeats overlap.{beside}"
-    return "ranked", [best], f"{numbers}. The spreads over repeats do not overlap.{beside}"
+        names = ", ".join(one.recipe for one in tied)
+        nodes = [one.recipe for one in versus if one.low is None]
+        apart = f" What the nodes do can't be told from what {', '.join(nodes)} does." if nodes else ""
+        return "tie", [best, *tied], f"{numbers}. No difference beyond the noise from {names}.{apart}{beside}", versus
+    return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
 
 
-def _timing(one: Evidence) -> str:
+def _of(versus: list[Versus], recipe: str) -> Versus:
+    return next(one for one in versus if one.recipe == recipe)
+
+
+def _versus(best: Evidence, rival: Evidence) -> Versus:
+    found = ratio(rival.repeats, best.repeats)
+    return Versus(
+        recipe=rival.recipe,
+        ratio=found.value,
+        low=found.low,
+        high=found.high,
+        num_nodes=len({*best.nodes_of_repeats, *rival.nodes_of_repeats}),
+        differs=found.leaves_out_one,
+        too_few=_lacks(best, rival),
+    )
+
+
+def _lacks(best: Evidence, rival: Evidence) -> str | None:
+    """What a ranking of two recipes lacks before any number is looked at."""
+    if min(len(best.repeats), len(rival.repeats)) < MIN_REPEATS:
+        return f"A ranking needs {MIN_REPEATS} runs of each"
+    if len({*best.nodes_of_repeats, *rival.nodes_of_repeats}) < MIN_NODES:
+        return f"All ran on one node; a ranking needs {MIN_NODES}"
+    if _in_blocks(best.starts_of_repeats, rival.starts_of_repeats):
+        return (
+            f"All runs of one of {best.recipe}, {rival.recipe} were before those of the other; a ranking needs them "
+            "in random order"
+        )
+    return None
+
+
+def _in_blocks(first: list[str | None], second: list[str | None]) -> bool:
+    """Whether all of one started before all of the other, so that time may be what differs."""
+    one, two = ([start for start in starts if start is not None] for starts in (first, second))
+    known = len(one) == len(first) and len(two) == len(second)
+    return known and (max(one) < min(two) or max(two) < min(one))
+
+
+def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]) -> list[str]:
+    """Runs that are planned and missing, then what else to add."""
+    if verdict in ("ranked", "only_one_fits", "nothing_fits"):
+        return []
+    steps = [run_id for one in evidence for run_id in one.missing]
+    fitting = [one for one in evidence if one.fits]
+    if verdict == "not_comparable":
+        return [*steps, f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
+    short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
+    if short and len(fitting) > 1:
+        steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {', '.join(short)}")
+    lacking = [one.too_few or "" for one in versus]
+    if any("node" in lack for lack in lacking) or any(one.low is None for one in versus if not one.too_few):
+        steps.append(f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones")
+    if any("order" in lack for lack in lacking):
+        steps.append("remeasure the recipes that were measured first")
+    if verdict == "tie" and not steps:
+        steps.append("more repeats; or take the one with less memory")
+    return steps
+
+
+def _timing(one: Evidence, versus: Versus | None = None) -> str:
     runs = "1 run" if one.num_completed == 1 else f"{one.num_completed} runs"
     spread = ""
     if one.num_completed > 1:
         spread = f", {show(one.step_time_seconds_min)} to {show(one.step_time_seconds_max)}"
-    return f"{one.recipe} {show(one.step_time_seconds_median, 's')} a step ({runs}{spread})"
+    return f"{one.recipe} {show(one.step_time_seconds_median, 's')} a step ({runs}{spread}{_ratio(versus)})"
+
+
+def _ratio(versus: Versus | None) -> str:
+    if versus is None or versus.low is None or versus.high is None:
+        return ""
+    return f"; ratio {show(versus.ratio)}, {show(versus.low)} to {show(versus.high)}"
 
 
 def _endings(group: list[Evidence]) -> str:

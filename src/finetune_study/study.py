@@ -25,6 +25,8 @@ from finetune_study.prepared import read_manifest
 from finetune_study.record import Ending, Record
 from finetune_study.run import Run
 
+EARLIER = "earlier"
+"""Key of `snakemake --config`: outcomes.parquet of the study that `snakemake compare` compares with."""
 REMEASURE = "remeasure"
 """Key of `snakemake --config`: patterns of run_ids whose records are set aside and measured again."""
 
@@ -44,6 +46,8 @@ class Study:
     """Runs with an outcome that are to be measured again."""
     untrained: frozenset[str] = frozenset()
     """Runs whose record was given without training."""
+    compared_with: str | None = None
+    """Outcomes of another study, named on the command line."""
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -168,10 +172,13 @@ class Study:
 
     def interpreter(self, run_id: str, default: str) -> str:
         """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
+        return slurm.on_each_node(self.run(run_id), self.hardware(run_id), self.python(run_id, default))
+
+    def python(self, run_id: str, default: str) -> str:
+        """The same on one node."""
         hardware = self.hardware(run_id)
         cache = places.of(self.config.places, hardware.places).cache or str(self.results.cache.absolute())
-        python = software.interpreter(hardware.software, default, cache)
-        return slurm.on_each_node(self.run(run_id), hardware, python)
+        return software.interpreter(hardware.software, default, cache)
 
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
@@ -196,6 +203,12 @@ class Study:
         """The data set, where it is a file."""
         path = Path(self.config.data.dataset).expanduser()
         return [str(path)] if path.is_file() else []
+
+    @property
+    def earlier_outcomes(self) -> list[str]:
+        """Outcomes of the study that the report compares with, if the configuration names one."""
+        path = self.config.report.earlier_outcomes
+        return [] if path is None else [str(Path(path).expanduser())]
 
     @property
     def plan_digest(self) -> str:
@@ -274,13 +287,14 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     """
     settings = dict(raw)
     patterns = str(settings.pop(REMEASURE, "") or "")
+    earlier = str(settings.pop(EARLIER, "") or "") or None
     config = config_module.parse(settings, where)
     planned = {one.run.run_id: one for one in plan_module.plan(config)}
     _check_writable(results)
     untrained = _check_records(results, planned)
     _check_files(config)
     slurm.check(config)
-    study = Study(config, results, planned, _select(patterns, planned), untrained)
+    study = Study(config, results, planned, _select(patterns, planned), untrained, earlier)
     _forget_purged(study)
     return study
 
@@ -442,18 +456,19 @@ def report_what_there_is(study: Study) -> None:
     The files get a modification time in the past, so that the next `snakemake` makes them properly: it did not see
     which records these were made of.
     """
-    from finetune_study import outcome, recommend, report
+    from finetune_study import cells, outcome, recommend, report
 
     planned, results = list(study.planned.values()), study.results
     readable = [run_id for run_id in study.planned if _is_readable(results.run(run_id))]
     outcome.write(results, readable, study.config.hardware)
     recommend.aggregate(study.config, planned, results)
-    report.build(study.config, planned, results)
+    report.build(study.config, cells.of_outcomes(planned, results), results)
     for path in (
         results.outcomes_parquet,
         results.outcomes_csv,
         results.comparisons,
         results.recommendations,
+        results.summary,
         results.report,
     ):
         os.utime(path, (1, 1))

@@ -1,8 +1,14 @@
 """Comparisons: the spread over repeats, and each recipe against the baseline recipe in the same setting."""
 
+from typing import Any
+
 import polars as pl
 
 from finetune_study.config import Config
+from finetune_study.ratio import Repeat
+
+Row = dict[str, Any]
+"""A row of a table, by column."""
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -29,7 +35,31 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "peak_memory_gib_median": (pl.Float64, "Median over the repeats of their peak memory, GiB."),
     "peak_memory_gib_min": (pl.Float64, "Smallest peak memory of a repeat, GiB."),
     "peak_memory_gib_max": (pl.Float64, "Largest peak memory of a repeat, GiB."),
-    "provenance": (pl.List(pl.String), "Software, weights and data of the completed repeats, one entry per kind."),
+    "provenance": (
+        pl.List(pl.String),
+        "Software, weights, data and effective batch of the completed repeats, one entry per kind.",
+    ),
+    "run_ids": (pl.List(pl.String), "Every repeat, in the order of `states`."),
+    "nodes_of_repeats": (
+        pl.List(pl.String),
+        "Where each completed repeat ran, all of its nodes; `unknown` is a place of its own.",
+    ),
+    "starts_of_repeats": (pl.List(pl.String), "When each completed repeat started, ISO 8601."),
+    "step_time_seconds_repeats": (pl.List(pl.Float64), "Median step time of each completed repeat, seconds."),
+    "peak_memory_gib_repeats": (pl.List(pl.Float64), "Peak memory of each completed repeat, GiB."),
+    "techniques": (pl.String, "Techniques of the recipe with the defaults filled in."),
+    "trainable_parameters": (pl.Int64, "Weights that are trained."),
+    "total_parameters": (pl.Int64, "All weights."),
+    "tokens_per_second_per_gpu_median": (pl.Float64, "Median over the repeats, positions per second and device."),
+    "mfu_percent_median": (pl.Float64, "Median over the repeats, per cent of the dense peak."),
+    "energy_joules_per_step_median": (pl.Float64, "Median over the repeats, joules of all devices per step."),
+    "peak_memory_reserved_gib_median": (pl.Float64, "Median over the repeats, GiB."),
+    "peak_device_used_gib_median": (pl.Float64, "Median over the repeats, GiB."),
+    "epoch_hours_median": (pl.Float64, "Hours of one pass over the training data, median over the repeats."),
+    "cost_usd_per_epoch_median": (pl.Float64, "US dollars of one pass over the training data, at the config's price."),
+    "gpu_hours": (pl.Float64, "GPU-hours that all repeats took, whatever became of them."),
+    "predicted_peak_memory_gib": (pl.Float64, "Forecast of the peak memory before the runs, GiB."),
+    "predicted_step_time_seconds": (pl.Float64, "Forecast of the step time before the runs, seconds."),
     "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch."),
     "step_time_ratio": (pl.Float64, "Step time over the baseline's: below 1 is faster."),
     "peak_memory_ratio": (pl.Float64, "Peak memory over the baseline's: below 1 is less."),
@@ -45,6 +75,27 @@ _MEASURES = [
     for statistic in ("median", "min", "max")
 ]
 
+_MEDIANS = (
+    "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
+    "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch",
+)  # fmt: skip
+
+
+def completed_everywhere(row: Row) -> bool:
+    """Whether every repeat of a configuration that ended has completed, and one has."""
+    return row["num_completed"] > 0 and {*row["states"]} <= {"completed", "failed", "not_run"}
+
+
+def repeats(row: Row, column: str) -> list[Repeat]:
+    """The completed repeats of a configuration, each with its node.
+
+    Args:
+        row: a configuration.
+        column: `step_time_seconds` or `peak_memory_gib`.
+    """
+    values = zip(row["nodes_of_repeats"], row[f"{column}_repeats"], strict=True)
+    return [Repeat(node, value) for node, value in values if value]
+
 
 def baseline_of(config: Config) -> str:
     """The recipe that the others are compared with."""
@@ -57,14 +108,24 @@ def peak_memory() -> pl.Expr:
 
 
 def provenance() -> pl.Expr:
-    """What must be equal for numbers to be compared: software, source of the weights, data."""
-    parts = ("software_sha256", "model_source", "data_sha256")
-    return pl.concat_str([pl.col(name).fill_null("unknown") for name in parts], separator=" ")
+    """What must be equal for numbers to be compared: software, source of the weights, data, effective batch."""
+    parts = ("software_sha256", "model_source", "data_sha256", "effective_batch_size")
+    return pl.concat_str([pl.col(name).cast(pl.String).fill_null("unknown") for name in parts], separator=" ")
 
 
 def devices(hardware: str, num_gpus: int, nodes: int) -> str:
     """For a reader; the number of nodes where there are several."""
-    return f"{hardware} {TIMES} {num_gpus}" + (f" on {nodes} nodes" if nodes > 1 else "")
+    return f"{hardware} {TIMES} {count(num_gpus, nodes)}"
+
+
+def count(num_gpus: int, nodes: int) -> str:
+    """How many devices, for a reader."""
+    return str(num_gpus) + on_nodes(nodes)
+
+
+def on_nodes(nodes: int) -> str:
+    """What follows a number or a name where there are several nodes; else nothing."""
+    return f" on {nodes} nodes" if nodes > 1 else ""
 
 
 def show(value: float | None, unit: str = "") -> str:
@@ -108,7 +169,21 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
     step_time = pl.col("step_time_seconds_median").filter(completed)
     memory = peak_memory().filter(completed)
     allocated = pl.col("peak_memory_allocated_gib").filter(completed).is_not_null().any()
+    timed = completed & pl.col("step_time_seconds_median").is_not_null()
+    medians = [pl.col(name).filter(completed).median().alias(f"{name}_median") for name in _MEDIANS]
     rows = cells.group_by(CONFIGURATION, maintain_order=True).agg(
+        *medians,
+        run_ids=pl.col("run_id"),
+        nodes_of_repeats=pl.col("host").fill_null("unknown").filter(timed),
+        starts_of_repeats=pl.col("started_at").filter(timed),
+        step_time_seconds_repeats=pl.col("step_time_seconds_median").filter(timed),
+        peak_memory_gib_repeats=peak_memory().filter(timed),
+        techniques=pl.col("techniques").first(),
+        trainable_parameters=pl.col("trainable_parameters").max(),
+        total_parameters=pl.col("total_parameters").max(),
+        gpu_hours=pl.col("gpu_hours").sum(),
+        predicted_peak_memory_gib=pl.col("predicted_peak_memory_allocated_gib").drop_nulls().first(),
+        predicted_step_time_seconds=pl.col("predicted_step_time_seconds").drop_nulls().first(),
         num_repeats=pl.len(),
         num_completed=completed.sum(),
         states=pl.col("state"),
@@ -135,13 +210,13 @@ def _why_not_compared() -> pl.Expr:
         pl.when(pl.col("num_completed") == 0)
         .then(None)
         .when(own.list.len() > 1)
-        .then(pl.lit("software, weights or data differ between its repeats"))
+        .then(pl.lit("software, weights, data or effective batch differ between its repeats"))
         .when(pl.col("baseline_num_completed").is_null())
         .then(pl.lit("the baseline is not planned here"))
         .when(pl.col("baseline_num_completed") == 0)
         .then(pl.lit("the baseline has no completed run here"))
         .when(~same_provenance)
-        .then(pl.lit("software, weights or data differ from the baseline's"))
+        .then(pl.lit("software, weights, data or effective batch differ from the baseline's"))
         .otherwise(None)
     )
 

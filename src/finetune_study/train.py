@@ -261,6 +261,14 @@ def training_arguments(run: Run, output_dir: str) -> Any:
     """transformers' `TrainingArguments` of a run; making them starts the process group."""
     from transformers import TrainingArguments
 
+    arguments = arguments_of(run, output_dir)
+    if "deepspeed" in arguments and run.hardware.device == "cpu":
+        _leave_out_shared_memory_op()
+    return TrainingArguments(**arguments)
+
+
+def arguments_of(run: Run, output_dir: str) -> dict[str, Any]:
+    """What the `TrainingArguments` of a run are made of; DeepSpeed's configuration is under `deepspeed`."""
     on_cpu = run.hardware.device == "cpu"
     arguments: dict[str, Any] = {
         "output_dir": output_dir,
@@ -291,10 +299,8 @@ def training_arguments(run: Run, output_dir: str) -> Any:
         _merge(deepspeed, technique.deepspeed(run.hardware.device))
     if deepspeed:
         _merge(deepspeed, DEEPSPEED_BASE)
-        if on_cpu:
-            _leave_out_shared_memory_op()
         arguments["deepspeed"] = deepspeed
-    return TrainingArguments(**arguments)
+    return arguments
 
 
 DEEPSPEED_BASE: dict[str, Any] = {

@@ -14,7 +14,7 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
     [
         ("launch, allocation, places, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
-        ("report, table, recommend, cells, outcome", (*TORCH, *WORKFLOW)),
+        ("report, table, recommend, cells, outcome, ratio, claims, changes, status, export", (*TORCH, *WORKFLOW)),
         ("doctor.node, doctor.command", (*TORCH, *WORKFLOW, "polars", "altair")),
         ("forecast.predict, forecast.study, forecast.hardware", (*TORCH, *WORKFLOW, "altair")),
         ("forecast.trace", ("deepspeed", "datasets", *WORKFLOW)),

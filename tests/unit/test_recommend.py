@@ -20,9 +20,25 @@ def timed(study: Config, **seconds: tuple[float, ...]) -> list[Record]:
     """Completed repeats of each recipe, with these step times."""
     runs = handmade.runs(study)
     return [
-        handmade.completed(runs[recipe, repeat], value, value, value)
+        handmade.completed(runs[recipe, repeat], value, value, value, host=f"node-{repeat}")
         for recipe, values in seconds.items()
         for repeat, value in enumerate(values, start=1)
+    ]
+
+
+Try = tuple[str, float]
+"""Node and step time of a repeat."""
+
+
+def placed(study: Config, **tries: list[Try]) -> list[Record]:
+    """Completed repeats of each recipe on these nodes; the repeats of one number start together."""
+    runs = handmade.runs(study)
+    return [
+        handmade.completed(runs[recipe, repeat], seconds, host=node).model_copy(
+            update={"started_at": f"2025-01-0{repeat}T00:00:00Z"}
+        )
+        for recipe, values in tries.items()
+        for repeat, (node, seconds) in enumerate(values, start=1)
     ]
 
 
@@ -36,15 +52,111 @@ def test_three_repeats_that_do_not_overlap_are_ranked(tmp_path: Path) -> None:
     one = the_only(study, tmp_path, *timed(study, full=(2.0, 2.1, 2.2), lora=(1.0, 1.1, 1.05)))
     assert (one.verdict, one.recipe, one.tied_with) == ("ranked", "lora", [])
     assert one.reason == (
-        "lora 1.05 s a step (3 runs, 1.00 to 1.10); full 2.10 s a step (3 runs, 2.00 to 2.20). "
-        "The spreads over repeats do not overlap."
+        "lora 1.05 s a step (3 runs, 1.00 to 1.10); full 2.10 s a step (3 runs, 2.00 to 2.20; ratio 2.00, "
+        "1.78 to 2.25). Every interval leaves out 1."
     )
+    assert one.settled_by == []
+    (versus,) = one.versus
+    assert (versus.recipe, versus.num_nodes, versus.differs, versus.too_few) == ("full", 3, True, None)
 
 
 def test_overlapping_spreads_are_a_tie(tmp_path: Path) -> None:
     study = repeats(3)
     one = the_only(study, tmp_path, *timed(study, full=(1.0, 1.1, 1.2), lora=(0.95, 1.0, 1.05)))
     assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
+
+
+NODE_EFFECT = 1.08
+"""The second node is slower by this, whatever runs there."""
+EIGHT_PER_CENT = {
+    "each recipe mostly on another node": (
+        [("a", 1.0), ("a", 1.001), ("b", NODE_EFFECT)], [("a", 1.002), ("b", NODE_EFFECT), ("b", NODE_EFFECT * 1.001)]
+    ),
+    "each recipe on a node of its own": (
+        [("a", 1.0), ("a", 1.001), ("a", 1.002)], [("b", NODE_EFFECT), ("b", NODE_EFFECT * 1.001), ("b", NODE_EFFECT)]
+    ),
+    "one recipe on one node": (
+        [("a", 1.0), ("a", 1.001), ("a", 1.002)], [("a", 1.0), ("b", NODE_EFFECT), ("b", NODE_EFFECT)]
+    ),
+    "no node in common": (
+        [("a", 1.0), ("a", 1.001), ("b", NODE_EFFECT)], [("c", 1.002), ("d", NODE_EFFECT), ("d", NODE_EFFECT)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EIGHT_PER_CENT)
+def test_a_node_effect_of_eight_per_cent_is_a_tie(tmp_path: Path, case: str) -> None:
+    study = repeats(3)
+    lora, full = EIGHT_PER_CENT[case]
+    one = the_only(study, tmp_path, *placed(study, lora=lora, full=full))
+    assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
+    assert one.settled_by
+
+
+def test_a_difference_of_four_per_cent_is_found_under_a_node_effect_of_eight(tmp_path: Path) -> None:
+    """Both recipes were on both nodes, so that what a node does is known and taken out."""
+    study = repeats(3)
+    lora = [("a", 1.0), ("b", NODE_EFFECT * 1.001), ("a", 1.002)]
+    full = [("b", NODE_EFFECT * 1.04), ("a", 1.041), ("b", NODE_EFFECT * 1.042)]
+    one = the_only(study, tmp_path, *placed(study, lora=lora, full=full))
+    assert (one.verdict, one.recipe) == ("ranked", "lora")
+    assert one.versus[0].ratio == pytest.approx(1.04, abs=0.003)
+
+
+def test_one_node_ranks_nothing(tmp_path: Path) -> None:
+    study = repeats(3)
+    one = the_only(study, tmp_path, *placed(study, lora=[("a", 1.0)] * 3, full=[("a", 2.0)] * 3))
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert one.reason.endswith("All ran on one node; a ranking needs 2.")
+    assert one.settled_by == ["a repeat of each on another node, so that all were on at least 2 shared ones"]
+
+
+def test_a_node_without_a_name_is_no_second_node(tmp_path: Path) -> None:
+    study = repeats(3)
+    records = placed(study, lora=[("a", 1.0)] * 3, full=[("a", 2.0)] * 3)
+    nameless = [r.model_copy(update={"environment": {**r.environment, "host": None}}) for r in records]
+    assert the_only(study, tmp_path, *nameless).verdict == "too_few_data"
+
+
+def test_runs_that_were_not_in_random_order_rank_nothing(tmp_path: Path) -> None:
+    study = repeats(3)
+    records = timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02))
+    early = [
+        r.model_copy(update={"started_at": "2024-12-31T00:00:00Z"}) if r.run.recipe == "lora" else r for r in records
+    ]
+    one = the_only(study, tmp_path, *early)
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert "in random order" in one.reason
+    assert one.settled_by == ["remeasure the recipes that were measured first"]
+
+
+def test_contradictory_repeats_are_a_tie(tmp_path: Path) -> None:
+    study = repeats(3)
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0, 3.0, 1.1), full=(1.2, 1.1, 2.9)))
+    assert (one.verdict, one.tied_with) == ("tie", ["full"])
+
+
+def test_what_would_settle_it_is_named_by_run(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0, 1.0, 1.0), full=(2.0, 2.0)))
+    assert (one.verdict, one.settled_by) == ("too_few_data", [runs["full", 3].run_id])
+
+
+def test_a_rival_that_is_still_open_leaves_the_ranking_open(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "late"], "sequence_length": 128}
+    study = repeats(3, recipes={"full": [], "lora": ["lora"], "late": ["eager"]}, grid=[block])
+    runs = handmade.runs(study)
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02)))
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert "No outcome yet: late (3 not_run)." in one.reason
+    assert one.settled_by == [runs["late", number].run_id for number in (1, 2, 3)]
+
+
+def test_too_few_planned_repeats_are_named(tmp_path: Path) -> None:
+    study = repeats(1)
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0,), full=(2.0,)))
+    assert one.settled_by == ["protocol.repeats: 3 adds runs of full, lora"]
 
 
 def test_eight_per_cent_on_one_repeat_is_too_few_data(tmp_path: Path) -> None:
@@ -123,6 +235,27 @@ def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path)
     assert {e.recipe: e.per_device_train_batch_size for e in one.evidence} == {"full": 2, "lora": 2}
 
 
+def test_the_default_is_chosen_at_the_shortest_context_and_says_what_to_add_beyond(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": [512, 128]}
+    study = repeats(1, recipes={"full": [], "lora": ["lora"]}, grid=[block])
+    records = []
+    for planned in handmade.planned(study):
+        long = planned.run.sequence_length == 512
+        full = planned.run.recipe == "full"
+        records.append(
+            handmade.out_of_memory(planned.run)
+            if long and full
+            else handmade.completed(planned.run, 1.0 if full else 2.0)
+        )
+    (default,) = recommend.defaults(recommend.recommend(handmade.compared(study, tmp_path, *records)))
+    assert (default.recommendation.sequence_length, default.recommendation.recipe) == (128, "full")
+    assert (default.fits_in, default.fastest_in, default.of) == (1, 1, 2)
+    (beyond,) = default.elsewhere
+    assert (beyond.sequence_length, beyond.recipe, beyond.ended) == (512, "lora", ["device_oom"])
+    assert (beyond.added, beyond.left_out) == (["lora"], [])
+    assert beyond.step_time_seconds_median == 2.0
+
+
 def test_one_recommendation_per_setting(tmp_path: Path) -> None:
     grid = [{"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": [128, 512]}]
     study = repeats(1, grid=grid)
@@ -141,7 +274,8 @@ def test_aggregate_writes_both_files_from_the_outcomes(tmp_path: Path) -> None:
     recommend.aggregate(study, planned, results)
     assert pl.read_parquet(results.comparisons)["step_time_ratio"].to_list() == [1.0, pytest.approx(0.5)]
     document = json.loads(results.recommendations.read_text())
-    assert document["format"] == 1
+    assert document["format"] == recommend.FORMAT
+    assert [one["target"] for one in document["defaults"]] == ["tiny"]
     (one,) = document["recommendations"]
     assert (one["target"], one["hardware"], one["num_gpus"], one["sequence_length"]) == ("tiny", "cpu", 1, 128)
     assert (one["verdict"], one["recipe"]) == ("ranked", "lora")
@@ -159,3 +293,20 @@ def test_aggregate_of_a_study_without_outcomes(tmp_path: Path) -> None:
 def test_every_verdict_has_its_meaning() -> None:
     verdicts = Recommendation.model_fields["verdict"].annotation
     assert set(recommend.VERDICTS) == set(verdicts.__args__)  # type: ignore[union-attr]
+
+
+def test_a_default_is_that_of_most_gpus_on_fewest_nodes(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128, "num_gpus": 2}
+    study = handmade.study(grid=[block | {"nodes": [2, 1]}])
+    documents = [
+        handmade.out_of_memory(one.run)
+        if (one.run.recipe, one.run.nodes) == ("lora", 2)
+        else handmade.completed(one.run, {"full": 2.0, "lora": 1.0}[one.run.recipe])
+        for one in handmade.planned(study)
+    ]
+    every = recommend.recommend(handmade.compared(study, tmp_path, *documents))
+    assert {(one.nodes, one.recipe) for one in every} == {(1, "lora"), (2, "full")}
+    (default,) = recommend.defaults(every)
+    assert (default.recommendation.nodes, default.recommendation.recipe, default.of) == (1, "lora", 2)
+    (other,) = default.elsewhere
+    assert (other.num_gpus, other.nodes, other.recipe) == (2, 2, "full")

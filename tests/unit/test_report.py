@@ -1,4 +1,7 @@
+import base64
+import gzip
 import html.parser
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from finetune_study import outcome, record, report, table
+from finetune_study import outcome, recommend, record, report, table
 from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
@@ -52,8 +55,23 @@ class Text(html.parser.HTMLParser):
 
 def built(study: Config, root: Path, *documents: Record | Failure) -> str:
     results = handmade.write(root, *documents)
-    report.build(study, handmade.planned(study), results)
+    report.build(study, handmade.frame(study, root), results)
     return results.report.read_text(encoding="utf-8")
+
+
+def embedded_runs(page: str) -> dict[str, Any]:
+    """What the page carries of its runs, as its script unpacks it."""
+    found = re.search(r'<script type="application/octet-stream" id="data">([^<]*)</script>', page)
+    assert found is not None
+    document: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(found[1])))
+    return document
+
+
+def column(runs: dict[str, Any], name: str) -> list[Any]:
+    packed = runs["columns"][name]
+    if "codes" in packed:
+        return [None if code is None else packed["words"][code] for code in packed["codes"]]
+    return list(packed["values"])
 
 
 def mixed(study: Config = STUDY) -> list[Record | Failure]:
@@ -68,16 +86,17 @@ def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
 
 
 def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
-    text = Text(built(STUDY, tmp_path, *mixed())).text
-    assert "2 runs: 1 completed, 1 out of memory." in text
-    assert "The fastest recipe that fits is lora." in text
-    assert "in backward, step 1; 0.0625 GiB asked for" not in text
-    assert "in backward, step 1; 64.0 MiB asked for, 0.879 GiB held" in text
-    assert "0.250 of 1.00" in text
-    assert "3.50 → 2.50" in text
-    assert FULL.run_id in text
-    assert LORA.run_id in text
-    assert f"python -m finetune_study.launch results/runs/{FULL.run_id}/run.yaml" in text
+    page = built(STUDY, tmp_path, *mixed())
+    text = Text(page).text
+    assert "The fastest recipe that fits is lora for tiny on cpu." in text
+    runs = embedded_runs(page)
+    assert column(runs, "run_id") == [FULL.run_id, LORA.run_id]
+    assert column(runs, "state") == ["device_oom", "completed"]
+    assert column(runs, "step_time_seconds_median") == [None, 1.1]
+    assert column(runs, "step_time_seconds_samples") == [None, [1.0, 1.1, 1.2]]
+    assert column(runs, "oom_requested_gib") == [0.0625, None]
+    assert [one["name"] for one in runs["table"]][:3] == ["state", "target", "hardware"]
+    assert json.loads(runs["settings"]["training"]["words"][0])["learning_rate"] == 4e-4
 
 
 def test_the_page_defines_every_column_status_and_verdict(tmp_path: Path) -> None:
@@ -95,10 +114,11 @@ def test_text_of_logs_and_names_is_shown_and_never_executed(tmp_path: Path) -> N
     late = handmade.unsupported(LORA, f"reason {evil}")
     page = built(study, tmp_path, handmade.failure(FULL, cause=f"cause {evil}", log_tail=f"tail {evil}"), late)
     seen = Text(page)
-    assert seen.tags.count("script") == 1
+    assert seen.tags.count("script") == 2  # the page's own, and the data of its runs, which is no script
     assert "img" not in seen.tags
-    for place in ("Über 学習", "cause", "tail", "reason"):
+    for place in ("Über 学習", "cause", "tail"):
         assert f"{place} {evil}" in seen.text
+    assert column(embedded_runs(page), "reason") == [None, f"reason {evil}"]
     assert "script-src 'sha256-" in page
 
 
@@ -106,7 +126,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     page = built(STUDY, tmp_path, *mixed())
     addresses = Text(page).addresses
     assert {a for a in addresses if not a.startswith("#")} == {"tables/runs.csv", "tables/comparisons.csv", "figures/"}
-    anchors = {a[1:] for a in addresses if a.startswith("#")}
+    assert {a for a in addresses if a.startswith("#run=")} == {f"#run={run.run_id}" for run in (FULL, LORA)}
+    anchors = {a[1:] for a in addresses if a.startswith("#") and not a.startswith("#run=")}
     assert anchors <= set(re.findall(r'id="([^"]+)"', page))
     assert "@import" not in page
     assert "url(http" not in page
@@ -118,30 +139,70 @@ def test_files_of_figures_and_tables(tmp_path: Path) -> None:
     stale.write_text("<svg/>")
     built(STUDY, tmp_path, *mixed())
     found = sorted(path.name for path in Results(tmp_path).figures.iterdir())
-    assert found == [f"{kind}_tiny_cpux1.{ending}" for kind in ("memory", "step_time") for ending in ("png", "svg")]
+    assert found == [f"{kind}_tiny_cpu.{ending}" for kind in ("feasibility", "recipes") for ending in ("png", "svg")]
     assert (Results(tmp_path).figures / found[0]).read_bytes().startswith(b"\x89PNG")
     runs = pl.read_csv(tmp_path / "report" / "tables" / "runs.csv")
     assert runs["state"].to_list() == ["device_oom", "completed"]
     assert runs["step_time_seconds_samples"].to_list() == [None, "1.0;1.1;1.2"]
-    assert (tmp_path / "report" / "tables" / "comparisons.csv").exists()
+    written = {path.stem for path in (tmp_path / "report" / "tables").iterdir()}
+    assert written == {"runs", "comparisons", "recommendations", "costs", "claims"}
+
+
+def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, figures.Figure]:
+    compared = handmade.compared(study, root, *documents)
+    pairs = figures.pairs(study, compared.to_dicts(), recommend.recommend(compared))
+    return {figure.kind: figure for figure in figures.draw(pairs)}
 
 
 def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
-    drawn = figures.draw(STUDY, handmade.compared(STUDY, tmp_path, *mixed()))
-    memory, step_time = drawn
-    assert (memory.name, step_time.name) == ("memory_tiny_cpux1", "step_time_tiny_cpux1")
-    for figure in drawn:
-        assert "× out of memory" in figure.svg
-        assert "Context 128" in figure.svg
-    assert "0.250 GiB" in memory.svg
-    assert "1.10 s" in step_time.svg
-    assert memory.caption == "peak_device_used_gib; limit 1.00 GiB"
+    found = drawn(STUDY, tmp_path, *mixed())
+    svg = found["recipes"].svg()
+    assert "× out of memory" in svg
+    assert "0.250 GiB" in svg
+    assert "1.10 s" in svg
+    assert found["recipes"].title == "Memory and time per recipe: tiny on cpu × 1, context 128"
+    assert found["recipes"].caption == "peak_device_used_gib; dashed: the device's 1.00 GiB."
+
+
+def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_path: Path) -> None:
+    (cell,) = drawn(STUDY, tmp_path, *mixed())["feasibility"].spec["datasets"]["cells"]
+    assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "lora", "1.10 s, 0.250 GiB")
+    assert (cell["tone"], cell["link"]) == ("good", f"#run={LORA.run_id}")
+    assert "is the only one that fits" in cell["tip"]
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        (["device_oom"], ("device_oom", "")),
+        (["device_oom", "device_oom", "host_oom"], ("device_oom", "2 ✕ 1 ⊠")),
+        (["device_oom", "device_oom", "not_run"], ("not_run", "2 ✕ 1 ○")),
+        (["unsupported", "failed"], ("failed", "1 ⊘ 1 !")),
+        (["implied_oom"], ("implied_oom", "")),
+        (["predicted_oom"], ("predicted_oom", "")),
+        (["timeout"], ("timeout", "")),
+    ],
+)
+def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[str], expected: tuple[str, str]) -> None:
+    assert tables.how_it_failed(states) == expected
+
+
+def test_the_pareto_front_by_hand() -> None:
+    rows = [
+        {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory}
+        for name, time, memory in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 1.0), ("e", None, 1.0))
+    ]
+    assert [row["recipe"] for row in figures.pareto_front(rows)] == ["a", "b", "d"]
+
+
+def test_the_exponent_of_a_power_law() -> None:
+    assert figures.exponent([(x, 3 * x**1.5) for x in (256, 512, 1024)]) == pytest.approx(1.5)
+    assert figures.exponent([(256, 1.0), (512, 2.0)]) is None
 
 
 def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
-    (memory, _) = figures.draw(STUDY, handmade.compared(STUDY, tmp_path, *mixed()))
-    inline = page.for_page(memory.svg)
-    assert "var(--bar)" in inline
+    inline = page.for_page(drawn(STUDY, tmp_path, *mixed())["recipes"].svg())
+    assert "var(--share1)" in inline
     for colour in (figures.INK, figures.MUTED, figures.LINE, figures.BAR, figures.MEMORY, figures.PAPER):
         assert colour not in inline
 
@@ -167,7 +228,7 @@ def test_differing_software_is_warned_of(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, *records)).text
     assert "Software, weights or data differ among runs of one setting." in text
     assert "completed runs differ in software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
-    assert "software, weights or data differ from the baseline's" in text
+    assert "software, weights, data or effective batch differ from the baseline's" in text
     assert "not comparable" in text
 
 
@@ -191,7 +252,7 @@ def test_no_warning_where_software_is_the_same(tmp_path: Path) -> None:
 
 
 def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:
-    report.build(STUDY, [], Results(tmp_path))
+    report.build(STUDY, handmade.frame(STUDY, tmp_path).clear(), Results(tmp_path))
     text = Text((tmp_path / "report" / "index.html").read_text()).text
     assert "The study has no runs" in text
     assert "No run is planned." in text
@@ -199,13 +260,14 @@ def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:
 
 def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path)).text
-    assert "2 runs: 2 not run." in text
-    assert "No recipe can be recommended yet" in text
+    assert "2 runs 2 ○ not run" in text
+    assert "No recipe can be recommended yet: no run has completed" in text
 
 
 def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
-    assert "2 runs: 2 out of memory. No recipe can be recommended yet" in text
+    assert "2 runs 2 ✕ out of memory" in text
+    assert "No recipe can be recommended yet: everything that was tried failed to fit" in text
     assert "Nothing fits: full (device_oom), lora (device_oom)." in text
 
 
@@ -214,7 +276,7 @@ def test_one_run_gives_a_page(tmp_path: Path) -> None:
         grid=[{"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}],
     )
     text = Text(built(study, tmp_path, handmade.completed(handmade.runs(study)["full", 1], 2.0))).text
-    assert "1 run: completed. The fastest recipe that fits is full. That is no ranking yet" in text
+    assert "The fastest recipe that fits, as far as the runs can tell, is full for tiny on cpu." in text
 
 
 def test_a_gpu_study_shows_allocated_and_reserved_memory(tmp_path: Path) -> None:
@@ -224,11 +286,11 @@ def test_a_gpu_study_shows_allocated_and_reserved_memory(tmp_path: Path) -> None
     )
     done = handmade.completed(handmade.runs(gpu)["full", 1], 1.0)
     done.ranks[0]["memory"] = {"peak_allocated_bytes": 3 * 2**30, "peak_reserved_bytes": 5 * 2**30}
-    text = Text(built(gpu, tmp_path, done)).text
-    assert "Peak allocated GiB per GPU" in text
-    assert "Peak reserved GiB per GPU" in text
-    assert "Peak device memory" not in text
-    assert "3.00 5.00" in text
+    runs = embedded_runs(built(gpu, tmp_path, done))
+    titles = [one["title"] for one in runs["table"]]
+    assert "Peak allocated" in titles
+    assert "Peak device memory" not in titles
+    assert (column(runs, "peak_memory_allocated_gib"), column(runs, "peak_memory_reserved_gib")) == ([3.0], [5.0])
 
 
 @pytest.mark.parametrize(
@@ -282,11 +344,104 @@ def test_the_summary_of_an_empty_study(tmp_path: Path) -> None:
     assert tables.summary_text(handmade.frame(STUDY, tmp_path).clear()) == "no runs\n"
 
 
+BLOCK = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+
+
+def over_nodes(*places: tuple[int, int], root: Path) -> tuple[str, report.page.Contents]:
+    """The page of a study whose runs are on these numbers of devices and nodes; seconds name the nodes."""
+    study = handmade.study(grid=[BLOCK | {"num_gpus": num_gpus, "nodes": nodes} for num_gpus, nodes in places])
+    documents = [handmade.completed(p.run, float(p.run.nodes)) for p in handmade.planned(study)]
+    page = built(study, root, *documents)
+    return page, report.gather(study, handmade.frame(study, root))
+
+
 def test_nodes_are_named_where_there_are_several(tmp_path: Path) -> None:
-    block = {"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}
-    study = handmade.study(grid=[block | {"num_gpus": 2, "nodes": [1, 2]}])
-    page = Text(built(study, tmp_path, *(handmade.completed(p.run, 1.0) for p in handmade.planned(study)))).text
-    assert "cpu × 2 on 2 nodes" in page
-    assert "cpu × 2, context 128" in page
-    figures = {path.stem for path in Results(tmp_path).figures.glob("*.svg")}
-    assert {"memory_tiny_cpux2", "memory_tiny_cpux2n2"} <= figures
+    page, contents = over_nodes((2, 1), (2, 2), root=tmp_path)
+    text = Text(page).text
+    assert "cpu × 2 on 2 nodes, context 128" in text
+    assert "cpu × 2, context 128" in text
+    assert "nodes" in [one["name"] for one in embedded_runs(page)["table"]]
+    assert embedded_runs(page)["filters"].count("nodes") == 1
+    kinds = {figure.kind: figure for figure, _ in contents.figures}
+    rows = kinds["feasibility"].spec["datasets"]["cells"]
+    assert [(one["gpus"], one["second"].partition(",")[0]) for one in rows] == [
+        (2, "1.00 s"),
+        ("2 on 2 nodes", "2.00 s"),
+    ]
+    marks = kinds["recipes"].spec["datasets"]["marks"]  # as many devices: on the fewer nodes
+    assert [(one["recipe"], one["time"]) for one in marks] == [("full", 1.0), ("lora", 1.0)]
+    assert "on 2 nodes" not in kinds["recipes"].title
+    (cost,) = contents.costs
+    assert (cost["num_gpus"], cost["nodes"], cost["choice"]) == (2, 1, "the default")
+    (walk,) = contents.walks
+    assert (walk.num_gpus, walk.nodes) == (2, 1)
+
+
+def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:
+    page, contents = over_nodes((1, 1), (2, 1), (4, 2), root=tmp_path)
+    kinds = {figure.kind: figure for figure, _ in contents.figures}
+    assert "cpu × 4 on 2 nodes, context 128" in kinds["recipes"].title
+    times = kinds["gpus"].spec["datasets"]["time"]
+    assert {(one["recipe"], one["x"]) for one in times} == {
+        ("full", 1), ("full", 2), ("full on 2 nodes", 4), ("lora", 1), ("lora", 2), ("lora on 2 nodes", 4),
+    }  # fmt: skip
+    assert "full, cpu × 4 on 2 nodes, context 128" in times[-1]["tip"] + times[-2]["tip"]
+    summary = Results(tmp_path).summary.read_text(encoding="utf-8")
+    assert "tiny on cpu × 4 on 2 nodes, context 128" in summary
+    assert "<b>tiny</b> on cpu × 4 on 2 nodes" in page
+
+
+def test_nothing_speaks_of_nodes_where_each_run_is_on_one(tmp_path: Path) -> None:
+    page, contents = over_nodes((1, 1), (2, 1), root=tmp_path)
+    assert not re.search(r"on \d+ nodes", page.partition("<script")[0])
+    assert "nodes" not in [one["name"] for one in embedded_runs(page)["table"]]
+    assert {one["gpus"] for one in contents.figures[0][0].spec["datasets"]["cells"]} == {1, 2}
+
+
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
+    runs = handmade.runs(STUDY)
+    prior = {"predicted_peak_memory_allocated_gib": 0.6, "predicted_step_time_seconds": 2.5}
+    for run in runs.values():
+        paths = Results(tmp_path).run(run.run_id)
+        paths.folder.mkdir(parents=True)
+        paths.prior.write_text(json.dumps(prior))
+    page = built(STUDY, tmp_path, *(handmade.completed(run, 2.0, used=0.5) for run in runs.values()))
+    found = embedded_runs(page)
+    assert {
+        "predicted_step_time_seconds", "predicted_step_time_error_percent",
+        "predicted_peak_memory_allocated_gib", "predicted_memory_error_percent",
+    } <= {one["name"] for one in found["table"]}  # fmt: skip
+    assert column(found, "predicted_memory_error_percent") == pytest.approx([20.0, 20.0])
+    assert column(found, "predicted_step_time_error_percent") == pytest.approx([25.0, 25.0])
+    assert "predicted 2.50" in Text(page).text
+    assert "predicted 0.600" in Text(page).text
+    (recipes,) = (f for f, _ in report.gather(STUDY, handmade.frame(STUDY, tmp_path)).figures if f.kind == "recipes")
+    assert {(m["predicted_memory"], m["predicted_time"]) for m in recipes.spec["datasets"]["marks"]} == {(0.6, 2.5)}
+    assert "predicted 2.50 s and 0.600 GiB" in recipes.spec["datasets"]["marks"][0]["tip"]
+
+
+def test_a_prediction_of_what_never_ran_does_not_stretch_the_axis(tmp_path: Path) -> None:
+    runs = handmade.runs(STUDY)
+    for name, seconds in (("full", 100.0), ("lora", 1.5)):
+        paths = Results(tmp_path).run(runs[name, 1].run_id)
+        paths.folder.mkdir(parents=True)
+        paths.prior.write_text(json.dumps({"predicted_step_time_seconds": seconds}))
+    found = drawn(STUDY, tmp_path, handmade.out_of_memory(runs["full", 1]), handmade.completed(runs["lora", 1], 1.0))
+    marks = {mark["recipe"]: mark for mark in found["recipes"].spec["datasets"]["marks"]}
+    assert (marks["full"]["predicted_time"], marks["lora"]["predicted_time"]) == (None, 1.5)
+    assert "predicted 100 s" in marks["full"]["tip"]
+
+
+@pytest.mark.parametrize("status", ["implied_oom", "predicted_oom"])
+def test_runs_without_training_stand_in_map_and_tables(tmp_path: Path, status: Any) -> None:
+    ending = record.Ending(status=status, reason="because of an easier run")
+    documents = [Record(run=run, ending=ending) for run in handmade.runs(STUDY).values()]
+    page = built(STUDY, tmp_path, *documents)
+    (cell,) = drawn(STUDY, tmp_path)["feasibility"].spec["datasets"]["cells"]
+    assert cell["first"] == f"{STATES[status].symbol} {STATES[status].words}"
+    assert cell["tone"] == "memory"
+    assert column(embedded_runs(page), "state") == [status, status]
+    assert column(embedded_runs(page), "reason") == ["because of an easier run"] * 2
+    (mark, _) = drawn(STUDY, tmp_path)["recipes"].spec["datasets"]["marks"]
+    assert mark["ran_out"] == 1.0
+    assert STATES[status].words in mark["memory_label"]

@@ -153,6 +153,22 @@ def get_remeasured(wildcards):
     return [RESULTS.run(run_id).record for run_id in STUDY.remeasured]
 
 
+def get_earlier_outcomes(wildcards):
+    """Outcomes of the study that the report compares with, if the configuration names one."""
+    return STUDY.earlier_outcomes
+
+
+def get_earlier_for_compare(wildcards):
+    """The same, or what the command line names."""
+    earlier = STUDY.compared_with or STUDY.config.report.earlier_outcomes
+    if not earlier:
+        raise WorkflowError(
+            "Compared with what?\n"
+            "  do: snakemake --cores all compare --config earlier=<outcomes.parquet of another study>"
+        )
+    return earlier
+
+
 def report_what_there_is():
     """After failures: the report of what there is, and which runs have no outcome."""
     study_module.report_what_there_is(STUDY)

@@ -23,8 +23,35 @@ rule report:
         outcomes=RESULTS.outcomes_parquet,
         comparisons=RESULTS.comparisons,
         recommendations=RESULTS.recommendations,
+        earlier=get_earlier_outcomes,
     output:
-        RESULTS.report,
+        page=report(
+            RESULTS.report,
+            caption="../report/page.rst",
+            category="Report",
+            labels={"part": "the page", "format": "HTML"},
+        ),
+        summary=report(
+            RESULTS.summary,
+            caption="../report/summary.rst",
+            category="Report",
+            labels={"part": "summary to paste", "format": "Markdown"},
+        ),
+        figures=report(
+            directory(RESULTS.figures),
+            patterns=["{kind,[a-z]+}_{of}.svg"],
+            caption="../report/figures.rst",
+            category="Figures",
+            subcategory="{kind}",
+            labels={"figure": "{kind}", "of": "{of}"},
+        ),
+        tables=report(
+            directory(RESULTS.tables),
+            patterns=["{table}.csv"],
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"table": "{table}"},
+        ),
     log:
         "logs/report.log",
     localrule: True
@@ -34,3 +61,24 @@ rule report:
         report=STUDY.config.report.model_dump(),
     script:
         "../scripts/report.py"
+
+
+# snakemake compare --config earlier=<outcomes.parquet of another study>
+rule compare:
+    input:
+        now=RESULTS.outcomes_parquet,
+        earlier=get_earlier_for_compare,
+    output:
+        report(
+            RESULTS.changes,
+            caption="../report/changes.rst",
+            category="Tables",
+            labels={"table": "changes"},
+        ),
+    log:
+        "logs/compare.log",
+    localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    script:
+        "../scripts/compare.py"

@@ -1,28 +1,82 @@
 """The report: one page for a person who was not there, and every figure and table as a file of its own."""
 
-from finetune_study import recommend, table
-from finetune_study.cells import cells
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from finetune_study import changes, claims, recommend, table
+from finetune_study.changes import Earlier
 from finetune_study.config import Config
 from finetune_study.paths import Results
-from finetune_study.plan import PlannedRun
 from finetune_study.record import write_atomically
-from finetune_study.report import figures, page, tables
+from finetune_study.report import costs, figures, page, summary, tables
+from finetune_study.table import Row
 
 
-def build(config: Config, planned: list[PlannedRun], results: Results) -> None:
-    """Writes report/index.html, report/figures and report/tables from whatever records are there.
+def build(config: Config, cells: pl.DataFrame, results: Results) -> None:
+    """Writes report/index.html, report/summary.md, report/figures and report/tables.
 
     Args:
         config: the study.
-        planned: its runs.
-        results: where their records lie, and where the report goes.
+        cells: one row per planned run (`cells.SCHEMA`).
+        results: where the report goes.
     """
-    frame = cells(planned, results, config.hardware)
-    comparisons = table.compare(frame, table.baseline_of(config))
-    drawn = figures.draw(config, comparisons)
-    figures.save(drawn, results.figures)
-    folder = results.report.parent / "tables"
-    write_atomically(folder / "runs.csv", tables.flat(frame).write_csv())
-    write_atomically(folder / "comparisons.csv", tables.flat(comparisons).write_csv())
-    html = page.render(config, frame, comparisons, recommend.recommend(comparisons), drawn)
-    write_atomically(results.report, html)
+    contents = gather(config, cells)
+    figures.save([figure for figure, _ in contents.figures], [svg for _, svg in contents.figures], results.figures)
+    save_tables(contents, results.tables)
+    write_atomically(results.summary, summary.markdown(contents))
+    write_atomically(results.report, page.render(contents))
+
+
+def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Contents:
+    """Everything that the report says of a study; without its figures where only text is wanted."""
+    comparisons = table.compare(cells, table.baseline_of(config))
+    rows = comparisons.to_dicts()
+    recommendations = recommend.recommend(comparisons)
+    defaults = recommend.defaults(recommendations)
+    pairs = figures.pairs(config, rows, recommendations)
+    return page.Contents(
+        config=config,
+        cells=cells,
+        compared=comparisons,
+        comparisons=rows,
+        recommendations=recommendations,
+        defaults=defaults,
+        pairs=pairs,
+        figures=[(figure, figure.svg()) for figure in (figures.draw(pairs) if draw else [])],
+        claims=claims.check(rows),
+        walks=[claims.walk(pair.rows, *pair.planned_devices, pair.limit) for pair in pairs],
+        costs=costs.costs(config, defaults, rows),
+        earlier=_earlier(config, rows),
+    )
+
+
+def _earlier(config: Config, rows: list[Row]) -> Earlier | None:
+    path = config.report.earlier_outcomes
+    return None if path is None else changes.compare(rows, changes.read(Path(path).expanduser()), path)
+
+
+def save_tables(contents: page.Contents, folder: Path) -> None:
+    """Writes every table of the page whole, as CSV; one that has no rows has no file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.csv"):
+        stale.unlink()
+    written: dict[str, pl.DataFrame | list[dict[str, Any]]] = {
+        "runs": contents.cells,
+        "comparisons": contents.compared,
+        "recommendations": [
+            one.model_dump(mode="json", exclude={"evidence", "versus"}) for one in contents.recommendations
+        ],
+        "costs": contents.costs,
+        "claims": [
+            {"claim": claim.name, "answer": claim.answer, "where": one.where, "what": one.what, "for": one.speaks_for}
+            for claim in contents.claims
+            for one in claim.comparisons
+        ],
+        "changes": contents.earlier.changed if contents.earlier else [],
+    }
+    for name, rows in written.items():
+        frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
+        if frame.width:
+            write_atomically(folder / f"{name}.csv", tables.flat(frame).write_csv())

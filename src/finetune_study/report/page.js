@@ -1,24 +1,217 @@
-// Sorting by column heading; the page is whole without it.
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0];
-  const headings = [...table.tHead.rows[0].cells];
-  headings.forEach((heading, column) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.append(...heading.childNodes);
-    heading.append(button);
-    button.addEventListener("click", () => {
-      const direction = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-      headings.forEach((other) => other.removeAttribute("aria-sort"));
-      heading.setAttribute("aria-sort", direction === 1 ? "ascending" : "descending");
-      const value = (row) => row.cells[column].dataset.sort ?? row.cells[column].textContent.trim();
-      const numeric = heading.classList.contains("number");
-      const compare = (a, b) => {
-        const [x, y] = [value(a), value(b)];
-        if (x === "" || y === "") return (x === "") - (y === ""); // unknown last, either way
-        return direction * (numeric ? x - y : x.localeCompare(y));
-      };
-      body.append(...[...body.rows].sort(compare));
-    });
-  });
+"use strict";
+// The page is whole without this, but for the table of runs: figures say their numbers on hovering, one model at a time
+// can be shown, and the runs that lie in the page are sorted, filtered, paged and opened.
+
+const by = (id) => document.getElementById(id);
+
+function element(name, text, attributes = {}) {
+  const made = document.createElement(name);
+  if (text !== undefined) made.textContent = text; // never as HTML
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  return made;
 }
+
+// What a mark says, beside the pointer or the mark that has the focus.
+const tip = by("tip");
+function showTip(event) {
+  const link = event.target.closest?.("figure svg a, figure svg [role=graphics-symbol]");
+  const said = link?.matches("a") ? link.querySelector("[aria-label]") : link;
+  const text = said?.getAttribute("aria-roledescription")?.endsWith("mark") ? said.getAttribute("aria-label") : null;
+  tip.hidden = !text;
+  if (!text) return;
+  tip.textContent = text;
+  const box = said.getBoundingClientRect();
+  const x = event.clientX ?? box.right, y = event.clientY ?? box.bottom;
+  tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${y + 16 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 10 : y + 16}px`;
+}
+document.addEventListener("pointermove", showTip);
+document.addEventListener("focusin", showTip);
+document.addEventListener("focusout", () => { tip.hidden = true; });
+addEventListener("scroll", () => {
+  const focused = document.activeElement;
+  if (focused?.closest("figure svg")) showTip({ target: focused }); // it follows a mark that the keyboard reached
+  else tip.hidden = true;
+}, { passive: true });
+
+// One model, one kind of hardware, or all.
+const picked = { target: by("pick-target"), hardware: by("pick-hardware") };
+by("pick").hidden = picked.target.length <= 2 && picked.hardware.length <= 2;
+function pick() {
+  for (const part of document.querySelectorAll("[data-target]")) {
+    const { target, hardware } = part.dataset;
+    part.hidden = Boolean((picked.target.value && target && target !== picked.target.value)
+      || (picked.hardware.value && hardware !== picked.hardware.value));
+  }
+}
+for (const one of Object.values(picked)) one.addEventListener("change", pick);
+
+const PAGE = 50;
+
+async function unpack(text) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+function reader(column) {
+  if (!column) return () => null;
+  return column.codes ? (i) => (column.codes[i] === null ? null : column.words[column.codes[i]]) : (i) => column.values[i];
+}
+
+function number(value) {
+  if (Number.isInteger(value)) return Math.abs(value) >= 100000 ? value.toLocaleString("en") : String(value);
+  return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
+}
+const shown = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? number(value) : String(value));
+
+function start(study) {
+  const get = Object.fromEntries(Object.entries(study.columns).map(([name, column]) => [name, reader(column)]));
+  const settings = Object.entries(study.settings).map(([name, column]) => [name, reader(column)]);
+  const value = (name, i) => (get[name] ? get[name](i) : null);
+  const place = new Map();
+  for (let i = 0; i < study.count; i++) place.set(get.run_id(i), i);
+
+  const badge = (state) => {
+    const known = study.states[state] ?? { words: state, symbol: "", tone: "none" };
+    const made = element("span", ` ${known.words}`, { class: `badge ${known.tone}` });
+    made.prepend(element("span", known.symbol, { "aria-hidden": "true" }));
+    return made;
+  };
+
+  // Filters: a choice for each of some columns, and a word anywhere in the names.
+  const filters = study.filters.map((name) => {
+    const title = study.table.find((one) => one.name === name)?.title ?? name;
+    const label = element("label", title);
+    const select = element("select", undefined, { "data-filter": name });
+    select.append(element("option", "all", { value: "" }));
+    const found = new Set();
+    for (let i = 0; i < study.count; i++) found.add(value(name, i));
+    const order = [...found].filter((v) => v !== null).sort((a, b) => (typeof a === "number" ? a - b : a.localeCompare(b)));
+    for (const one of order) select.append(element("option", name === "state" ? study.states[one].words : shown(one), { value: one }));
+    label.append(select);
+    by("tools").append(label);
+    select.addEventListener("change", () => refresh(true));
+    return { name, select };
+  });
+  by("find").addEventListener("input", () => refresh(true));
+
+  let order = { column: null, direction: 1 }, first = 0, view = [];
+  const searched = ["run_id", "techniques", "reason", "failure_cause", "host", "slurm_job_id"].filter((name) => get[name]);
+
+  function refresh(changed) {
+    if (changed) {
+      first = 0;
+      const wanted = filters.filter(({ select }) => select.value !== "");
+      const word = by("find").value.trim().toLowerCase();
+      view = [];
+      for (let i = 0; i < study.count; i++) {
+        if (wanted.every(({ name, select }) => String(value(name, i)) === select.value)
+          && (!word || searched.some((name) => String(value(name, i) ?? "").toLowerCase().includes(word)))) view.push(i);
+      }
+      if (order.column !== null) {
+        const read = get[order.column];
+        view.sort((a, b) => {
+          const x = read(a), y = read(b);
+          if (x === null || y === null) return (x === null) - (y === null); // unknown last, either way
+          return order.direction * (typeof x === "number" ? x - y : x < y ? -1 : x > y ? 1 : 0);
+        });
+      }
+    }
+    by("rows").replaceChildren(...view.slice(first, first + PAGE).map((i) => {
+      const row = element("tr");
+      for (const column of study.table) {
+        const cell = element("td", undefined, { class: column.numeric ? "number" : "name" });
+        const text = value(column.name, i);
+        if (column.name === "run_id") cell.append(element("a", text, { href: `#run=${encodeURIComponent(text)}` }));
+        else if (column.name === "state") {
+          const run = value("run_id", i);
+          const link = element("a", undefined, { href: `#run=${encodeURIComponent(run)}`, "aria-label": `${study.states[text]?.words}: ${run}` });
+          link.append(badge(text));
+          cell.append(link);
+        }
+        else cell.textContent = shown(text);
+        row.append(cell);
+      }
+      return row;
+    }));
+    const last = Math.min(first + PAGE, view.length);
+    by("place").textContent = view.length ? `${first + 1}–${last} of ${view.length.toLocaleString("en")}` : "none";
+    by("previous").disabled = first === 0;
+    by("next").disabled = last >= view.length;
+  }
+  by("previous").addEventListener("click", () => { first = Math.max(0, first - PAGE); refresh(false); });
+  by("next").addEventListener("click", () => { first += PAGE; refresh(false); });
+
+  for (const column of study.table) {
+    const heading = element("th", undefined, { scope: "col", ...(column.numeric ? { class: "number" } : {}) });
+    const button = element("button", column.title, { type: "button" });
+    if (column.hint) button.append(element("small", column.hint));
+    button.addEventListener("click", () => {
+      order = { column: column.name, direction: order.column === column.name ? -order.direction : 1 };
+      for (const other of by("headings").children) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", order.direction === 1 ? "ascending" : "descending");
+      refresh(true);
+    });
+    heading.append(button);
+    by("headings").append(heading);
+  }
+
+  // The panel of a run: everything that is known of it.
+  const panel = by("panel");
+  function facts(title, entries) {
+    const list = element("dl", undefined, { class: "facts" });
+    for (const [name, text, meaning] of entries) {
+      list.append(element("dt", name, meaning ? { title: meaning } : {}), element("dd", text));
+    }
+    return entries.length ? [element("h3", title), list] : [];
+  }
+  const groups = {
+    "How it ended": ["reason", "oom_phase", "oom_step", "oom_rank", "oom_requested_gib", "oom_held_gib", "oom_fragmented",
+      "attempts", "failure_cause", "failure_log"],
+    "Where and with what": ["host", "gpu_name", "slurm_job_id", "started_at", "duration_seconds", "gpu_hours", "torch_version",
+      "transformers_version", "deepspeed_version", "software_sha256", "lock_sha256", "commit", "model_source", "data_sha256"],
+  };
+  const apart = new Set(["run_id", "state", "failure_log_tail", ...Object.values(groups).flat()]);
+  const list = (one) => (Array.isArray(one) ? one.map(number).join(", ") : shown(one));
+  const lines = (names, i) => names.filter((name) => value(name, i) !== null)
+    .map((name) => [name, list(value(name, i)), study.meanings[name]]);
+
+  function open(run_id) {
+    const i = place.get(run_id);
+    if (i === undefined) return;
+    const close = element("button", "Close", { type: "button", class: "close" });
+    close.addEventListener("click", () => panel.close());
+    const title = element("h2", run_id, { id: "panel-title" });
+    const command = `python -m finetune_study.launch results/runs/${run_id}/run.yaml`;
+    const parts = settings.map(([name, read]) => [name, read(i)]).filter(([, text]) => text !== null);
+    const tail = value("failure_log_tail", i);
+    panel.replaceChildren(close, title, badge(value("state", i)),
+      element("h3", "Repeat it"), element("pre", command),
+      ...facts("How it ended", lines(groups["How it ended"], i)),
+      ...(tail ? [element("h3", "The last lines of its log"), element("pre", tail)] : []),
+      ...facts("Measured and planned", lines(Object.keys(get).filter((name) => !apart.has(name)), i)),
+      ...facts("Where and with what", lines(groups["Where and with what"], i)),
+      ...facts("Settings", parts));
+    if (!panel.open) panel.showModal();
+    panel.scrollTop = 0;
+  }
+  panel.addEventListener("close", () => {
+    if (location.hash.startsWith("#run=")) history.replaceState(null, "", "#runs");
+  });
+  panel.addEventListener("click", (event) => { if (event.target === panel) panel.close(); });
+  function follow() {
+    if (location.hash.startsWith("#run=")) open(decodeURIComponent(location.hash.slice(5)));
+    else if (panel.open) panel.close();
+  }
+  addEventListener("hashchange", follow);
+  by("table").hidden = false;
+  refresh(true);
+  follow();
+  document.documentElement.dataset.ready = "true";
+}
+
+const data = by("data");
+if (!data) document.documentElement.dataset.ready = "true";
+else if (typeof DecompressionStream === "undefined") by("table").replaceWith(element("p", "This browser can't open the table of runs; tables/runs.csv holds the same."));
+else unpack(data.textContent).then(start);

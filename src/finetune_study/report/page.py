@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections import Counter
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -11,16 +11,22 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from finetune_study import table
-from finetune_study.cells import COLUMNS
+from finetune_study import claims, table
+from finetune_study.cells import COLUMNS, FAILED, NOT_RUN
+from finetune_study.changes import Earlier
+from finetune_study.claims import Claim, Walk
 from finetune_study.config import Config
-from finetune_study.recommend import MIN_REPEATS, VERDICTS, Recommendation
-from finetune_study.report import figures, tables
-from finetune_study.report.figures import Figure
-from finetune_study.table import SETTING, show
+from finetune_study.recommend import MIN_NODES, MIN_REPEATS, VERDICTS, Default, Recommendation
+from finetune_study.report import embedded, figures, tables
+from finetune_study.report.answer import QUESTION, answer
+from finetune_study.report.figures import Figure, Pair
+from finetune_study.table import SETTING, Row, show
 
 TEMPLATE = "page.html.j2"
 SCRIPT = "page.js"
+
+MAX_ROWS = 200
+"""Rows of a table that is written out; the whole is a file."""
 
 _PAGE_COLOURS = {
     figures.INK: "var(--ink)",
@@ -29,7 +35,11 @@ _PAGE_COLOURS = {
     figures.BAR: "var(--bar)",
     figures.MEMORY: "var(--memory)",
     figures.PAPER: "var(--paper)",
+    **{colour: f"var(--fill-{tone})" for tone, colour in figures.FILLS.items()},
+    **{colour: f"var(--s{number})" for number, colour in enumerate(figures.SERIES, start=1)},
+    **{colour: f"var(--share{number})" for number, colour in enumerate(figures.SHARES.values(), start=1)},
 }
+_COLOUR = re.compile("|".join(_PAGE_COLOURS))
 _ENVIRONMENT = [
     "hardware",
     "gpu_name",
@@ -43,39 +53,67 @@ _ENVIRONMENT = [
 ]
 
 
-def render(
-    config: Config,
-    cells: pl.DataFrame,
-    comparisons: pl.DataFrame,
-    recommendations: list[Recommendation],
-    drawn: list[Figure],
-) -> str:
-    """The page as HTML; every text that comes from a run, a name or a log is escaped.
+@dataclass(frozen=True)
+class Contents:
+    """Everything that the page shows."""
 
-    Args:
-        config: the study.
-        cells: one row per planned run (`cells.SCHEMA`).
-        comparisons: one row per configuration (`table.SCHEMA`).
-        recommendations: one per setting.
-        drawn: the figures.
-    """
+    config: Config
+    cells: pl.DataFrame
+    """One row per planned run (`cells.SCHEMA`)."""
+    compared: pl.DataFrame
+    """One row per configuration (`table.SCHEMA`)."""
+    comparisons: list[Row]
+    """The same, row by row."""
+    recommendations: list[Recommendation]
+    defaults: list[Default]
+    pairs: list[Pair]
+    figures: list[tuple[Figure, str]]
+    """Each with its SVG."""
+    claims: list[Claim]
+    walks: list[Walk]
+    costs: list[Row]
+    earlier: Earlier | None
+
+
+def render(contents: Contents) -> str:
+    """The page as HTML; every text that comes from a run, a name or a log is escaped."""
     package = resources.files(__package__)
     template = _templates().from_string((package / TEMPLATE).read_text(encoding="utf-8"))
     script = (package / SCRIPT).read_text(encoding="utf-8")
-    rows = cells.to_dicts()
+    config, cells = contents.config, contents.cells
+    missing = cells.filter(pl.col("state").is_in([FAILED, NOT_RUN]))
     return template.render(
         title=config.report.title,
-        answer=answer(cells, recommendations),
+        notice=config.report.notice,
+        question=QUESTION,
+        answer=answer(contents.recommendations, contents.defaults),
+        headline=tables.headline(cells),
+        cells_total=cells.height,
         states=tables.STATES,
         counts=tables.counts(cells["state"]),
-        recommendations=recommendations,
+        defaults=contents.defaults,
+        beyond=[(one, other) for one in contents.defaults for other in one.elsewhere],
+        recommendations=contents.recommendations,
         verdicts=VERDICTS,
         min_repeats=MIN_REPEATS,
-        figures=[(figure, Markup(for_page(figure.svg))) for figure in drawn],  # Vega escapes what it writes
-        settings=_settings(comparisons),
+        min_nodes=MIN_NODES,
+        max_rows=MAX_ROWS,
+        figures=[(figure, Markup(for_page(svg))) for figure, svg in contents.figures],  # Vega escapes what it writes
+        num_pairs=len(contents.pairs),
+        num_drawn=len(figures.drawn_pairs(contents.pairs)),
+        targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
+        hardware=[*dict.fromkeys(pair.hardware for pair in contents.pairs)],
+        comparisons=contents.comparisons,
         baseline=table.baseline_of(config),
-        columns=tables.columns_for(rows),
-        rows=rows,
+        spent=show(float(cells["gpu_hours"].sum())),
+        costs=contents.costs,
+        claims=contents.claims,
+        support=claims.SUPPORT,
+        walks=contents.walks,
+        earlier=contents.earlier,
+        data=Markup(embedded.embed(cells)),  # base64
+        run_ids=frozenset(cells["run_id"]),
+        missing=missing.to_dicts(),
         what_happened=tables.what_happened,
         config=config,
         environments=_environments(cells),
@@ -94,39 +132,14 @@ def _templates() -> jinja2.Environment:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"show": show, "in_words": tables.in_words}
-    environment.globals["devices"] = table.devices
+    environment.globals |= {"devices": table.devices, "count": table.count}
     return environment
-
-
-def answer(cells: pl.DataFrame, recommendations: list[Recommendation]) -> str:
-    """What came out, in a paragraph: how the runs ended, then what is recommended and how sure that is."""
-    if not cells.height:
-        return "The study has no runs: its grid is empty."
-    sentences = [f"{tables.headline(cells).capitalize()}."]
-    named = [one for one in recommendations if one.recipe]
-    if not named:
-        return " ".join([*sentences, "No recipe can be recommended yet; the recommendations say why."])
-    if len(named) == 1:
-        sentences.append(f"The fastest recipe that fits is {named[0].recipe}.")
-    else:
-        wins = Counter(one.recipe for one in named).most_common()
-        best = ", ".join(f"{recipe} in {number}" for recipe, number in wins)
-        sentences.append(f"The fastest recipe that fits, over {len(named)} settings: {best}.")
-    return " ".join([*sentences, _how_sure(recommendations)])
-
-
-def _how_sure(recommendations: list[Recommendation]) -> str:
-    verdicts = Counter(one.verdict for one in recommendations)
-    if [*verdicts] == ["too_few_data"]:
-        return f"That is no ranking yet: it needs {MIN_REPEATS} completed runs of each recipe."
-    return "Verdicts: " + ", ".join(f"{verdict.replace('_', ' ')} in {n}" for verdict, n in verdicts.items()) + "."
 
 
 def for_page(svg: str) -> str:
     """A figure to put into the page: its colours follow the page's, light or dark."""
-    for colour, variable in _PAGE_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return re.sub(r"^<\?xml[^>]*>\s*", "", svg)
+    inline = _COLOUR.sub(lambda found: _PAGE_COLOURS[found[0]], svg)
+    return re.sub(r"^<\?xml[^>]*>\s*", "", inline)
 
 
 def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:
@@ -148,11 +161,6 @@ def stacks(cells: pl.DataFrame) -> list[dict[str, Any]]:
         .agg(pl.col("hardware").unique(maintain_order=True), num_runs=pl.len())
         .to_dicts()
     )
-
-
-def _settings(comparisons: pl.DataFrame) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    groups = comparisons.group_by(SETTING, maintain_order=True)
-    return [(dict(zip(SETTING, key, strict=True)), group.to_dicts()) for key, group in groups]
 
 
 def _environments(cells: pl.DataFrame) -> list[dict[str, Any]]:

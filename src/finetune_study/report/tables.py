@@ -2,18 +2,15 @@
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from finetune_study.table import devices, peak_memory, show
-
-Row = dict[str, Any]
+from finetune_study.table import Row, peak_memory, show
 
 
 @dataclass(frozen=True)
@@ -58,65 +55,6 @@ STATES: dict[str, State] = {
 """Every state of a cell: the statuses of an outcome, and the two states without one."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of the table of runs; it is left out where no row has a text in it."""
-
-    title: str
-    text: Callable[[Row], str]
-    sort: Callable[[Row], Any] | None = None
-    """Value that the column is sorted by; None: its text."""
-    hint: str = ""
-
-    @property
-    def numeric(self) -> bool:
-        return self.sort is not None
-
-
-def _number(name: str) -> tuple[Callable[[Row], str], Callable[[Row], Any]]:
-    return (lambda row: show(row[name])), (lambda row: row[name])
-
-
-def _device_used(row: Row) -> str:
-    used, budget = row["peak_device_used_gib"], row["memory_budget_gib"]
-    return "" if used is None else show(used) + (f" of {show(budget)}" if budget else "")
-
-
-def _loss(row: Row) -> str:
-    before, after = row["eval_loss_before"], row["eval_loss_after"]
-    return "" if before is None and after is None else f"{show(before) or '?'} → {show(after) or '?'}"
-
-
-COLUMNS = [
-    Column("Recipe", lambda row: row["recipe"]),
-    Column("Target", lambda row: row["target"]),
-    Column("Hardware", lambda row: devices(row["hardware"], row["num_gpus"], row["nodes"])),
-    Column("Context", lambda row: str(row["sequence_length"]), lambda row: row["sequence_length"], "tokens"),
-    Column(
-        "Micro-batch",
-        lambda row: str(row["per_device_train_batch_size"]),
-        lambda row: row["per_device_train_batch_size"],
-    ),
-    Column("Repeat", lambda row: str(row["repeat"]), lambda row: row["repeat"]),
-    Column("Step time", *_number("step_time_seconds_median"), "s, median"),
-    Column("Tokens/s", *_number("tokens_per_second"), "all devices"),
-    Column("Peak allocated", *_number("peak_memory_allocated_gib"), "GiB per GPU"),
-    Column("Peak reserved", *_number("peak_memory_reserved_gib"), "GiB per GPU"),
-    Column("Peak device memory", _device_used, lambda row: row["peak_device_used_gib"], "GiB, of the budget"),
-    Column("Predicted", *_number("predicted_peak_memory_allocated_gib"), "GiB, before the run"),
-    Column("Host memory", *_number("peak_host_rss_gib"), "GiB, all ranks"),
-    Column("MFU", *_number("mfu_percent"), "% of the dense peak"),
-    Column("Held-out loss", _loss, lambda row: row["eval_loss_after"], "before → after"),
-]
-"""Columns of the table of runs, after the status."""
-
-
-def columns_for(rows: list[Row]) -> list[Column]:
-    """The columns in which some row has a text; the repeat only where there is more than one."""
-    shown = [column for column in COLUMNS if any(column.text(row) for row in rows)]
-    return [column for column in shown if column.title != "Repeat" or any(row["repeat"] > 1 for row in rows)]
-
-
 def what_happened(row: Row) -> str:
     """Why a run did not complete, with the numbers that are known; empty for one that did and lost nothing."""
     state = row["state"]
@@ -151,6 +89,19 @@ def size(gib: float) -> str:
     return f"{show(gib)} GiB" if gib >= 0.1 else f"{show(gib * 1024)} MiB" if gib * 1024 >= 0.1 else "under 0.1 MiB"
 
 
+def how_it_failed(states: list[str]) -> tuple[str, str]:
+    """The state that stands for several that did not fit, and how often each occurs, by its symbol.
+
+    What is still open comes first, since more runs may change it; then what happened most often.
+    """
+    found = Counter(state for state in states if state != "completed") or Counter(["not_run"])
+    open_ones = [state for state in ("failed", "not_run") if found[state]]
+    state = open_ones[0] if open_ones else found.most_common(1)[0][0]
+    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in found.items()) if len(
+        found
+    ) > 1 else ""
+
+
 def counts(states: Iterable[str]) -> list[tuple[str, int]]:
     """How often each state occurs that does, in the order of STATES."""
     found = Counter(states)
@@ -178,8 +129,12 @@ def flat(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(";") for name in lists)
 
 
+MAX_RUNS = 200
+"""Runs that the terminal lists; of more it says the counts, and the page has them all."""
+
+
 def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
-    """The study in a few lines for a terminal: a table of all runs, then the counts.
+    """The study in a few lines for a terminal: a table of all runs where they are few, then the counts.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
@@ -197,7 +152,7 @@ def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
         numbers = [show(row["step_time_seconds_median"], "s"), show(row["peak"], "GiB")]
         numbers += [show(row["predicted_peak_memory_allocated_gib"], "GiB")] if predicted else []
         table.add_row(row["run_id"], row["state"], *(number.strip() for number in numbers))
-    if cells.height:
+    if 0 < cells.height <= MAX_RUNS:
         console.print(table)
     console.print(headline(cells), markup=False)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"

@@ -1,0 +1,170 @@
+"""Against an earlier study: what got better or worse beyond the noise, and what fits now that did not."""
+
+import io
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune_study import table
+from finetune_study.cells import SCHEMA, table_column
+from finetune_study.errors import StudyError
+from finetune_study.ratio import Ratio, ratio
+from finetune_study.record import write_atomically
+from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
+
+ORDER = ("better", "worse", "differs", "same", "not known")
+"""Of a change; the first two are what a reader looks for."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The comparison with an earlier study."""
+
+    path: str
+    summary: str
+    """In words: how many configurations are in both, and what became of them."""
+    changed: list[Row]
+    """One for each configuration of both, those that changed first."""
+
+
+def read(path: Path) -> pl.DataFrame:
+    """The outcomes of an earlier study; columns that it lacks are null.
+
+    Raises:
+        StudyError: when the file can't be read, or is no table of outcomes.
+    """
+    try:
+        found = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StudyError(
+            "The earlier study's outcomes can't be read",
+            where=str(path),
+            given=str(error).splitlines()[0],
+            allowed="an outcomes.parquet that finetune-study wrote",
+            do="name it in report.earlier_outcomes",
+        ) from None
+    if "nodes" not in found.columns:  # of a version whose runs were on one node
+        found = found.with_columns(nodes=pl.lit(1))
+    if missing := [name for name in (*CONFIGURATION, "run_id", "status") if name not in found.columns]:
+        raise StudyError(
+            "The file is no table of outcomes",
+            where=str(path),
+            given=f"no column {', '.join(missing)}",
+            allowed="an outcomes.parquet that finetune-study wrote",
+        )
+    found = found.with_columns(state=pl.col("status"))
+    return found.select(table_column(found, name, dtype) for name, dtype in SCHEMA.items())
+
+
+def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:
+    """Every configuration that is in both studies.
+
+    Args:
+        now: this study's configurations (`table.SCHEMA`).
+        earlier: cells of the earlier study (`read`).
+        path: what to call it.
+    """
+    then = {_key(row): row for row in table.compare(earlier, "").to_dicts()}
+    changed = [_change(row, then[_key(row)]) for row in now if _key(row) in then]
+    changed.sort(key=lambda one: ORDER.index(one["change"]))
+    counts = Counter(one["change"] for one in changed)
+    words = ", ".join(f"{counts[name]} {name}" for name in ORDER if counts[name])
+    summary = f"{len(changed)} of {len(now)} configurations are in both" + (f": {words}" if words else "")
+    return Earlier(path, summary, changed)
+
+
+def of_files(now: Path, earlier: Path) -> Earlier:
+    """The comparison of two files of outcomes.
+
+    Raises:
+        StudyError: when one of them is none.
+    """
+    return compare(table.compare(read(now), "").to_dicts(), read(earlier), str(earlier))
+
+
+def text(found: Earlier) -> str:
+    """For a terminal: what changed, then a line on the rest."""
+    rows = [one for one in found.changed if one["change"] in ("better", "worse", "differs")]
+    shown = Table("setting", "recipe", "change", "why", "software", box=box.SIMPLE_HEAD, pad_edge=False)
+    for one in rows:
+        there = table.devices(one["hardware"], one["num_gpus"], one["nodes"])
+        place = f"{one['target']} on {there}, context {one['sequence_length']}"
+        shown.add_row(*map(Text, (place, one["recipe"], one["change"], one["why"], one["software"])))
+    stream = io.StringIO()
+    console = Console(file=stream, width=140, highlight=False)
+    if rows:
+        console.print(shown)
+    console.print(Text(f"{found.summary} (against {found.path})"))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def write(found: Earlier, path: Path) -> None:
+    """The comparison as CSV."""
+    write_atomically(path, pl.DataFrame(found.changed, infer_schema_length=None).write_csv())
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CONFIGURATION)
+
+
+def _change(now: Row, then: Row) -> Row:
+    time, memory = _ratio(now, then, "step_time_seconds"), _ratio(now, then, "peak_memory_gib")
+    fits, fitted = completed_everywhere(now), completed_everywhere(then)
+    if fits != fitted:
+        change = "better" if fits and _answered(then) else "worse" if fitted and _answered(now) else "not known"
+        why = f"{_states(then)} then, {_states(now)} now"
+    elif not fits:
+        same = {*now["states"]} == {*then["states"]}
+        change, why = ("same" if same else "differs"), f"{_states(then)} then, {_states(now)} now"
+    else:
+        change, why = _by_numbers(time, memory)
+    return {
+        **{name: now[name] for name in CONFIGURATION},
+        "change": change,
+        "why": why,
+        "step_time_text": _text(time),
+        "peak_memory_text": _text(memory),
+        "software": "the same" if now["provenance"] == then["provenance"] else "differs",
+    }
+
+
+def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
+    """Better or worse by what differs beyond the noise; `differs` where time and memory say opposite things."""
+    words: list[str] = []
+    directions: set[str] = set()
+    for name, found in (("step time", time), ("peak memory", memory)):
+        if found is not None and found.leaves_out_one:
+            directions.add("better" if found.value < 1 else "worse")
+            words.append(f"{name} × {show(found.value)}")
+    if words:
+        return (directions.pop() if len(directions) == 1 else "differs"), ", ".join(words)
+    if time is None or not time.bounded:
+        return "not known", "too few repeats or nodes to tell"
+    return "same", "no difference beyond the noise"
+
+
+def _ratio(now: Row, then: Row, column: str) -> Ratio | None:
+    above, below = table.repeats(now, column), table.repeats(then, column)
+    return ratio(above, below) if above and below else None
+
+
+def _answered(row: Row) -> bool:
+    """Whether something else than a forecast has said that it does not fit."""
+    return bool({*row["states"]} - {"failed", "not_run", "completed", "predicted_oom"})
+
+
+def _states(row: Row) -> str:
+    return ", ".join(f"{n} {state}" for state, n in Counter[str](row["states"]).items())
+
+
+def _text(found: Ratio | None) -> str:
+    if found is None:
+        return ""
+    return show(found.value) + (f" ({show(found.low)} to {show(found.high)})" if found.bounded else "")

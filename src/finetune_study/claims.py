@@ -1,0 +1,526 @@
+"""What the literature claims, checked on this study's own numbers, and the decision tree walked with them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from finetune_study.ratio import ratio
+from finetune_study.table import SETTING, Row, completed_everywhere, devices, repeats, show
+
+Answer = Literal["holds", "does not hold", "not enough data"]
+
+SUPPORT = 0.75
+"""A claim holds where at least this share of the comparisons that could decide did speak for it."""
+VERY_LARGE = 20e9
+"""Parameters from which on a model is very large here: "tens of billions" (arXiv 2406.02290)."""
+LONG, SHORT = 2048, 1024
+"""Tokens: FlashAttention is said to matter from the first on, and little up to the second."""
+LITTLE = 0.10
+"""A difference below 10 % is little."""
+MODEST = 1.4
+"""Gradient checkpointing is said to cost about 30 % on one GPU; up to 40 % passes for modest."""
+RAN_OUT = frozenset({"device_oom", "implied_oom"})
+"""Endings by the device's memory, its own or an easier run's; a forecast is not one."""
+PAPER = "arXiv 2406.02290"
+LECTURE = "lectures on memory-efficient fine-tuning"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison that speaks for or against a claim."""
+
+    where: str
+    what: str
+    """The numbers, in words."""
+    speaks_for: bool | None
+    """None: it decides nothing, for example because the interval holds both answers."""
+    run_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, and what this study says to it."""
+
+    name: str
+    statement: str
+    source: str
+    criterion: str
+    """When a comparison speaks for the claim."""
+    comparisons: list[Comparison] = field(default_factory=list)
+
+    @cached_property
+    def deciding(self) -> list[Comparison]:
+        return [one for one in self.comparisons if one.speaks_for is not None]
+
+    @cached_property
+    def number_for(self) -> int:
+        return sum(one.speaks_for is True for one in self.deciding)
+
+    @cached_property
+    def answer(self) -> Answer:
+        if not self.deciding:
+            return "not enough data"
+        return "holds" if self.number_for >= SUPPORT * len(self.deciding) else "does not hold"
+
+
+def techniques(row: Row) -> frozenset[str]:
+    return frozenset((row["techniques"] or "").split("+")) - {""}
+
+
+def where(row: Row) -> str:
+    place = devices(row["hardware"], row["num_gpus"], row["nodes"])
+    return f"{row['target']}, {place}, context {row['sequence_length']}"
+
+
+def _settings(rows: Iterable[Row]) -> list[list[Row]]:
+    """Rows that may be compared: one setting and one micro-batch."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in (*SETTING, "per_device_train_batch_size"))
+        found.setdefault(key, []).append(row)
+    return [*found.values()]
+
+
+def exchanged(rows: Iterable[Row], without: frozenset[str], with_: frozenset[str]) -> Iterator[tuple[Row, Row]]:
+    """Pairs in one setting and at one micro-batch that differ in these techniques alone.
+
+    Args:
+        rows: configurations (`table.SCHEMA`).
+        without: what the first of a pair has in place of the other's, one of them; empty: nothing.
+        with_: what the second has, one of them.
+    """
+    for group in _settings(rows):
+        by_rest: dict[tuple[frozenset[str], ...], list[Row]] = {}
+        for row in group:
+            used = techniques(row)
+            if not used & with_ and (used & without or not without):
+                by_rest.setdefault((used - without,), []).append(row)
+        for row in group:
+            used = techniques(row)
+            if used & with_:
+                yield from ((other, row) for other in by_rest.get((used - with_,), []))
+
+
+def _same_kind(first: Row, second: Row) -> bool:
+    """Whether two configurations completed and may be compared: never across software, weights, data, batch."""
+    return (
+        completed_everywhere(first)
+        and completed_everywhere(second)
+        and len(first["provenance"]) == 1
+        and first["provenance"] == second["provenance"]
+    )
+
+
+def measured(first: Row, second: Row, column: str) -> tuple[float, float | None, float | None] | None:
+    """Ratio of the second to the first in a column with its interval; None where one is missing."""
+    above, below = repeats(second, column), repeats(first, column)
+    if not above or not below:
+        return None
+    found = ratio(above, below)
+    return found.value, found.low, found.high
+
+
+def _side(found: tuple[float, float | None, float | None] | None, low: float | None, high: float | None) -> bool | None:
+    """Whether a ratio lies between two limits; None where its interval lies on both sides of one, or is unknown.
+
+    Memory hardly varies: where there is no interval (one repeat, one node), nothing is decided either.
+    """
+    if found is None or found[1] is None or found[2] is None:
+        return None
+    inside = (low is None or found[1] >= low) and (high is None or found[2] <= high)
+    outside = (low is not None and found[2] < low) or (high is not None and found[1] > high)
+    return True if inside else False if outside else None
+
+
+def _all(*sides: bool | None) -> bool | None:
+    return False if False in sides else None if None in sides else True
+
+
+def _text(name: str, found: tuple[float, float | None, float | None] | None) -> str:
+    if found is None:
+        return f"{name}: no number"
+    spread = f" ({show(found[1])} to {show(found[2])})" if found[1] is not None else " (no interval)"
+    return f"{name} × {show(found[0])}{spread}"
+
+
+def _pair_text(first: Row, second: Row, *parts: str) -> str:
+    return f"{second['recipe']} against {first['recipe']}: {', '.join(parts)}"
+
+
+def _ids(*rows: Row) -> tuple[str, ...]:
+    return tuple(row["run_ids"][0] for row in rows)
+
+
+def check(rows: list[Row]) -> list[Claim]:
+    """Every claim with the comparisons of this study.
+
+    Args:
+        rows: configurations (`table.SCHEMA`).
+    """
+    return [claim(rows) for claim in CLAIMS]
+
+
+def _best_balance(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "balance",
+        "ZeRO-2 with LoRA is the best balance of memory and runtime.",
+        PAPER,
+        "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all recipes that "
+        "fit, at least three of them, without FlashAttention on either side.",
+    )
+    for group in _settings(rows):
+        fitting = [
+            r
+            for r in group
+            if completed_everywhere(r)
+            and r["step_time_seconds_median"]
+            and r["peak_memory_gib_median"]
+            and not any("flash" in name for name in techniques(r))
+        ]
+        ours = [
+            r for r in fitting if {"zero2", "lora"} <= techniques(r) and "gradient_checkpointing" not in techniques(r)
+        ]
+        if group[0]["num_gpus"] < 2 or not ours or len(fitting) < 3:
+            continue
+        product = {r["recipe"]: r["step_time_seconds_median"] * r["peak_memory_gib_median"] for r in fitting}
+        best = min(product, key=lambda name: product[name])
+        own = min((r["recipe"] for r in ours), key=lambda name: product[name])
+        mixed = len({p for r in fitting for p in r["provenance"]}) != 1
+        few = min(r["num_completed"] for r in fitting) < 3
+        share = product[own] / product[best]
+        claim.comparisons.append(
+            Comparison(
+                where(group[0]),
+                f"{own}: × {show(share)} of the smallest ({best}) of {len(fitting)} recipes",
+                None if mixed or few else share <= 1 + LITTLE,
+                _ids(*ours),
+            )
+        )
+    return claim
+
+
+def _pairs_claim(
+    claim: Claim,
+    rows: Iterable[Row],
+    without: set[str],
+    with_: set[str],
+    judge: Callable[[Row, Row], tuple[str, bool | None] | None],
+) -> Claim:
+    for first, second in exchanged(rows, frozenset(without), frozenset(with_)):
+        judged = judge(first, second) if _same_kind(first, second) else None
+        if judged is not None:
+            claim.comparisons.append(
+                Comparison(where(first), _pair_text(first, second, judged[0]), judged[1], _ids(first, second))
+            )
+    return claim
+
+
+def _memory_of_zero(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "zero-memory",
+        "ZeRO shards model states: 2 to 4 times less memory.",
+        PAPER,
+        "At least half of the peak memory is saved on several GPUs, the recipe being the same otherwise.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        memory = measured(first, second, "peak_memory_gib")
+        return _text("memory", memory), _side(memory, None, 0.5)
+
+    several = [row for row in rows if row["num_gpus"] > 1]
+    return _pairs_claim(claim, several, {"ddp"}, {"zero2", "zero3"}, judge)
+
+
+def _very_large(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "very-large",
+        "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
+        PAPER,
+        "The mix completes where at least one recipe with fewer of the three ran out of memory; against it "
+        "speaks that the mix runs out as well while a lesser one fits, or that every lesser one fits.",
+    )
+    three = {"zero3", "lora", "gradient_checkpointing"}
+    large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
+    for group in _settings(row for row in rows if row["target"] in large):
+        mixes = [r for r in group if three <= techniques(r) and "offload_optimizer" not in techniques(r)]
+        lesser = [r for r in group if len(three & techniques(r)) < 3]
+        if not mixes or not lesser:
+            continue
+        mix_fits, ran_out = (
+            any(completed_everywhere(r) for r in mixes),
+            [r for r in lesser if RAN_OUT & {*r["states"]}],
+        )
+        fitting = [r for r in lesser if completed_everywhere(r)]
+        speaks = True if mix_fits and ran_out else False if fitting and not mix_fits else None
+        what = (
+            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit'}; of {len(lesser)} lesser mixes "
+            f"{len(ran_out)} ran out of memory, {len(fitting)} fit"
+        )
+        if mix_fits and fitting:
+            what += f" ({', '.join(r['recipe'] for r in fitting)})"
+            speaks = False  # it is one way, not a need
+        claim.comparisons.append(Comparison(where(group[0]), what, speaks, _ids(mixes[0])))
+    return claim
+
+
+def _flash_long(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "flash-long",
+        f"FlashAttention-2 saves memory and time at long context (from {LONG} tokens on).",
+        PAPER,
+        "Both step time and peak memory are smaller than with the attention it replaces.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
+        return f"{_text('memory', memory)}, {_text('time', time)}", _all(_side(memory, None, 1), _side(time, None, 1))
+
+    return _pairs_claim(
+        claim, [r for r in rows if r["sequence_length"] >= LONG], {"eager", "sdpa"}, {"flash_attention_2"}, judge
+    )
+
+
+def _flash_short(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "flash-short",
+        f"FlashAttention-2 changes little below about {SHORT} tokens.",
+        PAPER,
+        "Step time and peak memory differ by less than 10 %.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
+        sides = (_side(one, 1 - LITTLE, 1 + LITTLE) for one in (memory, time))
+        return f"{_text('memory', memory)}, {_text('time', time)}", _all(*sides)
+
+    return _pairs_claim(
+        claim, [r for r in rows if r["sequence_length"] < SHORT], {"eager", "sdpa"}, {"flash_attention_2"}, judge
+    )
+
+
+def _checkpointing(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "checkpointing",
+        "Gradient checkpointing saves memory at a modest slow-down (about 30 % on one GPU).",
+        f"{PAPER}; {LECTURE}",
+        f"Less peak memory, and a step takes at most × {MODEST} the time.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        memory, time = (measured(first, second, c) for c in ("peak_memory_gib", "step_time_seconds"))
+        return f"{_text('time', time)}, {_text('memory', memory)}", _all(
+            _side(memory, None, 1), _side(time, None, MODEST)
+        )
+
+    return _pairs_claim(claim, rows, set(), {"gradient_checkpointing"}, judge)
+
+
+def _checkpointing_fits(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "checkpointing-fits",
+        "Gradient checkpointing lets larger models or longer contexts fit.",
+        PAPER,
+        "For a target on some hardware it completes somewhere where the same recipe without it ran out of memory.",
+    )
+    tried: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+    for first, second in exchanged(rows, frozenset(), frozenset({"gradient_checkpointing"})):
+        ended = completed_everywhere(second) or RAN_OUT & {*second["states"]}
+        if RAN_OUT & {*first["states"]} and ended:
+            tried.setdefault((first["target"], first["hardware"]), []).append((first, second))
+    for (target, hardware), found in tried.items():
+        rescued = [(first, second) for first, second in found if completed_everywhere(second)]
+        what = f"completes in {len(rescued)} of {len(found)} configurations that ran out of memory without it"
+        if rescued:
+            what += f", for example {rescued[0][1]['recipe']} at {where(rescued[0][1]).partition(', ')[2]}"
+        claim.comparisons.append(Comparison(f"{target}, {hardware}", what, bool(rescued), _ids(*(rescued or found)[0])))
+    return claim
+
+
+def _lora_parameters(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "lora-parameters",
+        "LoRA trains orders of magnitude fewer parameters (131 million of Llama 2's 70 billion).",
+        PAPER,
+        "At most 1 % of the weights are trained.",
+    )
+    seen: set[tuple[str, str]] = set()
+    for row in rows:
+        if "lora" in techniques(row) and row["trainable_parameters"] and (row["target"], row["recipe"]) not in seen:
+            seen.add((row["target"], row["recipe"]))
+            share = row["trainable_parameters"] / row["total_parameters"]
+            numbers = f"{row['trainable_parameters']:,} of {row['total_parameters']:,} weights"
+            what = f"{row['recipe']}: {numbers}, {show(100 * share)} %"
+            claim.comparisons.append(Comparison(row["target"], what, share <= 0.01, _ids(row)))
+    return claim
+
+
+def _lora_memory(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "lora-memory",
+        "LoRA saves up to two thirds of the memory.",
+        f"{PAPER}; {LECTURE}",
+        "The largest saving among the pairs of one target on one hardware is 60 % or more.",
+    )
+    best: dict[tuple[str, str], tuple[float, Row, Row]] = {}
+    for first, second in exchanged(rows, frozenset(), frozenset({"lora"})):
+        found = measured(first, second, "peak_memory_gib") if _same_kind(first, second) else None
+        key = first["target"], first["hardware"]
+        if found and (key not in best or found[0] < best[key][0]):
+            best[key] = found[0], first, second
+    for value, first, second in best.values():
+        enough = min(first["num_completed"], second["num_completed"]) >= 3
+        what = _pair_text(first, second, f"memory × {show(value)}, a saving of {show(100 * (1 - value))} %")
+        claim.comparisons.append(Comparison(where(first), what, value <= 0.4 if enough else None, _ids(first, second)))
+    return claim
+
+
+def _zero3_costs(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "zero3-costs",
+        "Over-optimization costs time: ZeRO-3 without need is slower.",
+        PAPER,
+        "On several GPUs a step takes longer with ZeRO-3 than with ZeRO-2 where both fit.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        time = measured(first, second, "step_time_seconds")
+        return _text("time", time), _side(time, 1, None)
+
+    return _pairs_claim(claim, [r for r in rows if r["num_gpus"] > 1], {"zero2"}, {"zero3"}, judge)
+
+
+def _quantization_costs(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "quantization-costs",
+        "Quantization costs throughput (about 30 % on one GPU).",
+        LECTURE,
+        "A step takes longer with QLoRA than with LoRA, and at most × 1.6.",
+    )
+
+    def judge(first: Row, second: Row) -> tuple[str, bool | None]:
+        time = measured(first, second, "step_time_seconds")
+        return _text("time", time), _side(time, 1, 1.6)
+
+    return _pairs_claim(claim, rows, {"lora"}, {"qlora"}, judge)
+
+
+CLAIMS: tuple[Callable[[list[Row]], Claim], ...] = (
+    _best_balance,
+    _memory_of_zero,
+    _very_large,
+    _flash_long,
+    _flash_short,
+    _checkpointing,
+    _checkpointing_fits,
+    _lora_parameters,
+    _lora_memory,
+    _zero3_costs,
+    _quantization_costs,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One question of the decision tree, answered by a configuration."""
+
+    question: str
+    row: Row | None
+    """The configuration that answers; None: no run of the study does."""
+    room: float | None
+    """Memory of the device less the peak, GiB; below zero it would not fit."""
+    taken: bool
+    """The walk stops here: this is enough."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The tree for one target on one hardware."""
+
+    target: str
+    hardware: str
+    num_gpus: int
+    nodes: int
+    first: list[Step]
+    """Weights, gradients, optimizer states, at the shortest context and the smallest micro-batch."""
+    second: list[Step]
+    """Activations: on to the longest context, then to the largest micro-batch."""
+
+
+_LADDER: tuple[tuple[str, frozenset[str]], ...] = (
+    ("All weights trained, nothing sharded", frozenset()),
+    ("LoRA: gradients and optimizer states of few weights", frozenset({"lora"})),
+    ("LoRA, ZeRO-2: gradients and optimizer states sharded", frozenset({"lora", "zero2"})),
+    ("LoRA, ZeRO-3: weights sharded, too", frozenset({"lora", "zero3"})),
+    ("LoRA, ZeRO-3, and states on the host", frozenset({"lora", "zero3", "offload_optimizer"})),
+    ("Quantized weights (costs throughput: only where it must be)", frozenset({"qlora"})),
+)
+"""What each rung adds to save memory of weights, gradients and optimizer states, from the fastest on."""
+_STATES = {"lora", "qlora", "zero1", "zero2", "zero3", "offload_optimizer"}
+_ACTIVATIONS = {"gradient_checkpointing", "flash_attention_2", "flash_attention_3"}
+
+
+def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float) -> Walk:
+    """The decision tree of the lectures: first weights, gradients, optimizer; then activations.
+
+    Args:
+        rows: each configuration of one target on one hardware (`table.SCHEMA`).
+        num_gpus: how many devices there are.
+        nodes: that they are on.
+        limit: memory of a device, GiB.
+    """
+    here = [row for row in rows if (row["num_gpus"], row["nodes"]) == (num_gpus, nodes)]
+    contexts = sorted({row["sequence_length"] for row in here})
+    smallest = min(row["per_device_train_batch_size"] for row in here)
+    short = [r for r in here if r["sequence_length"] == contexts[0] and r["per_device_train_batch_size"] == smallest]
+    first: list[Step] = []
+    chosen: Row | None = None
+    for question, rung in _LADDER:
+        if num_gpus == 1 and rung & {"zero2", "zero3"} and "offload_optimizer" not in rung:
+            continue
+        answer = _answer(short, rung, frozenset())
+        fits = answer is not None and completed_everywhere(answer)
+        first.append(Step(question, answer, _room(answer, limit), fits))
+        if fits:
+            chosen = answer
+            break
+    second = _activations(here, contexts, chosen, limit) if chosen is not None else []
+    return Walk(here[0]["target"], here[0]["hardware"], num_gpus, nodes, first, second)
+
+
+def _answer(rows: list[Row], states: frozenset[str], activations: frozenset[str]) -> Row | None:
+    fitting = [r for r in rows if techniques(r) & _STATES == states and techniques(r) & _ACTIVATIONS == activations]
+    return min(fitting, key=lambda r: (not completed_everywhere(r), r["step_time_seconds_median"] or 0.0), default=None)
+
+
+def _activations(here: list[Row], contexts: list[int], chosen: Row, limit: float) -> list[Step]:
+    states = techniques(chosen) & _STATES
+    same = [row for row in here if techniques(row) & _STATES == states]
+    steps: list[Step] = []
+    smallest = min(row["per_device_train_batch_size"] for row in here)
+    longest = [r for r in same if r["sequence_length"] == contexts[-1] and r["per_device_train_batch_size"] == smallest]
+    for words, used in (
+        ("nothing more", frozenset[str]()),
+        ("FlashAttention-2", frozenset({"flash_attention_2"})),
+        ("gradient checkpointing", frozenset({"gradient_checkpointing"})),
+        ("both", frozenset({"flash_attention_2", "gradient_checkpointing"})),
+    ):
+        answer = _answer(longest, states, used)
+        fits = answer is not None and completed_everywhere(answer)
+        steps.append(Step(f"Context {contexts[-1]}: {words}", answer, _room(answer, limit), fits))
+        if fits:
+            break
+    larger = sorted(
+        (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == contexts[0]),
+        key=lambda r: r["per_device_train_batch_size"],
+    )
+    for row in larger[1:]:
+        question = f"Micro-batch {row['per_device_train_batch_size']} at context {contexts[0]}"
+        steps.append(Step(question, row, _room(row, limit), completed_everywhere(row)))
+    return steps
+
+
+def _room(row: Row | None, limit: float) -> float | None:
+    if row is None or row["peak_memory_gib_median"] is None:
+        return None
+    return limit - float(row["peak_memory_gib_median"])

@@ -1,0 +1,239 @@
+"""A recommended recipe for data of one's own: settings in the spelling of their libraries, and a job that goes on."""
+
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from finetune_study import slurm, table, train
+from finetune_study.errors import StudyError
+from finetune_study.recommend import Recommendation, defaults, recommend
+from finetune_study.record import write_atomically
+from finetune_study.run import Run
+from finetune_study.study import Study
+from finetune_study.table import show
+
+MEASURING = (
+    "output_dir",
+    "max_steps",
+    "save_strategy",
+    "logging_steps",
+    "report_to",
+    "disable_tqdm",
+    "ddp_timeout",
+    "ddp_backend",
+)
+"""Arguments that serve the measurement, and nobody's training."""
+FULL_TRAINING: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "logging_steps": 10,
+    "report_to": [],
+}
+"""In their place: one epoch, with checkpoints to go on from."""
+MARGIN = 1.5
+"""Of the job's time over the promised hours: loading, checkpoints, a slower node."""
+MIN_MINUTES = 60
+
+
+def choose(
+    study: Study,
+    cells: pl.DataFrame,
+    target: str,
+    hardware: str,
+    num_gpus: int | None,
+    sequence_length: int | None,
+    nodes: int | None = None,
+) -> Recommendation:
+    """The recommendation that is asked for; where number and context are left open, that of the default.
+
+    Args:
+        study: its configuration names targets and hardware.
+        cells: one row per planned run (`cells.SCHEMA`).
+        target: of the study.
+        hardware: of the study.
+        num_gpus: devices; None: the default's.
+        sequence_length: context; None: the default's.
+        nodes: that the devices are on; None: the default's, or one where another number of devices is asked for.
+
+    Raises:
+        StudyError: for a setting that the study does not have.
+    """
+    every = recommend(table.compare(cells, table.baseline_of(study.config)))
+    pairs = {(one.target, one.hardware): one.recommendation for one in defaults(every)}
+    if (target, hardware) not in pairs:
+        raise StudyError(
+            "The study has no such target on such hardware",
+            given=f"{target} on {hardware}",
+            allowed="; ".join(f"{name} on {kind}" for name, kind in pairs) or "nothing: its grid is empty",
+        )
+    default = pairs[target, hardware]
+    wanted = (
+        num_gpus or default.num_gpus,
+        nodes or (default.nodes if num_gpus in (None, default.num_gpus) else 1),
+        sequence_length or default.sequence_length,
+    )
+    here = [one for one in every if (one.target, one.hardware) == (target, hardware)]
+    settings = {(one.num_gpus, one.nodes, one.sequence_length): one for one in here}
+    if wanted not in settings:
+        raise StudyError(
+            "The study has no such setting",
+            given=_setting(*wanted),
+            allowed="; ".join(_setting(*there) for there in settings),
+        )
+    return settings[wanted]
+
+
+def _setting(num_gpus: int, nodes: int, sequence_length: int) -> str:
+    return f"{num_gpus} GPUs{table.on_nodes(nodes)} at context {sequence_length}"
+
+
+def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
+    """Writes the recommendation of a setting into a folder.
+
+    Args:
+        study: its configuration says what the hardware asks of SLURM.
+        one: a recommendation that names a recipe.
+        folder: where to; made if need be.
+
+    Returns:
+        The files.
+
+    Raises:
+        StudyError: when no recipe is recommended there.
+    """
+    best = one.best
+    if best is None:
+        place = table.devices(one.hardware, one.num_gpus, one.nodes)
+        raise StudyError(
+            "Nothing is recommended here, so there is nothing to export",
+            where=f"{one.target} on {place}, context {one.sequence_length}",
+            given=one.verdict,
+            do=f"measure more: {'; '.join(one.settled_by[:5]) or one.reason}",
+        )
+    run = study.run(best.run_ids[0])
+    arguments = train.arguments_of(run, "output")
+    deepspeed = arguments.pop("deepspeed", None)
+    kept = {name: value for name, value in arguments.items() if name not in MEASURING}
+    lora = run.parsed_techniques.get("lora")
+    files: dict[str, Any] = {
+        "training_arguments.json": kept | FULL_TRAINING,
+        "deepspeed.json": deepspeed,
+        "peft.json": None if lora is None else {"task_type": "CAUSAL_LM", **lora.model_dump(mode="json")},
+        "recipe.json": _about(run, one),
+    }
+    written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
+    write_atomically(written[0], _resource("train.py.txt").replace("{torchrun}", _torchrun(run)))
+    write_atomically(written[1], _job(study, run, best.epoch_hours_median))
+    write_atomically(written[2], _readme(run, one, [name for name, value in files.items() if value is not None]))
+    for name, value in files.items():
+        (folder / name).unlink(missing_ok=True)  # of an earlier export
+        if value is not None:
+            write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            written.append(folder / name)
+    return written
+
+
+def _about(run: Run, one: Recommendation) -> dict[str, Any]:
+    best = one.best
+    load: dict[str, Any] = {}
+    for technique in run.parsed_techniques.values():
+        load |= technique.load_arguments(run.parsed_techniques)
+    if run.model.revision and run.model.name_or_path:
+        load["revision"] = run.model.revision
+    return {
+        "model": run.model.name_or_path if run.model.weights == "pretrained" else None,
+        "recipe": run.recipe,
+        "techniques": list(run.parsed_techniques),
+        "verdict": one.verdict,
+        "tied_with": one.tied_with,
+        "sequence_length": run.sequence_length,
+        "num_gpus": run.num_gpus,
+        "nodes": run.nodes,
+        "effective_batch_size": run.training.effective_batch_size,
+        "load_arguments": load,
+        "step_seconds": best.step_time_seconds_median if best else None,
+        "peak_memory_gib": best.peak_memory_gib_median if best else None,
+        "epoch_hours_of_the_study": best.epoch_hours_median if best else None,
+        "measured_by": best.run_ids if best else [],
+    }
+
+
+def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
+    asked = study.slurm_resources(run.run_id)
+    minutes = max(MIN_MINUTES, math.ceil(60 * MARGIN * (epoch_hours or 0)))
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.from_string(_resource("job.sbatch.j2")).render(
+        name=f"{run.target}-{run.recipe}",
+        nodes=run.nodes,
+        gres=asked["gres"],
+        cpus_per_task=asked["cpus_per_task"],
+        minutes=minutes,
+        options=[
+            ("partition", asked["slurm_partition"]),
+            ("account", asked["slurm_account"]),
+            ("qos", asked["qos"]),
+            ("constraint", asked["constraint"]),
+            ("mem", asked["mem"]),
+        ],
+        extra=asked["slurm_extra"],
+        interpreter=study.python(run.run_id, "python"),
+        srun=" ".join(slurm.srun(run)),
+        gpus_per_node=run.gpus_per_node,
+    )
+
+
+def _torchrun(run: Run) -> str:
+    if run.nodes == 1:
+        return f"torchrun --standalone --nproc-per-node {run.num_gpus}"
+    meeting = "--rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500"
+    return f"torchrun --nnodes {run.nodes} --nproc-per-node {run.gpus_per_node} {meeting}"
+
+
+def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
+    best = one.best
+    hours = best.epoch_hours_median if best else None
+    words = {
+        "training_arguments.json": "fields of transformers' TrainingArguments",
+        "deepspeed.json": "DeepSpeed's configuration",
+        "peft.json": "fields of peft's LoraConfig",
+        "recipe.json": "what was measured, and how the model is loaded",
+    }
+    lines = [
+        f"# {run.recipe} for {run.target} on {table.devices(run.hardware.name, run.num_gpus, run.nodes)}, "
+        f"context {run.sequence_length}",
+        "",
+        one.reason,
+        "",
+        f"Verdict: {one.verdict.replace('_', ' ')}. "
+        f"Measured: {show(best.step_time_seconds_median if best else None, 's')} "
+        f"for an optimizer step of {run.training.effective_batch_size} sequences, "
+        f"{show(best.peak_memory_gib_median if best else None, 'GiB')} peak memory"
+        + (f", {show(hours)} hours for an epoch of the study's data." if hours is not None else "."),
+        "",
+        "    sbatch job.sbatch my.jsonl",
+        "",
+        "or without SLURM" + (", on each of the nodes" if run.nodes > 1 else ""),
+        "",
+        f"    {_torchrun(run)} train.py --data my.jsonl",
+        "",
+        "`train.py` says what my.jsonl holds; it goes on from its last checkpoint, and its `promised.json` compares "
+        "hours and memory of one epoch with what is promised here. It needs torch, transformers, datasets, accelerate"
+        + (", peft" if "peft.json" in files else "")
+        + (", deepspeed" if "deepspeed.json" in files else "")
+        + ", in the versions that were measured: the report names them.",
+        "",
+        *(f"- `{name}`: {words[name]}" for name in files),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _resource(name: str) -> str:
+    return (resources.files("finetune_study.exported") / name).read_text(encoding="utf-8")

@@ -1,0 +1,117 @@
+"""The question, and its answer in three sentences."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from finetune_study.recommend import Default, Recommendation
+from finetune_study.table import show
+
+QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
+MAX_NAMED = 4
+"""Recipes that a sentence names with their targets."""
+
+
+def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
+    """Three sentences: the default, what to add beyond it, cost and how sure all that is."""
+    if not recommendations:
+        return ["The study has no runs: its grid is empty."]
+    return [_default(defaults), _beyond(defaults, recommendations), _cost_and_sureness(defaults, recommendations)]
+
+
+def _default(defaults: list[Default]) -> str:
+    named = [one for one in defaults if one.recommendation.recipe]
+    if not named:
+        return "No recipe can be recommended yet: " + _why_none(defaults) + "."
+    groups: dict[str, list[Default]] = {}
+    for one in named:
+        groups.setdefault(str(one.recommendation.recipe), []).append(one)
+    ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    parts = [
+        f"{recipe} for {joined(_where(one) for one in some[:3])}{_more(some[3:])}"
+        for recipe, some in ranked[:MAX_NAMED]
+    ]
+    rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
+    sure = [one for one in named if one.recommendation.verdict in ("ranked", "only_one_fits")]
+    first = "The fastest recipe that fits" + ("" if len(sure) == len(named) else ", as far as the runs can tell,")
+    nothing = [one for one in defaults if one.recommendation.verdict == "nothing_fits"]
+    beside = f"; nothing tried fits {joined(_where(one) for one in nothing[:3])}{_more(nothing[3:])}" if nothing else ""
+    return f"{first} is {joined(parts)}{f', and others in {rest} more cases' if rest else ''}{beside}."
+
+
+def _where(one: Default) -> str:
+    return f"{one.target} on {one.hardware}"
+
+
+def _more(rest: list[Default]) -> str:
+    return f" and {len(rest)} more" if rest else ""
+
+
+def joined(parts: Iterable[str]) -> str:
+    """For example `a, b and c`."""
+    *first, last = [*parts] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _why_none(defaults: list[Default]) -> str:
+    verdicts = Counter(one.recommendation.verdict for one in defaults)
+    words = {
+        "nothing_fits": "everything that was tried failed to fit",
+        "no_data": "no run has completed",
+        "not_comparable": "the runs differ in software, weights or data",
+    }
+    return joined(
+        f"{words.get(verdict, verdict)} ({n} of {len(defaults)} pairs of model and hardware)"
+        for verdict, n in verdicts.items()
+    )
+
+
+def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> str:
+    beyond = [other for one in defaults for other in one.elsewhere]
+    nothing = sum(one.verdict == "nothing_fits" for one in recommendations)
+    settings = f"{len(recommendations)} {'setting' if len(recommendations) == 1 else 'settings'} of context and GPUs"
+    if not beyond:
+        tail = f"; nothing fits in {nothing} of {settings}" if nothing else ""
+        named = any(one.recommendation.recipe for one in defaults)
+        return (
+            ("No setting is known in which a default stops fitting" if named else "What to add is not known")
+            + tail
+            + "."
+        )
+    added = Counter(name for other in beyond for name in other.added)
+    saved = sum(other.recipe is not None for other in beyond)
+    what = joined(f"{name} ({n} times)" for name, n in added.most_common(3))
+    text = f"Where a default does not fit ({len(beyond)} of {settings}), "
+    text += f"another recipe does in {saved}, mostly by adding {what}" if added else "no other recipe is known to"
+    return text + (f"; in {nothing} settings nothing that was tried fits." if nothing else ".")
+
+
+def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
+    bests = [(one, one.recommendation.best) for one in defaults]
+    dollars = sorted(
+        (b.cost_usd_per_epoch_median, _where(one)) for one, b in bests if b and b.cost_usd_per_epoch_median is not None
+    )
+    hours = sorted(
+        (b.epoch_hours_median * one.recommendation.num_gpus, _where(one))
+        for one, b in bests
+        if b and b.epoch_hours_median is not None
+    )
+    verdicts = Counter(one.verdict for one in recommendations)
+    open_ones = verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"]
+    sure = (
+        f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, "
+        f"{verdicts['tie']} are ties and {open_ones} lack data"
+    )
+    if verdicts["nothing_fits"]:
+        sure += f" ({verdicts['nothing_fits']} times nothing fits)"
+    if dollars:
+        cost = _range([(f"{show(value)} US dollars", place) for value, place in dollars])
+    elif hours:
+        cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
+    else:
+        return f"What an epoch costs is not known yet; {sure}."
+    return f"An epoch costs {cost}; {sure}."
+
+
+def _range(values: list[tuple[str, str]]) -> str:
+    (low, place), (high, there) = values[0], values[-1]
+    return f"{low} ({place})" if len(values) == 1 else f"{low} ({place}) to {high} ({there})"

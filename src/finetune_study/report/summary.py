@@ -1,0 +1,88 @@
+"""The answer as text: Markdown to paste into an issue or a chat, and a summary for a terminal."""
+
+import io
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune_study.recommend import Default
+from finetune_study.report.answer import QUESTION, answer
+from finetune_study.report.page import Contents
+from finetune_study.report.tables import headline
+from finetune_study.table import devices, show
+
+MAX_DEFAULTS = 40
+"""Rows of the table; more would not fit a chat."""
+_HEADINGS = ("model and hardware", "default", "verdict", "step time", "peak memory", "GPU-hours an epoch", "US dollars")
+
+
+def markdown(contents: Contents) -> str:
+    """results/report/summary.md."""
+    config = contents.config
+    lines = [f"## {_plain(config.report.title)}", ""]
+    lines += [f"**{_plain(config.report.notice)}**", ""] if config.report.notice else []
+    lines += [f"*{QUESTION}*", ""]
+    lines += [f"- {_plain(sentence)}" for sentence in answer(contents.recommendations, contents.defaults)]
+    lines += ["", f"{headline(contents.cells)}.", ""]
+    if contents.defaults:
+        lines += [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
+        lines += [f"| {' | '.join(map(_plain, _cells(one)))} |" for one in contents.defaults[:MAX_DEFAULTS]]
+        rest = len(contents.defaults) - MAX_DEFAULTS
+        lines += [f"\nand {rest} more in tables/recommendations.csv"] if rest > 0 else []
+        lines.append("")
+    decided = [claim for claim in contents.claims if claim.deciding]
+    if decided:
+        lines += ["Claims of the literature:", ""]
+        lines += [f"- **{c.answer}** ({c.number_for} of {len(c.deciding)}): {c.statement}" for c in decided]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text of a user in Markdown: shown, not taken for markup."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _cells(one: Default) -> list[str]:
+    at, best = one.recommendation, one.recommendation.best
+    place = f"{one.target} on {devices(one.hardware, at.num_gpus, at.nodes)}, context {at.sequence_length}"
+    verdict = at.verdict.replace("_", " ") + (f" with {', '.join(at.tied_with)}" if at.tied_with else "")
+    if best is None:
+        return [place, "none", verdict, "", "", "", ""]
+    hours = best.epoch_hours_median
+    return [
+        place,
+        best.recipe
+        + (f", micro-batch {best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""),
+        verdict,
+        show(best.step_time_seconds_median, "s"),
+        show(best.peak_memory_gib_median, "GiB"),
+        show(None if hours is None else hours * at.num_gpus),
+        show(best.cost_usd_per_epoch_median),
+    ]
+
+
+def terminal(contents: Contents, width: int = 120, *, colour: bool = False) -> str:
+    """What `finetune-study summary` prints below the table of runs: the answer, and the defaults.
+
+    Args:
+        contents: of the report.
+        width: columns of the terminal.
+        colour: write escape sequences.
+    """
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, force_terminal=colour or None, no_color=not colour, highlight=False)
+    if contents.config.report.notice:
+        console.print(Text(contents.config.report.notice, style="bold red"))
+    for sentence in answer(contents.recommendations, contents.defaults):
+        console.print(Text(sentence))
+    if contents.defaults:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for number, title in enumerate(_HEADINGS):
+            table.add_column(title, justify="right" if number > 2 else "left", overflow="fold")
+        for one in contents.defaults[:MAX_DEFAULTS]:
+            table.add_row(*map(Text, _cells(one)))
+        console.print(table)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).strip("\n") + "\n"

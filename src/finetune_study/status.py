@@ -1,0 +1,346 @@
+"""How a study stands, from its files alone: beside a live driver, after a dead one, with SLURM's words if it is there.
+
+The ledger is the executor's (`ledger.schema.json` describes its lines); it is read, never written, and what this does
+not know of it is left alone.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from finetune_study import record
+from finetune_study.errors import RecordError
+from finetune_study.report.tables import STATES
+from finetune_study.run import Run
+from finetune_study.study import Study
+from finetune_study.table import show
+
+LEDGER = Path(".snakemake/auxiliary/submitit/ledger.jsonl")
+"""Of the executor, below the folder in which Snakemake works."""
+SQUEUE_FORMAT = "%i|%T|%R|%M"
+"""Job (of an array `<array>_<place>`), state, why it waits or where it runs, time used; see squeue(1)."""
+SQUEUE_SECONDS = 20
+"""A controller that does not answer by then is left out."""
+LAST_FAILURES = 5
+
+NEVER_CLEARS = {
+    "PartitionTimeLimit": "the job asks for more time than the partition allows: lower protocol.time_limit_minutes",
+    "PartitionNodeLimit": "the partition has no such nodes: mend hardware.<name>.slurm",
+    "PartitionConfig": "the partition can't give what is asked: mend hardware.<name>.slurm",
+    "BadConstraints": "no node has what is asked: mend slurm.constraint, gpu_model or num_gpus",
+    "AssocMaxJobsLimit": "the account's limit of jobs is 0 or used up: ask the administrators",
+    "AssocMaxWallDurationPerJobLimit": "the job asks for more time than the account allows",
+    "QOSMaxWallDurationPerJobLimit": "the job asks for more time than its QoS allows",
+    "QOSMaxGRESPerUser": "clears only when the user's other jobs end, if one job is below the limit at all",
+    "QOSNotAllowed": "the QoS is not allowed in this partition: mend slurm.qos or slurm.partition",
+    "AccountNotAllowed": "the account may not use this partition: mend slurm.account or slurm.partition",
+    "InvalidAccount": "SLURM does not know the account: mend slurm.account",
+    "InvalidQOS": "SLURM does not know the QoS: mend slurm.qos",
+    "AssocGrpGRESMinutes": "the account's GPU-minutes are used up: ask the administrators",
+    "AssocGrpCPUMinutesLimit": "the account's CPU-minutes are used up: ask the administrators",
+    "AssocGrpBillingMinutes": "the account's billing minutes are used up: ask the administrators",
+    "DependencyNeverSatisfied": "what it waits for failed: cancel it",
+    "JobHeldAdmin": "an administrator holds it: ask them",
+    "JobHeldUser": "it is held: `scontrol release` lets it go",
+    "ReqNodeNotAvail": "a node that was asked for is down or reserved",
+    "JobArrayTaskLimit": "clears when other tasks of its array end",
+}
+"""SLURM's pending reasons that waiting alone does not clear, with what to do (squeue(1), JOB REASON CODES)."""
+OF_ONE_JOB = "the job asks for more than a job may: ask for less in hardware.<name>, or in num_gpus"
+"""Of every other limit of one job: `QOSMaxGRESPerJob`, `AssocMaxCpuMinutesPerJobLimit`, `QOSMaxGRESPerNode`."""
+WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
+"""Of these, those that may clear after all, when something else ends: they are named, but not as hopeless."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A work of the ledger that is not closed; several may share a job of SLURM."""
+
+    name: str
+    slurm_id: str | None
+    """`<job>`, or `<array>_<place>`."""
+    submitted_at: float | None
+    """Seconds since 1970."""
+    batch: str = ""
+    """The sbatch that it is part of."""
+    place: int | None = None
+    """Its job's index in an array."""
+
+
+@dataclass(frozen=True)
+class InQueue:
+    """A job as SLURM sees it."""
+
+    state: str
+    reason: str
+    """Why it waits, or the nodes that it runs on."""
+    elapsed: str
+
+
+@dataclass
+class Status:
+    """All that is shown."""
+
+    counts: list[tuple[str, int]]
+    open: list[tuple[Submitted, InQueue | None]]
+    failures: list[record.Failure]
+    used_gpu_hours: float
+    expected_gpu_hours: float | None
+    """Of the runs without an outcome; None where nothing is known that they could be compared with."""
+    num_left: int
+    driver: str
+    problems: list[str] = field(default_factory=list)
+
+
+def look(
+    study: Study, ledger: Path = LEDGER, queue: Callable[[Iterable[str]], Mapping[str, InQueue]] | None = None
+) -> Status:
+    """The status of a study now.
+
+    Args:
+        study: its configuration and results.
+        ledger: of the executor.
+        queue: asks SLURM; default: squeue where there is one.
+    """
+    jobs, problems = read_ledger(ledger)
+    seen = (queue or squeue)([job.slurm_id for job in jobs if job.slurm_id])
+    runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
+    states = [_state(document) for document in runs.values()]
+    used, expected = _gpu_hours(study, runs)
+    failures = sorted((d for d in runs.values() if isinstance(d, record.Failure)), key=lambda one: one.started_at or "")
+    return Status(
+        counts=[(state, Counter(states)[state]) for state in STATES if state in states],
+        open=[(job, seen.get(job.slurm_id or "")) for job in jobs],
+        failures=failures[-LAST_FAILURES:][::-1],
+        used_gpu_hours=used,
+        expected_gpu_hours=expected,
+        num_left=sum(state in ("failed", "not_run") for state in states),
+        driver=_driver(ledger.parent / "lock"),
+        problems=problems,
+    )
+
+
+Document = record.Record | record.Failure | None
+
+
+def _read(study: Study, run_id: str, problems: list[str]) -> Document:
+    """What lies there of a run; a file that is being replaced or is damaged is a problem to name, not an end."""
+    paths = study.results.run(run_id)
+    try:
+        if paths.record.exists():
+            return record.read_record(paths.record)
+        if paths.failure.exists():
+            return record.read_failure(paths.failure)
+    except RecordError as error:
+        problems.append(str(error).replace("\n", " "))
+    return None
+
+
+def _state(document: Document) -> str:
+    if isinstance(document, record.Record):
+        return document.ending.status
+    return "not_run" if document is None else "failed"
+
+
+def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float | None]:
+    """GPU-hours that tries took, and what those to come may take: the mean of runs of the same kind, else of all."""
+    used = 0.0
+    by_kind: dict[tuple[str, str, int, int], list[float]] = {}
+    for run_id, document in runs.items():
+        if document is None or document.duration_seconds is None:
+            continue
+        run = study.run(run_id)
+        hours = document.duration_seconds * run.num_gpus / 3600
+        used += hours
+        if isinstance(document, record.Record):
+            by_kind.setdefault(_kind(run), []).append(hours)
+    left = [study.run(i) for i in study.pending if not isinstance(runs.get(i), record.Record)]
+    every = [hours for values in by_kind.values() for hours in values]
+    if left and not every:
+        return used, None
+    expected = 0.0
+    for run in left:
+        like = by_kind.get(_kind(run), every)
+        expected += sum(like) / len(like)
+    return used, expected
+
+
+def _kind(run: Run) -> tuple[str, str, int, int]:
+    return run.target, run.hardware.name, run.num_gpus, run.nodes
+
+
+def read_ledger(path: Path) -> tuple[list[Submitted], list[str]]:
+    """Works of the ledger that are not closed, in the order of their submission, and what could not be read.
+
+    Unknown events and fields are left alone; a last line that is cut off is one that is being written.
+    """
+    jobs: dict[str, Submitted] = {}
+    problems: list[str] = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        return [], [f"{path}: {error.strerror}"]
+    for number, line in enumerate(lines, start=1):
+        event = _event(line)
+        if event is None:
+            if number < len(lines):
+                problems.append(f"{path}, line {number}: not an event")
+            continue
+        match event:
+            case {"event": "closed", "token": str(token)}:
+                jobs.pop(token, None)
+            case {"event": "intent", "token": str(token)}:
+                jobs[token] = _intended(event)
+            case {"event": "submitted", "token": str(token), "slurm_id": slurm_id} if token in jobs:
+                jobs[token] = _with_id(jobs[token], slurm_id, event)
+            case {"event": "submitted", "batch": str(batch), "slurm_id": slurm_id}:
+                for token, job in jobs.items():
+                    if job.batch == batch:
+                        of_array = slurm_id if job.place is None else f"{slurm_id}_{job.place}"
+                        jobs[token] = _with_id(job, of_array, event)
+    return list(jobs.values()), problems
+
+
+def _intended(event: Mapping[str, Any]) -> Submitted:
+    name, place = event.get("name") or event.get("key") or event["token"], event.get("place")
+    return Submitted(
+        name=str(name),
+        slurm_id=None,
+        submitted_at=_number(event.get("at")),
+        batch=str(event.get("batch") or ""),
+        place=place if isinstance(place, int) else None,
+    )
+
+
+def _with_id(job: Submitted, slurm_id: object, event: Mapping[str, Any]) -> Submitted:
+    return replace(job, slurm_id=str(slurm_id), submitted_at=_number(event.get("at")) or job.submitted_at)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _driver(lock: Path) -> str:
+    """Who is at work: the executor writes it into its lock, which outlives it; a process of this host is looked for."""
+    try:
+        said = lock.read_text(encoding="utf-8").strip()
+    except OSError:
+        return "no driver has been at work here"
+    words = said.split()
+    if len(words) != 4 or words[3] != os.uname().nodename:
+        return f"last driver: {said}" if said else "no driver is at work"
+    return f"driver: {said}" if Path(f"/proc/{words[1]}").exists() else f"the last driver is gone ({said})"
+
+
+def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
+    """SLURM's own word on these jobs; empty where there is no SLURM, or it does not answer."""
+    jobs = (one.partition("_")[0] for one in ids)  # an array has thousands of tasks: it is asked for as a whole
+    asked = [*dict.fromkeys(one for one in jobs if one.isdigit())]
+    if not asked:
+        return {}
+    try:
+        found = subprocess.run(
+            [
+                "squeue",
+                "--noheader",
+                "--states=all",
+                "--array",
+                "--jobs",
+                ",".join(asked),
+                f"--format={SQUEUE_FORMAT}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=SQUEUE_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return parse_squeue(found.stdout)
+
+
+def parse_squeue(text: str) -> dict[str, InQueue]:
+    """Lines of `squeue --array` in `SQUEUE_FORMAT`."""
+    jobs: dict[str, InQueue] = {}
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) >= 4:
+            jobs[parts[0]] = InQueue(parts[1], parts[2].strip("()"), parts[3])
+    return jobs
+
+
+def advice(reason: str) -> str | None:
+    """What to do about a pending reason that waiting does not clear; None for one that clears, or is not known."""
+    word = reason.partition(",")[0].strip()
+    if word in NEVER_CLEARS:
+        return NEVER_CLEARS[word]
+    return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
+
+
+def render(status: Status, now: float | None = None) -> Group:
+    """The status for a terminal.
+
+    Args:
+        status: what was seen.
+        now: seconds since 1970; default: now.
+    """
+    now = time.time() if now is None else now
+    total = sum(number for _, number in status.counts)
+    parts: list[Any] = [Text(f"{total} runs: " + ", ".join(f"{n} {STATES[state].words}" for state, n in status.counts))]
+    expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
+    parts.append(
+        Text(f"GPU-hours: {show(status.used_gpu_hours)} used, {expected} still to come ({status.num_left} runs)")
+    )
+    parts.append(Text(status.driver))
+    if status.open:
+        parts.append(_jobs(status.open, now))
+    for failure in status.failures:
+        parts.append(Text(f"{failure.run_id} failed (try {failure.attempt}): {failure.cause}\n  log: {failure.log}"))
+        tail = failure.log_tail.strip().splitlines()[-3:]
+        parts += [Text(f"    {line}", style="dim") for line in tail]
+    parts += [Text(problem, style="yellow") for problem in status.problems]
+    return Group(*parts)
+
+
+def _jobs(jobs: list[tuple[Submitted, InQueue | None]], now: float) -> Table:
+    table = Table("job", "SLURM id", "state", "since submission", "running", "why, and what to do", pad_edge=False)
+    for job, seen in jobs:
+        since = "" if job.submitted_at is None else str(datetime.timedelta(seconds=max(0, int(now - job.submitted_at))))
+        state = seen.state if seen else ("not submitted yet" if job.slurm_id is None else "not in SLURM's queue")
+        todo = advice(seen.reason) if seen and seen.state == "PENDING" else None
+        word = seen.reason.partition(",")[0].strip() if seen else ""
+        hopeless = todo is not None and word not in WAITING
+        reason = (seen.reason if seen else "") + (f": {todo}" if todo else "")
+        table.add_row(
+            *map(Text, (job.name, job.slurm_id or "", state, since, seen.elapsed if seen else "")),
+            Text(("NEVER CLEARS BY WAITING: " if hopeless else "") + reason, style="bold red" if hopeless else ""),
+        )
+    return table
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a line of the ledger."""
+    text = Path(__file__).with_name("ledger.schema.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    return document

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from finetune_study import changes, outcome
+from finetune_study.config import Config
+from finetune_study.errors import StudyError
+from finetune_study.record import Ending, Record
+from tests.unit import handmade
+
+STUDY = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3})
+RUNS = handmade.runs(STUDY)
+
+
+def timed(recipe: str, *seconds: float, used: float = 0.5, software: str = "a" * 64) -> list[Record]:
+    return [
+        handmade.completed(RUNS[recipe, number], value, host=f"node-{number}", used=used, software=software)
+        for number, value in enumerate(seconds, start=1)
+    ]
+
+
+def outcomes(root: Path, *records: Record, config: Config = STUDY) -> Path:
+    results = handmade.write(root, *records)
+    path = root / "outcomes.parquet"
+    ids = [one.run.run_id for one in handmade.planned(config)]
+    outcome.collect(results, ids, config.hardware).write_parquet(path)
+    return path
+
+
+def compared(tmp_path: Path, now: list[Record], then: list[Record]) -> dict[str, tuple[str, str]]:
+    found = changes.of_files(outcomes(tmp_path / "now", *now), outcomes(tmp_path / "then", *then))
+    return {one["recipe"]: (one["change"], one["why"]) for one in found.changed}
+
+
+def test_better_and_worse_beyond_the_noise_and_the_same_within_it(tmp_path: Path) -> None:
+    now = [*timed("full", 1.0, 1.01, 1.02), *timed("lora", 1.0, 1.02, 1.01)]
+    then = [*timed("full", 2.0, 2.02, 2.04), *timed("lora", 1.01, 1.0, 1.02)]
+    found = compared(tmp_path, now, then)
+    assert found["full"] == ("better", "step time × 0.500")
+    assert found["lora"] == ("same", "no difference beyond the noise")
+    assert compared(tmp_path / "b", then, now)["full"][0] == "worse"
+
+
+def test_what_fits_now_and_did_not_is_better(tmp_path: Path) -> None:
+    ran_out = [handmade.out_of_memory(RUNS["full", number]) for number in (1, 2, 3)]
+    fits = timed("full", 1.0, 1.0, 1.0)
+    assert compared(tmp_path, fits, ran_out)["full"] == ("better", "3 device_oom then, 3 completed now")
+    assert compared(tmp_path / "b", ran_out, fits)["full"][0] == "worse"
+
+
+def test_faster_with_more_memory_is_neither(tmp_path: Path) -> None:
+    now = timed("full", 1.0, 1.01, 1.02, used=0.75)
+    assert compared(tmp_path, now, timed("full", 2.0, 2.02, 2.04))["full"] == (
+        "differs",
+        "step time × 0.500, peak memory × 1.50",
+    )
+
+
+def test_one_repeat_tells_nothing_and_other_software_is_named(tmp_path: Path) -> None:
+    now, then = timed("full", 1.0), timed("full", 2.0, software="b" * 64)
+    found = changes.of_files(outcomes(tmp_path / "now", *now), outcomes(tmp_path / "then", *then))
+    (one,) = found.changed
+    assert (one["change"], one["software"]) == ("not known", "differs")
+    assert "1 of 1 configurations are in both: 1 not known" in changes.text(found)
+
+
+def test_columns_that_an_earlier_version_lacked_are_null(tmp_path: Path) -> None:
+    path = outcomes(tmp_path, *timed("full", 1.0, 1.0, 1.0))
+    pl.read_parquet(path).drop("mfu_percent", "energy_joules_per_step").write_parquet(path)
+    assert changes.read(path)["mfu_percent"].null_count() == 3
+
+
+def test_a_file_that_holds_no_outcomes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.parquet"
+    pl.DataFrame({"a": [1]}).write_parquet(path)
+    with pytest.raises(StudyError, match="no table of outcomes"):
+        changes.read(path)
+    with pytest.raises(StudyError, match="can't be read"):
+        changes.read(tmp_path / "none.parquet")
+
+
+def test_nodes_are_compared_with_as_many_nodes(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128, "num_gpus": 2}
+    one, two = (handmade.study(grid=[block | {"nodes": nodes}]) for nodes in (1, [1, 2]))
+    then = outcomes(tmp_path / "then", *(handmade.completed(p.run, 1.0) for p in handmade.planned(one)), config=one)
+    now = outcomes(
+        tmp_path / "now",
+        *(handmade.completed(p.run, 1.0) if p.run.nodes == 1 else handmade.out_of_memory(p.run)
+          for p in handmade.planned(two)),
+        config=two,
+    )  # fmt: skip
+    found = changes.of_files(now, then)
+    assert [(row["nodes"], row["change"]) for row in found.changed] == [(1, "not known")]
+    both = changes.of_files(now, now)
+    assert [row["nodes"] for row in both.changed] == [2, 1]
+    reverse = outcomes(tmp_path / "r", *(handmade.completed(p.run, 1.0) for p in handmade.planned(two)), config=two)
+    assert "tiny on cpu × 2 on 2 nodes, context 128" in changes.text(changes.of_files(reverse, now))
+
+
+def test_outcomes_from_before_there_were_nodes_are_of_one(tmp_path: Path) -> None:
+    path = outcomes(tmp_path, *timed("full", 1.0, 1.0, 1.0))
+    pl.read_parquet(path).drop("nodes").write_parquet(path)
+    assert changes.read(path)["nodes"].to_list() == [1, 1, 1]
+
+
+def test_a_forecast_is_not_an_earlier_answer(tmp_path: Path) -> None:
+    skipped = [Record(run=RUNS["full", n], ending=Ending(status="predicted_oom")) for n in (1, 2, 3)]
+    assert compared(tmp_path, timed("full", 1.0, 1.0, 1.0), skipped)["full"][0] == "not known"

@@ -1,0 +1,182 @@
+from pathlib import Path
+from typing import Any
+
+from finetune_study import claims
+from finetune_study.claims import Claim
+from finetune_study.config import Config
+from finetune_study.record import Ending, Record
+from tests.unit import handmade
+
+GPU = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0}
+
+
+def study(recipes: dict[str, Any], lengths: list[int], num_gpus: int = 2) -> Config:
+    block = {
+        "targets": "tiny",
+        "hardware": "a100",
+        "num_gpus": num_gpus,
+        "recipes": list(recipes),
+        "sequence_length": lengths,
+    }
+    protocol = {"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3}
+    return handmade.study(hardware={"a100": GPU}, recipes=recipes, grid=[block], protocol=protocol)
+
+
+def checked(
+    config: Config, root: Path, numbers: dict[tuple[str, int], tuple[float, float] | None], **parameters: int
+) -> dict[str, Claim]:
+    """The claims where each recipe at each context took (seconds, GiB), or ran out of memory (None)."""
+    records: list[Record] = []
+    for one in handmade.planned(config):
+        run = one.run
+        found = numbers[run.recipe, run.sequence_length]
+        if found is None:
+            records.append(handmade.out_of_memory(run))
+            continue
+        # Nodes differ by 8 %, tries by 0.5 %: every recipe on the same three nodes.
+        seconds = found[0] * (1 + 0.08 * (run.repeat - 1)) * (1 + 0.005 * (len(run.recipe) % 2 - 0.5) * run.repeat)
+        done = handmade.completed(run, seconds, host=f"node-{run.repeat}")
+        memory = int(found[1] * 2**30) + run.repeat * 2**16
+        done.ranks[0].update(memory={"peak_allocated_bytes": memory}, **parameters)
+        records.append(done)
+    rows = handmade.compared(config, root, *records).to_dicts()
+    return {claim.name: claim for claim in claims.check(rows)}
+
+
+def test_flash_attention_long_and_short(tmp_path: Path) -> None:
+    config = study({"plain": {"eager": {}}, "flash": {"flash_attention_2": {}}}, [256, 4096])
+    found = checked(
+        config,
+        tmp_path,
+        {
+            ("plain", 256): (1.0, 10.0),
+            ("flash", 256): (1.02, 10.0),
+            ("plain", 4096): (9.0, 60.0),
+            ("flash", 4096): (5.0, 20.0),
+        },
+    )
+    assert (found["flash-long"].answer, found["flash-short"].answer) == ("holds", "holds")
+    (long,) = found["flash-long"].comparisons
+    assert long.where == "tiny, a100 × 2, context 4096"
+    assert "memory × 0.333" in long.what
+
+
+def test_a_claim_that_the_numbers_contradict_does_not_hold(tmp_path: Path) -> None:
+    config = study({"plain": {"eager": {}}, "flash": {"flash_attention_2": {}}}, [4096])
+    found = checked(config, tmp_path, {("plain", 4096): (5.0, 20.0), ("flash", 4096): (9.0, 20.5)})
+    assert found["flash-long"].answer == "does not hold"
+
+
+def test_without_a_pair_there_is_not_enough_data(tmp_path: Path) -> None:
+    config = study({"plain": {"eager": {}}}, [4096])
+    found = checked(config, tmp_path, {("plain", 4096): (5.0, 20.0)})
+    assert {claim.answer for claim in found.values()} == {"not enough data"}
+
+
+def test_zero_saves_memory_and_three_costs_time(tmp_path: Path) -> None:
+    config = study({"ddp": {}, "zero2": {"zero2": {}}, "zero3": {"zero3": {}}}, [256])
+    found = checked(
+        config, tmp_path, {("ddp", 256): (1.0, 40.0), ("zero2", 256): (1.1, 15.0), ("zero3", 256): (2.0, 10.0)}
+    )
+    assert found["zero-memory"].answer == "holds"
+    assert len(found["zero-memory"].comparisons) == 2
+    assert found["zero3-costs"].answer == "holds"
+
+
+def test_checkpointing_saves_and_rescues(tmp_path: Path) -> None:
+    config = study({"full": {}, "full-gc": {"gradient_checkpointing": {}}}, [256, 4096])
+    found = checked(
+        config,
+        tmp_path,
+        {
+            ("full", 256): (1.0, 40.0),
+            ("full-gc", 256): (1.3, 10.0),
+            ("full", 4096): None,
+            ("full-gc", 4096): (9.0, 60.0),
+        },
+    )
+    assert found["checkpointing"].answer == "holds"
+    assert found["checkpointing-fits"].answer == "holds"
+    assert "completes in 1 of 1" in found["checkpointing-fits"].comparisons[0].what
+
+
+def test_very_large_models_need_all_three(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {
+        "zero3-lora": {"zero3": {}, "lora": {}},
+        "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
+    }
+    config = study(recipes, [256])
+    needed = checked(
+        config,
+        tmp_path / "a",
+        {("zero3-lora", 256): None, ("zero3-lora-gc", 256): (1.0, 70.0)},
+        total_parameters=70_000_000_000,
+    )
+    assert needed["very-large"].answer == "holds"
+    fits = checked(
+        config,
+        tmp_path / "b",
+        {("zero3-lora", 256): (1.0, 75.0), ("zero3-lora-gc", 256): (1.0, 70.0)},
+        total_parameters=70_000_000_000,
+    )
+    assert fits["very-large"].answer == "does not hold"
+
+
+def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+    config = study(recipes, [256])
+    found = checked(
+        config, tmp_path, {("full", 256): (1.0, 40.0), ("lora", 256): (0.9, 20.0), ("zero2-lora", 256): (0.9, 10.0)}
+    )
+    assert found["balance"].answer == "holds"
+    assert found["lora-memory"].comparisons[0].what.endswith("memory × 0.500, a saving of 50.0 %")
+    assert found["lora-memory"].answer == "does not hold"
+
+
+def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "lora-gc": {"lora": {}, "gradient_checkpointing": {}}}
+    config = study(recipes, [256, 4096])
+    records: list[Record] = []
+    for one in handmade.planned(config):
+        short = one.run.sequence_length == 256
+        fits = one.run.recipe == "lora-gc" or (one.run.recipe == "lora" and short)
+        records.append(handmade.completed(one.run, 1.0, used=10.0) if fits else handmade.out_of_memory(one.run))
+    walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
+    assert [(step.row["recipe"], step.taken) for step in walk.first if step.row] == [("full", False), ("lora", True)]
+    assert walk.first[1].room == 70.0
+    last = walk.second[-1]
+    assert (last.question, last.row and last.row["recipe"], last.taken) == (
+        "Context 4096: gradient checkpointing",
+        "lora-gc",
+        True,
+    )
+
+
+def test_nodes_are_never_mixed(tmp_path: Path) -> None:
+    """On one node alone ZeRO-2 is measured, on two alone ZeRO-3: that is no comparison."""
+    recipes: dict[str, Any] = {"two": {"zero2": {}}, "three": {"zero3": {}}}
+    block = {"targets": "tiny", "hardware": "a100", "num_gpus": 2, "sequence_length": 256}
+    parts = [block | {"recipes": ["two"], "nodes": 1}, block | {"recipes": ["three"], "nodes": [1, 2]}]
+    config = handmade.study(hardware={"a100": GPU}, recipes=recipes, grid=parts)
+    done = [handmade.completed(one.run, float(one.run.nodes)) for one in handmade.planned(config)]
+    rows = handmade.compared(config, tmp_path, *done).to_dicts()
+    (found,) = (claim for claim in claims.check(rows) if claim.name == "zero3-costs")
+    (pair,) = found.comparisons
+    assert pair.where == "tiny, a100 × 2, context 256"
+    assert "time × 1.00" in pair.what
+    assert claims.where(rows[-1]) == "tiny, a100 × 2 on 2 nodes, context 256"
+    walk = claims.walk(rows, 2, 2, 80.0)
+    assert {step.row["nodes"] for step in walk.first if step.row} <= {2}
+
+
+def test_what_an_easier_run_implies_speaks_as_what_ran_out_itself(tmp_path: Path) -> None:
+    config = study({"plain": {}, "gc": {"gradient_checkpointing": {}}}, [256])
+    documents = [
+        handmade.completed(one.run, 1.0)
+        if one.run.recipe == "gc"
+        else Record(run=one.run, ending=Ending(status="implied_oom", reason="an easier run ran out"))
+        for one in handmade.planned(config)
+    ]
+    rows = handmade.compared(config, tmp_path, *documents).to_dicts()
+    (found,) = (claim for claim in claims.check(rows) if claim.name == "checkpointing-fits")
+    assert found.answer == "holds"

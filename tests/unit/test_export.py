@@ -1,0 +1,113 @@
+"""What `finetune-study export` writes; that it trains is shown in tests/training."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_study import export as exporter
+from finetune_study.config import Config
+from finetune_study.errors import StudyError
+from finetune_study.recommend import Recommendation
+from finetune_study.study import Study
+from tests.unit import handmade
+
+GPU = {
+    "gpu": "NVIDIA A100-SXM4-80GB",
+    "memory_gib": 80,
+    "compute_capability": 8.0,
+    "max_gpus": 4,
+    "slurm": {"partition": "gpu", "gpu_model": "a100", "cpus_per_gpu": 8, "mem_gib_per_gpu": 100,
+              "extra": "--reservation=lab", "max_job_minutes": 600},
+}  # fmt: skip
+BLOCK: dict[str, Any] = {"targets": "tiny", "hardware": "a100", "recipes": ["full", "lora"], "sequence_length": 128}
+
+
+def config(**hardware: Any) -> Config:
+    grid = [BLOCK | {"num_gpus": [1, 4]}, BLOCK | {"num_gpus": 8, "nodes": [2, 4]}]
+    return handmade.study(hardware={"a100": GPU | hardware}, grid=grid, training={"effective_batch_size": 8})
+
+
+def opened(root: Path, **hardware: Any) -> tuple[Study, Any]:
+    asked = config(**hardware)
+    planned = {one.run.run_id: one for one in handmade.planned(asked)}
+    results = handmade.write(root, *(handmade.completed(one.run, 1.0) for one in planned.values()))
+    return Study(asked, results, planned), handmade.frame(asked, root)
+
+
+def chosen(root: Path, num_gpus: int | None = None, nodes: int | None = None) -> Recommendation:
+    return exporter.choose(*opened(root), "tiny", "a100", num_gpus, None, nodes)
+
+
+def test_the_setting_is_the_defaults_unless_another_is_named(tmp_path: Path) -> None:
+    assert (chosen(tmp_path).num_gpus, chosen(tmp_path).nodes) == (8, 2)
+    assert (chosen(tmp_path, 4).num_gpus, chosen(tmp_path, 4).nodes) == (4, 1)
+    assert chosen(tmp_path, 8, 4).nodes == 4
+    with pytest.raises(StudyError, match="8 GPUs on 2 nodes at context 128") as error:
+        chosen(tmp_path, 8, 8)
+    assert "8 GPUs on 8 nodes at context 128" in str(error.value)
+
+
+def job(root: Path, num_gpus: int, **hardware: Any) -> str:
+    study, frame = opened(root, **hardware)
+    one = exporter.choose(study, frame, "tiny", "a100", num_gpus, None)
+    exporter.export(study, one, root / "export")
+    path = root / "export" / "job.sbatch"
+    subprocess.run(["bash", "-n", path], check=True)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_job_asks_for_what_the_runs_asked_for(tmp_path: Path) -> None:
+    text = job(tmp_path, 4)
+    asked = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert {
+        "--nodes=1", "--ntasks-per-node=1", "--gres=gpu:a100:4", "--cpus-per-task=32", "--partition=gpu",
+        "--mem=409600", "--reservation=lab",
+    } <= {*asked}  # fmt: skip
+    assert "python -m torch.distributed.run --standalone --nproc-per-node 4 train.py" in text
+    assert "srun" not in text
+
+
+def test_on_several_nodes_each_has_a_launcher(tmp_path: Path) -> None:
+    text = job(tmp_path, 8, software={"modules": ["cuda/12"]})
+    assert "#SBATCH --nodes=2" in text
+    assert "#SBATCH --gres=gpu:a100:4" in text
+    assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=32" in text
+    assert "--nnodes 2 --nproc-per-node 4" in text
+    assert "load_modules.sh cuda/12 && python -m torch.distributed.run" in text
+    about = json.loads((tmp_path / "export" / "recipe.json").read_text(encoding="utf-8"))
+    assert (about["num_gpus"], about["nodes"]) == (8, 2)
+    readme = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
+    assert "a100 × 8 on 2 nodes, context 128" in readme
+    assert "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d" in readme
+
+
+def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -> None:
+    """With commands that stand for SLURM's and for Python: what is called, and with what."""
+    job(tmp_path, 8)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {
+        "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+        "scontrol": "echo node-1; echo node-2",
+        "python": 'printf "%s|" "$@"',
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tools / name).chmod(0o755)
+    said = subprocess.run(
+        ["bash", "job.sbatch", "my data.jsonl", "--output", "here and there"],
+        cwd=tmp_path / "export",
+        env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "71234", "SLURM_JOB_NODELIST": "node-[1-2]"},
+        capture_output=True, text=True, check=True,
+    ).stdout.split("|")  # fmt: skip
+    assert said[-6:-1] == ["train.py", "--data", "my data.jsonl", "--output", "here and there"]
+    assert said[said.index("--rdzv-endpoint") + 1] == "node-1:21234"
+
+
+def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
+    job(tmp_path, 4)
+    train = (tmp_path / "export" / "train.py").read_text(encoding="utf-8")
+    assert "    torchrun --standalone --nproc-per-node 4 train.py --data my.jsonl" in train
+    compile(train, "train.py", "exec")

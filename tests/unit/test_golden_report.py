@@ -1,0 +1,86 @@
+"""What others read of the report, held by golden files: figure specifications, summaries, recommendations.
+
+A change on purpose: `RENEW_GOLDEN=1 python -m pytest tests/unit/test_golden_report.py`, and look at what is different.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_study import report
+from finetune_study.paths import Results
+from finetune_study.record import Failure, Record
+from finetune_study.report import page, summary
+from tests.unit import handmade
+
+GOLDEN = Path(__file__).parent / "golden"
+GPU = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0, "price_usd_per_gpu_hour": 5.12}
+RECIPES: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+
+
+def contents(root: Path) -> page.Contents:
+    """Two contexts, two numbers of GPUs, three recipes, three repeats; each kind of ending is there."""
+    grid = {
+        "targets": "tiny",
+        "hardware": "a100",
+        "num_gpus": [1, 2],
+        "sequence_length": [256, 1024],
+        "recipes": [*RECIPES],
+    }
+    protocol = {"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3}
+    config = handmade.study(
+        hardware={"a100": GPU}, recipes=RECIPES, grid=[grid], protocol=protocol, training={"effective_batch_size": 2}
+    )
+    documents: list[Record | Failure] = []
+    for planned in handmade.planned(config):
+        run = planned.run
+        if run.recipe == "full" and run.sequence_length == 1024:
+            documents.append(handmade.out_of_memory(run))
+        elif run.recipe == "zero2-lora" and run.num_gpus == 1:
+            if run.repeat == 1:
+                documents.append(handmade.failure(run, cause="a lost node"))
+        else:
+            seconds = (
+                {"full": 2.0, "lora": 1.0, "zero2-lora": 1.01}[run.recipe] * run.sequence_length / 256 / run.num_gpus
+            )
+            done = handmade.completed(run, seconds * (1 + 0.01 * run.repeat), host=f"node-{run.repeat}")
+            allocated = {"full": 40, "lora": 20, "zero2-lora": 15}[run.recipe]
+            memory = {"peak_allocated_bytes": allocated * 2**30, "peak_reserved_bytes": (allocated + 2) * 2**30}
+            for rank in done.ranks:
+                rank["memory"] = memory
+            documents.append(done)
+    return report.gather(config, handmade.frame(config, root, *documents))
+
+
+def same(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("RENEW_GOLDEN"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{path} differs; if on purpose: RENEW_GOLDEN=1, and look at it"
+
+
+@pytest.fixture(scope="module")
+def gathered(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
+    return contents(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("kind", ["feasibility", "recipes", "pareto", "context", "gpus"])
+def test_the_specification_of_a_figure(gathered: page.Contents, kind: str) -> None:
+    (figure,) = (figure for figure, _ in gathered.figures if figure.kind == kind)
+    same(f"{kind}.vl.json", json.dumps(figure.spec, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def test_the_summary_to_paste(gathered: page.Contents) -> None:
+    same("summary.md", summary.markdown(gathered))
+
+
+def test_the_summary_of_the_terminal(gathered: page.Contents) -> None:
+    same("summary.txt", summary.terminal(gathered, 160))
+
+
+def test_the_table_of_recommendations(gathered: page.Contents, tmp_path: Path) -> None:
+    report.save_tables(gathered, Results(tmp_path).tables)
+    same("recommendations.csv", (Results(tmp_path).tables / "recommendations.csv").read_text())

@@ -1,0 +1,245 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright; from a file, as out of a mail.
+
+The study is synthetic and says so. Screenshots stay in build/screenshots, to be looked at.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import synthetic
+
+from finetune_study import cells, outcome, plan, report
+from finetune_study.paths import Results
+from tests.unit import handmade
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (on Debian: apt-get install chromium)")
+
+SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
+EVIL = '<img src=x onerror="window.executed=1"><script>window.executed=1</script>'
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a synthetic study, one run of which has HTML in its reason and in its log."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    config = synthetic.write(folder, repeats=3)
+    results, planned = Results(folder / "results"), plan.plan(config)
+    outcome.write(results, [one.run.run_id for one in planned], config.hardware)
+    frame = cells.of_outcomes(planned, results)
+    first = frame["run_id"] == frame.filter(frame["state"] == "failed")["run_id"][0]
+    for name in ("failure_cause", "failure_log_tail"):
+        frame = frame.with_columns(frame[name].set(first, f"{EVIL} in {name}").alias(name))
+    report.build(config, frame, results)
+    return results.report
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        # No sandbox: the tests also run as root, in a container; the page is our own.
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+class Opened:
+    """A page with everything that it asked for and complained of."""
+
+    def __init__(self, browser: Any, file: Path, anchor: str = "", **settings: Any) -> None:
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        self.page = browser.new_page(**{"viewport": DESK} | settings)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(f"file://{file}{anchor}")
+        self.page.wait_for_selector("html[data-ready]", timeout=30_000)
+
+    def texts(self, selector: str) -> list[str]:
+        found: list[str] = self.page.locator(selector).all_inner_texts()
+        return found
+
+    def column(self, title: str) -> list[str]:
+        """The table of runs as shown, one column."""
+        headings = [text.splitlines()[0] for text in self.texts("#headings th")]
+        return self.texts(f"#rows tr td:nth-child({headings.index(title) + 1})")
+
+    def screenshot(self, name: str, **settings: Any) -> None:
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", **settings)
+
+
+@pytest.fixture
+def opened(browser: Any, page_file: Path) -> Iterator[Opened]:
+    one = Opened(browser, page_file)
+    yield one
+    assert one.complaints == []
+    assert [url for url in one.requests if not url.startswith("file://")] == []
+    assert one.page.evaluate("window.executed") is None
+    one.page.close()
+
+
+def test_it_opens_from_a_file_and_asks_for_nothing_else(opened: Opened, page_file: Path) -> None:
+    assert opened.requests == [f"file://{page_file}"]
+    assert opened.page.locator(".notice").inner_text().startswith("Synthetic: no run took place.")
+    assert len(opened.texts(".answer li")) == 3
+    opened.screenshot("light")
+    opened.screenshot("whole", full_page=True)
+
+
+def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -> None:
+    page = opened.page
+    assert "1–50 of 6,384" in page.locator("#place").inner_text()
+    page.select_option("select[data-filter=state]", "completed")
+    page.get_by_role("button", name="Step time s, median").click()
+    times = [float(text) for text in opened.column("Step time")]
+    assert times == sorted(times)
+    assert len(times) == 50
+    page.get_by_role("button", name="Step time s, median").click()
+    slowest = [float(text.replace(",", "")) for text in opened.column("Step time")]
+    assert slowest == sorted(slowest, reverse=True)
+    assert slowest[0] > times[-1]
+    page.select_option("select[data-filter=target]", "llama2-70b")
+    page.fill("#find", "zero3-lora-gc-flash")
+    assert {*opened.column("Target")} == {"llama2-70b"}
+    assert {*opened.column("Recipe")} == {"zero3-lora-gc-flash"}
+    page.fill("#find", "")
+    first = opened.column("Run")
+    page.get_by_role("button", name="Next").click()
+    assert not {*first} & {*opened.column("Run")}
+    assert "51–100" in page.locator("#place").inner_text()
+    page.fill("#find", "no such run")
+    assert page.locator("#place").inner_text() == "none"
+
+
+def test_a_cell_of_the_map_says_its_numbers_and_leads_to_its_run(opened: Opened) -> None:
+    page = opened.page
+    cell = page.locator("#feasibility figure svg a").first
+    cell.hover()
+    assert "context 256" in page.locator("#tip").inner_text()
+    cell.click()
+    title = page.locator("#panel-title").inner_text()
+    assert title.startswith("llama2-7b_a100-80gbx")
+    text = page.locator("#panel").inner_text()
+    assert f"python -m finetune_study.launch results/runs/{title}/run.yaml" in text
+    assert "step_time_seconds_samples" in text
+    assert "learning_rate" in text
+    opened.screenshot("panel")
+    page.keyboard.press("Escape")
+    assert not page.locator("#panel").is_visible()
+
+
+def test_html_in_a_log_is_shown(opened: Opened) -> None:
+    page = opened.page
+    page.select_option("select[data-filter=state]", "failed")
+    page.fill("#find", "onerror")
+    page.locator("#rows a").first.click()
+    assert f"{EVIL} in failure_log_tail" in page.locator("#panel").inner_text()
+    page.keyboard.press("Escape")
+
+
+def test_one_model_at_a_time(opened: Opened) -> None:
+    page = opened.page
+    page.select_option("#pick-target", "llama2-13b")
+    page.select_option("#pick-hardware", "v100-32gb")
+    shown = opened.texts("figure:not([hidden]) figcaption b")
+    assert any("llama2-13b" in title for title in shown)
+    assert all("llama2-13b on v100-32gb" in title or "Which mix" in title for title in shown)
+
+
+def test_the_keyboard_reaches_contents_cells_and_headings(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#feasibility figure svg a").nth(1).focus()
+    assert not page.locator("#tip").is_hidden()
+    page.keyboard.press("Enter")
+    assert page.locator("#panel").is_visible()
+    page.keyboard.press("Escape")
+    page.locator("#headings button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#headings th").first.get_attribute("aria-sort") == "ascending"
+
+
+def test_the_dark_page_is_dark_and_legible(browser: Any, page_file: Path) -> None:
+    dark = Opened(browser, page_file, color_scheme="dark")
+    page = dark.page
+    colours = page.evaluate("""() => {
+        const parse = (text) => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const body = getComputedStyle(document.body);
+        const cell = document.querySelector("#feasibility figure svg a path");
+        const word = document.querySelector("#feasibility .mark-text text");
+        return { paper: parse(body.backgroundColor), ink: parse(body.color), fill: parse(getComputedStyle(cell).fill),
+                 word: parse(getComputedStyle(word).fill) };
+    }""")
+    assert contrast(colours["paper"], colours["ink"]) > 7
+    assert contrast(colours["fill"], colours["word"]) > 4.5
+    assert luminance(colours["paper"]) < 0.05
+    page.evaluate("document.getElementById('feasibility').scrollIntoView()")
+    dark.screenshot("dark")
+    assert dark.complaints == []
+    page.close()
+
+
+def luminance(colour: list[float]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2.2)."""
+    parts = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_narrow_window_scrolls_in_one_direction_alone(browser: Any, page_file: Path) -> None:
+    phone = Opened(browser, page_file, viewport=PHONE)
+    assert phone.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    phone.screenshot("phone")
+    assert phone.complaints == []
+    phone.page.close()
+
+
+def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
+    printed = Opened(browser, page_file)
+    written = printed.page.pdf(path=SCREENSHOTS / "print.pdf", prefer_css_page_size=True)
+    assert written.startswith(b"%PDF")
+    printed.page.close()
+
+
+def test_a_link_opens_the_panel_of_its_run(browser: Any, page_file: Path) -> None:
+    runs = (page_file.parent / "tables" / "runs.csv").read_text().splitlines()
+    run_id = runs[1].partition(",")[0]
+    linked = Opened(browser, page_file, f"#run={run_id}")
+    assert linked.page.locator("#panel-title").inner_text() == run_id
+    linked.page.close()
+
+
+@pytest.mark.parametrize("case", ["empty", "one run", "all out of memory", "unicode", "a hundred recipes"])
+def test_odd_studies_give_a_page_without_complaints(browser: Any, tmp_path: Path, case: str) -> None:
+    grid = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}}
+    title = "Über 学習 \N{GRINNING FACE} <b>"
+    if case == "a hundred recipes":
+        recipes = {f"lora-{rank}": {"lora": {"r": rank}} for rank in range(1, 101)}
+        grid |= {"recipes": list(recipes)}
+    config = handmade.study(recipes=recipes, grid=[grid], report={"title": title if case == "unicode" else case})
+    records = []
+    for number, one in enumerate(plan.plan(config)):
+        oom = case == "all out of memory" or (case == "one run" and number > 0)
+        records.append(handmade.out_of_memory(one.run) if oom else handmade.completed(one.run, 1.0 + number / 100))
+    frame = handmade.frame(config, tmp_path, *records)
+    if case in ("empty", "one run"):
+        frame = frame.head(0 if case == "empty" else 1)
+    results = Results(tmp_path)
+    report.build(config, frame, results)
+    shown = Opened(browser, results.report)
+    assert shown.page.locator("h1").inner_text() == (title if case == "unicode" else case)
+    assert shown.complaints == []
+    shown.screenshot(f"odd-{case.replace(' ', '-')}", full_page=True)
+    assert json.dumps(shown.texts(".answer li"))
+    shown.page.close()

@@ -1,0 +1,203 @@
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from finetune_study import status
+from finetune_study.record import Failure, Record
+from finetune_study.status import InQueue, Status
+from finetune_study.study import Study
+from tests.unit import handmade
+
+CONFIG = handmade.study()
+RUNS = handmade.runs(CONFIG)
+FULL, LORA = RUNS["full", 1], RUNS["lora", 1]
+NOW = 1_000_000.0
+
+
+def study(root: Path, *documents: Record | Failure) -> Study:
+    results = handmade.write(root / "results", *documents)
+    return Study(CONFIG, results, {one.run.run_id: one for one in handmade.planned(CONFIG)})
+
+
+def ledger(root: Path, *events: dict[str, Any] | str) -> Path:
+    path = root / "ledger.jsonl"
+    path.write_text("".join((e if isinstance(e, str) else json.dumps(e)) + "\n" for e in events), encoding="utf-8")
+    return path
+
+
+def intent(name: str, token: str, **more: Any) -> dict[str, Any]:
+    whole = {"event": "intent", "key": f"key of {token}", "token": token, "name": name, "batch": f"batch of {token}"}
+    return whole | {"place": None, "slurm_id": None} | more
+
+
+def submitted(token: str, slurm_id: str, **more: Any) -> dict[str, Any]:
+    return {"event": "submitted", "token": token, "slurm_id": slurm_id} | more
+
+
+def closed(token: str) -> dict[str, Any]:
+    return {"event": "closed", "token": token, "how": "success", "began": True}
+
+
+def shown(seen: Status) -> str:
+    console = Console(width=200, record=True, file=None, highlight=False)
+    with console.capture() as capture:
+        console.print(status.render(seen, NOW), soft_wrap=True)
+    return capture.get()
+
+
+def no_slurm(ids: Iterable[str]) -> dict[str, InQueue]:
+    return {}
+
+
+def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> None:
+    seen = status.look(study(tmp_path, handmade.completed(LORA, 1.0)), tmp_path / "none.jsonl", no_slurm)
+    assert seen.counts == [("completed", 1), ("not_run", 1)]
+    assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
+    assert seen.driver == "no driver has been at work here"
+    assert "2 runs: 1 completed, 1 not run" in shown(seen)
+    assert "GPU-hours: 0.0100 used, about 0.0100 still to come (1 runs)" in shown(seen)
+
+
+def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:
+    seen = status.look(study(tmp_path), tmp_path / "none.jsonl", no_slurm)
+    assert seen.expected_gpu_hours is None
+    assert "not known yet still to come" in shown(seen)
+
+
+def test_the_last_failures_come_with_cause_and_log(tmp_path: Path) -> None:
+    text = shown(
+        status.look(
+            study(tmp_path, handmade.failure(FULL, cause="a [bold]bug", log_tail="one\ntwo")),
+            tmp_path / "none.jsonl",
+            no_slurm,
+        )
+    )
+    assert f"{FULL.run_id} failed (try 1): a [bold]bug" in text
+    assert "log: results/launch.log" in text
+    assert "    two" in text
+
+
+def test_jobs_come_from_the_ledger_and_closed_ones_are_gone(tmp_path: Path) -> None:
+    path = ledger(
+        tmp_path,
+        intent("run-a", "t1", at=NOW - 3700),
+        submitted("t1", "41"),
+        intent("run-b", "t2"),
+        submitted("t2", "42"),
+        closed("t2"),
+        intent("run-c", "t3"),
+        {"event": "something new", "token": "t1", "and": "more"},
+        '{"event": "intent", "tok',
+    )
+    jobs, problems = status.read_ledger(path)
+    assert [(job.name, job.slurm_id) for job in jobs] == [("run-a", "41"), ("run-c", None)]
+    assert problems == []
+    queue = {"41": InQueue("RUNNING", "node-7", "12:00")}
+    text = shown(status.look(study(tmp_path), path, lambda ids: queue))
+    assert "1:01:40" in text
+    assert "node-7" in text
+    assert "not submitted yet" in text
+
+
+def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) -> None:
+    _, problems = status.read_ledger(ledger(tmp_path, "[]", intent("a", "t1")))
+    assert problems == [f"{tmp_path / 'ledger.jsonl'}, line 1: not an event"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "hopeless"),
+    [("Resources", False), ("Priority", False), ("QOSMaxGRESPerUser", False), ("PartitionTimeLimit", True),
+     ("BadConstraints", True), ("AssocGrpGRESMinutes", True),
+     ("QOSMaxGRESPerJob", True), ("AssocMaxGRESPerNode", True)],
+)  # fmt: skip
+def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopeless: bool) -> None:
+    path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"))
+    text = shown(status.look(study(tmp_path), path, lambda ids: {"41": InQueue("PENDING", reason, "0:00")}))
+    assert reason in text
+    assert ("NEVER CLEARS BY WAITING" in text) == hopeless
+    if hopeless:
+        assert str(status.advice(reason)) in text
+
+
+def test_a_damaged_record_is_a_problem_and_no_end(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    paths = one.results.run(FULL.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.record.write_text("{")
+    seen = status.look(one, tmp_path / "none.jsonl", no_slurm)
+    assert seen.counts == [("not_run", 2)]
+    assert "record.json is damaged" in shown(seen)
+
+
+def test_what_squeue_says_is_read() -> None:
+    text = "41|PENDING|(Resources)|0:00|\n42|RUNNING|a100-1|1:02:03|\n\n"
+    assert status.parse_squeue(text) == {
+        "41": InQueue("PENDING", "Resources", "0:00"),
+        "42": InQueue("RUNNING", "a100-1", "1:02:03"),
+    }
+
+
+def test_a_dead_driver_is_told_from_a_live_one(tmp_path: Path) -> None:
+    import os
+
+    path = ledger(tmp_path)
+    lock = tmp_path / "lock"
+    lock.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+    assert status.look(study(tmp_path), path, no_slurm).driver.startswith("driver: process")
+    lock.write_text(f"process 999999999 on {os.uname().nodename}\n")
+    assert "is gone" in status.look(study(tmp_path), path, no_slurm).driver
+    lock.write_text("process 1 on another-host\n")
+    assert status.look(study(tmp_path), path, no_slurm).driver == "last driver: process 1 on another-host"
+
+
+def test_the_executors_ledger_follows_the_schema(tmp_path: Path) -> None:
+    """The executor writes it, the schema describes it, and this reads it: held together here."""
+    from snakemake_executor_plugin_submitit.ledger import Ledger, Submission
+
+    def work(name: str, batch: str, place: int | None = None) -> Submission:
+        return Submission(f"key of {name}", f"token of {name}", "digest", "asked", name, batch, place, gpu_hours=2.0)
+
+    written = Ledger(tmp_path / "submitit")
+    alone, done, moved = work("run-a", "one"), work("run-b", "other"), work("run-c", "third")
+    tasks = [work(f"run-{place}", "array", place) for place in (0, 1)]
+    for batch in ([alone], tasks, [done], [moved], [work("run-d", "last")]):
+        written.intend(batch)
+    written.submitted("one", "7")
+    written.submitted("array", "8")
+    written.submitted("other", "9")
+    written.submitted("third", "10")
+    written.moved(moved, "11")
+    written.prove("a100")
+    written.close(done, "success", keep_files=False)
+    expected = [("run-a", "7"), ("run-0", "8_0"), ("run-1", "8_1"), ("run-c", "11"), ("run-d", None)]
+    written.release()
+    path = tmp_path / "submitit" / "ledger.jsonl"
+    for _ in ("as it was written", "as the next driver compacts it"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            jsonschema.validate(event, status.schema())
+        assert {event["event"] for event in events} >= {"intent", "submitted", "asked", "proved"}
+        assert [(job.name, job.slurm_id) for job in status.read_ledger(path)[0]] == expected
+        Ledger(tmp_path / "submitit").release()
+
+
+def test_the_schema_describes_every_event_and_field_of_the_executor() -> None:
+    from snakemake_executor_plugin_submitit.ledger import EVENTS, Submission
+
+    described = status.schema()["properties"]
+    assert {*Submission.__dataclass_fields__} <= {*described}
+    assert {rule["if"]["properties"]["event"]["const"] for rule in status.schema()["allOf"]} == {*EVENTS}
+
+
+def test_an_array_is_asked_for_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "8_1|RUNNING|a100-1|1:00|"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert status.squeue(["8_0", "8_1", "9", "odd"]) == {"8_1": InQueue("RUNNING", "a100-1", "1:00")}
+    assert "--jobs 8,9 " in (tmp_path / "asked").read_text()
