@@ -36,6 +36,13 @@ from finetune_study.rendezvous import Member, Place, Team
 from finetune_study.run import Run
 from finetune_study.signals import StoppedError
 
+UNPROVED_FILE = "UNPROVED_FILE"
+"""Environment variable: this file tells the executor that an outcome does not show that hardware entry and software can
+complete a run."""
+
+UNPROVED = ("host_oom", "timeout")
+"""Outcomes that too small a request of SLURM gives to all runs alike."""
+
 UNFIT_NODES_FILE = "UNFIT_NODES_FILE"
 """Environment variable: where the executor reads which nodes are not what a job asks for, a name on each line."""
 
@@ -133,6 +140,8 @@ class Launch:
             except Exception as error:
                 verdict = Verdict(cause=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         if verdict.ending is not None:
+            if verdict.ending.status in UNPROVED and (path := os.environ.get(UNPROVED_FILE)):
+                Path(path).touch()
             record.write_record(self.paths, self._record(verdict.ending))
             shutil.rmtree(self.paths.scratch, ignore_errors=True)
         else:

@@ -13,7 +13,7 @@ from snakemake_executor_plugin_submitit.limits import Limits
 from snakemake_executor_plugin_submitit.patience import FIRST_PAUSE_SECONDS, Patience
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 from snakemake_executor_plugin_submitit.slurm import Slurm, SlurmError
-from snakemake_executor_plugin_submitit.task import Listener, Task
+from snakemake_executor_plugin_submitit.task import Listener, Task, Work
 
 TOLD_AT_ONCE = 20
 """Ids in a message."""
@@ -48,8 +48,8 @@ class Base:
         self._next_question = 0.0
         self._full: dict[str, Patience] = {}
         """Requests for which there was no room, by what they ask for."""
-        self._excluded: dict[str, set[str]] = {}
-        """Nodes that were not what was asked for, by that."""
+        self._unshared: set[str] = set()
+        """Requests that SLURM takes for one work, and not for several that share a job."""
 
     def _in_state(self, state: str) -> list[Task]:
         return [task for task in self._tasks.values() if task.state == state]
@@ -71,9 +71,9 @@ class Base:
 
     def _succeed(self, task: Task, how: str) -> None:
         if task.submission is not None:
+            if how == "success" and not (self.ledger.folder_of(task.submission) / "unproved").exists():
+                self._gate.succeeded(task)
             self.ledger.close(task.submission, how, keep_files=self.settings.keep_logs)
-        if how != "resolved":
-            self._gate.succeeded(task)
         self._is_over(task)
         self.listener.success(task)
 
@@ -108,6 +108,13 @@ class Base:
         self.ledger.close(submission, "withdrawn", keep_files=False)
         task.submission, task.status = None, None
         return True
+
+    def _unshare(self, work: Work, why: str) -> None:
+        """Works that ask for this have jobs of their own from now on: several at once are more than SLURM gives."""
+        self._unshared.add(work.asked)
+        self.listener.warn(
+            f"{work.rule}: max_job_minutes={work.max_job_minutes} is too much, every work gets a job of its own: {why}"
+        )
 
     def _cancel(self, submissions: Sequence[Submission]) -> bool:
         """Ends works, whether they have begun or not; of a job that runs others as well, these alone.

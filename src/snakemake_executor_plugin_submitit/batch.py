@@ -14,6 +14,8 @@ from snakemake_executor_plugin_submitit.script import batch_script, job_script
 from snakemake_executor_plugin_submitit.slurm import submit
 from snakemake_executor_plugin_submitit.task import Task, Work
 
+UNPROVED_FILE = "UNPROVED_FILE"
+"""Environment variable of works that have a kind: a success that makes this file is none that proves the kind."""
 UNFIT_NODES_FILE = "UNFIT_NODES_FILE"
 """Environment variable of works that know of unfit nodes: where they may name them, if it is not the batch script's."""
 
@@ -53,14 +55,15 @@ class Batch:
         return options
 
 
-def form(tasks: Sequence[Task], most_jobs: int) -> Iterator[Batch]:
+def form(tasks: Sequence[Task], most_jobs: int, per_job: int | None = None) -> Iterator[Batch]:
     """Shares tasks out over as few jobs as their time allows, all about equally long, and these over arrays.
 
     Args:
         tasks: that ask for the same.
         most_jobs: of an array.
+        per_job: works of a job; default: as many as their time allows.
     """
-    num_jobs = math.ceil(len(tasks) / tasks[0].work.per_job)
+    num_jobs = math.ceil(len(tasks) / (per_job or tasks[0].work.per_job))
     jobs = [list(tasks[place::num_jobs]) for place in range(num_jobs)]
     for _, equally_long in itertools.groupby(jobs, key=len):
         rest = list(equally_long)
@@ -108,7 +111,9 @@ def send(batch: Batch, ledger: Ledger, extra: Sequence[str], latency_wait: int, 
         assert task.submission is not None
         work, submission, folder = task.work, task.submission, ledger.folder_of(task.submission)
         (folder / "command.sh").write_text(work.command + "\n", encoding="utf-8")
-        unfit = {} if work.unfit_node_status is None else {UNFIT_NODES_FILE: str(folder / "unfit")}
+        answers = {} if work.unfit_node_status is None else {UNFIT_NODES_FILE: str(folder / "unfit")}
+        if work.kind is not None:
+            answers[UNPROVED_FILE] = str(folder / "unproved")
         script = job_script(
             name=work.name,
             folder=folder,
@@ -118,7 +123,7 @@ def send(batch: Batch, ledger: Ledger, extra: Sequence[str], latency_wait: int, 
             inputs=work.inputs,
             removed=work.removed,
             latency_wait=latency_wait,
-            exports={**work.exports, **unfit},
+            exports={**work.exports, **answers},
             tmpdir=work.tmpdir,
             restart_limit=restart_limit,
             is_alone=len(batch.tasks) == 1,

@@ -121,7 +121,7 @@ class Executor(RemoteExecutor):
         return Work(
             key=_digest(sorted(outputs) or [job.name, *_wildcards(job).items()]),
             digest=_digest(self._definition(job)),
-            asked=_digest([options, extra]),
+            asked=_digest([options, extra, job.resources.get("submit_kind"), job.resources.get("max_job_minutes")]),
             name=_job_name(job),
             rule=job.name,
             command=command,

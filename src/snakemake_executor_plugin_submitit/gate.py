@@ -23,8 +23,8 @@ NUMBERS = re.compile(r"\b0x[0-9a-f]+\b|\d+([._]\d+)*")
 class Kind:
     """What is known of works that have hardware and software in common."""
 
-    failures: dict[str, int] = field(default_factory=dict)
-    """Since its last success, by what was said."""
+    failures: dict[str, set[str]] = field(default_factory=dict)
+    """Works that failed since its last success, by what was said."""
     stopped: str | None = None
     """Why no more of it is submitted."""
 
@@ -97,8 +97,9 @@ class Gate:
             return None
         known = self._kind(kind)
         said = _signature(task, f"{how}\n{log}")
-        known.failures[said] = known.failures.get(said, 0) + 1
-        if known.failures[said] < limit or known.stopped:
+        alike = known.failures.setdefault(said, set())
+        alike.add(task.work.key)
+        if len(alike) < limit or known.stopped:
             return None
         known.stopped = (
             f"not submitted: {limit} jobs of the kind `{kind}` failed alike, and none was a success meanwhile "
@@ -113,7 +114,7 @@ class Gate:
 def _signature(task: Task, text: str) -> str:
     """What was said, without what differs from job to job."""
     own = sorted({task.work.name, *map(str, task.work.description["wildcards"].values())}, key=len, reverse=True)
-    for word in own:
+    for word in filter(None, own):
         text = text.replace(word, "*")
     lines = [NUMBERS.sub("#", line).strip() for line in text.splitlines()]
     return "\n".join(dict.fromkeys(filter(None, lines[:1] + lines[-LINES_COMPARED:])))

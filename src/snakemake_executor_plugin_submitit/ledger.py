@@ -26,8 +26,12 @@ EVENTS = {
     "closed": "nobody has to look after `token` any more, and `how` it ended; `began` is false where it never did",
     "asked": "`gpu_hours` that closed works had asked for",
     "proved": "a work of this `kind` was a success",
+    "unfit": "`nodes` that are not what works with this `asked` ask for; holds for a day",
 }
 """Of the ledger, by the field `event`; most have `at`, the time in seconds since 1970."""
+
+UNFIT_SECONDS = 24 * 3600.0
+"""How long a node is left out: its cards may be changed, or whoever used them may leave."""
 
 WITHDRAWN = "withdrawn"
 """In a claim: the driver took the work back before any job began it."""
@@ -113,6 +117,9 @@ class Ledger:
         """Submissions that are not closed, by key."""
         self.proved: set[str] = set()
         """Kinds of which a work was a success."""
+        self.excluded: dict[str, set[str]] = {}
+        """Nodes that were not what was asked for, by that."""
+        self._unfit: list[dict[str, Any]] = []
         self._gpu_hours_of_closed = 0.0
         self._read()
         self._compact()
@@ -139,6 +146,10 @@ class Ledger:
             self.open[event["key"]] = Submission(**fields)
         elif what == "proved":
             self.proved.add(event["kind"])
+        elif what == "unfit":
+            if time.time() - event["at"] < UNFIT_SECONDS:
+                self._unfit.append(event)
+                self.excluded.setdefault(event["asked"], set()).update(event["nodes"])
         elif what == "asked":
             self._gpu_hours_of_closed += event["gpu_hours"]
         else:
@@ -164,6 +175,7 @@ class Ledger:
         yield {"event": "asked", "gpu_hours": self._gpu_hours_of_closed}
         for kind in sorted(self.proved):
             yield {"event": "proved", "kind": kind}
+        yield from self._unfit
         for submission in self.open.values():
             yield {"event": "intent", **submission.__dict__, "slurm_id": None}
             if submission.slurm_id:
@@ -171,7 +183,7 @@ class Ledger:
 
     def _write(self, *events: dict[str, Any]) -> None:
         at = round(time.time(), 3)
-        self._events.write("".join(json.dumps({**event, "at": at}) + "\n" for event in events))
+        self._events.write("".join(json.dumps({"at": at} | event) + "\n" for event in events))
         self._events.flush()
         os.fsync(self._events.fileno())
 
@@ -201,6 +213,13 @@ class Ledger:
         if kind not in self.proved:
             self.proved.add(kind)
             self._write({"event": "proved", "kind": kind})
+
+    def exclude(self, asked: str, nodes: Iterable[str]) -> set[str]:
+        """Notes nodes that are not what works ask for; all such nodes."""
+        event = {"event": "unfit", "asked": asked, "nodes": sorted(nodes), "at": round(time.time(), 3)}
+        self._write(event)
+        self._replay(event)
+        return self.excluded[asked]
 
     @property
     def gpu_hours_asked(self) -> float:

@@ -46,6 +46,8 @@ def sbatch_options(resources: Mapping[str, Any], threads: int) -> dict[str, Any]
     take("constraint", "constraint")
     for resource in ("slurm_cluster", "clusters", "cluster"):
         take(resource, "clusters")
+    if isinstance(runtime := resources.get("runtime"), int | float) and runtime < 1:
+        raise WorkflowError(f"The resource `runtime` is {runtime}; it must be at least 1 (minutes).")
     take("runtime", "time")
     options |= _memory(resources)
     options |= _gpus(resources)
@@ -84,7 +86,7 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
 
     Args:
         options: of sbatch, as `sbatch_options` gives them.
-        extra: more words, of which `--gpus-per-node` and `--gpus-per-task` are understood.
+        extra: more words, of which `--gpus-per-node` and `--gpus-per-task` are understood, also where cut short.
     """
     nodes, tasks = int(options.get("nodes") or 1), int(options.get("ntasks") or 1)
     if "ntasks-per-node" in options:
@@ -92,7 +94,9 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
     per_node = [word[3:] for word in str(options.get("gres", "")).split(",") if re.match(r"gpu\b", word)]
     count = nodes * sum(map(_number, per_node)) + (_number(str(options["gpus"])) if "gpus" in options else 0)
     for name, value in _long_options(extra):
-        count += {"gpus-per-node": nodes, "gpus-per-task": tasks}.get(name, 0) * _number(value)
+        for option, times in (("gpus-per-node", nodes), ("gpus-per-task", tasks)):
+            if option.startswith(name) and len(name) > len("gpus-per-"):
+                count += times * _number(value)
     return count
 
 

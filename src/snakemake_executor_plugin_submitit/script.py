@@ -147,7 +147,7 @@ trap 'signalled=yes; [ ! -e "$jobs/$work/cancel" ] || kill -TERM "$job" 2> /dev/
 for work in $works; do
     [ -z "$stop" ] || break
     # What is not wanted any more has no folder, or is cancelled.{skip_ended}
-    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || continue
+    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || {{ status={exit_duplicate}; continue; }}
     bash "$jobs/$work/job.sh" >> "$jobs/$work/log" 2>&1 &
     job=$! signalled=
     while :; do
@@ -183,6 +183,7 @@ def batch_script(places: Sequence[Sequence[str]], folder: Path) -> str:
         jobs=shlex.quote(str(folder / "jobs")),
         ended=shlex.quote(str(folder / "ended")),
         skip_ended=SKIP_ENDED if shared else "",
+        exit_duplicate=EXIT_DUPLICATE,
         status="0" if shared else "$status",  # of a shared job SLURM has nothing to tell but of the job
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
+from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import ExecutorSettingsBase
 
 from snakemake_executor_plugin_submitit.detach import MODES
@@ -15,6 +16,17 @@ def _setting(help_text: str) -> dict[str, object]:
 @dataclass
 class ExecutorSettings(ExecutorSettingsBase):
     """What a user may set; every field has a default."""
+
+    def __post_init__(self) -> None:
+        least = {"status_interval": 1, "array_limit": 1} | dict.fromkeys(
+            ("patience_minutes", "lost_after_seconds", "resubmit_limit", "before_submit_interval", "hold_minutes",
+             "failure_limit", "max_gpu_hours"), 0,
+        )  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and not (minimum <= value < float("inf")):
+                option = f"--submitit-{name.replace('_', '-')}"
+                raise WorkflowError(f"{option} is {value}; it must be a number of at least {minimum}.")
 
     status_interval: int = field(
         default=20,

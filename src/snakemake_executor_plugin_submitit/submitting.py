@@ -112,7 +112,7 @@ class Submitting(Base):
             if self._stop.is_set() or time.monotonic() >= until:
                 self._is_cut_short = True
                 return False
-            batch = next(batches.form(affordable, most))
+            batch = next(batches.form(affordable, most, 1 if group[0].work.asked in self._unshared else None))
             batches.intend(batch, self.ledger)
             try:
                 if not self._send(batch):
@@ -164,10 +164,11 @@ class Submitting(Base):
             self._sent(batch, slurm_id)
             return True
         work = batch.work
-        own = [f"--dependency=afterany:{after}"] if (after := batch.tasks[0].after) else []
+        extra = batches.excluding(work.extra, self.ledger.excluded.get(work.asked, set()))
+        if after := batch.tasks[0].after:
+            extra.append(f"--dependency=afterany:{after}")
         if self.settings.max_gpu_hours is not None:
-            own.append("--no-requeue")  # what SLURM runs again by itself nobody has counted
-        extra = batches.excluding([*own, *work.extra], self._excluded.get(work.asked, set()))
+            extra.append("--no-requeue")  # what SLURM runs again by itself nobody has counted
         try:
             slurm_id = batches.send(batch, self.ledger, extra, self.latency_wait, self.settings.resubmit_limit)
         except SlurmError as error:
@@ -181,7 +182,12 @@ class Submitting(Base):
             if refusal.passes is not False:
                 self._return(batch)
                 raise NoRoomError(str(error), refusal) from None
-            self._refuse(batch, f"SLURM did not take the job: {error}{f' ({refusal.why})' * bool(refusal.why)}")
+            message = f"SLURM did not take the job: {error}{f' ({refusal.why})' * bool(refusal.why)}"
+            if batch.submission.shared:
+                self._return(batch)
+                self._unshare(work, message)
+            else:
+                self._refuse(batch, message)
         else:
             self._sent(batch, slurm_id)
         return True
@@ -210,7 +216,7 @@ class Submitting(Base):
 
     def _refuse(self, batch: Batch, message: str) -> None:
         self._answered()
-        if excluded := self._excluded.get(batch.work.asked):
+        if excluded := self.ledger.excluded.get(batch.work.asked):
             message += f" (without the nodes {', '.join(sorted(excluded))}, which were not what was asked for)"
         for task in batch.tasks:
             self._fail(task, message)

@@ -19,7 +19,8 @@ class Work:
     digest: str
     """Of the command; a task with another one is not the same work."""
     asked: str
-    """Digest of what is asked of SLURM."""
+    """Digest of what is asked of SLURM, with kind and `max_job_minutes`: works for which it is equal are submitted
+    together."""
     name: str
     """In squeue."""
     rule: str

@@ -84,8 +84,7 @@ class Watching(Base):
         """The command says that its node is not what was asked for: it is tried on another one."""
         assert task.submission is not None
         unfit = self.ledger.unfit_nodes(task.submission) or [ended.node]
-        nodes = self._excluded.setdefault(task.work.asked, set())
-        nodes.update(unfit)
+        nodes = self.ledger.exclude(task.work.asked, unfit)
         what = f"node {' and '.join(unfit)} is not what was asked for (status {ended.status})"
         if task.resubmissions >= self.settings.resubmit_limit:
             tried = f"tried were {', '.join(sorted(nodes))}"
@@ -199,15 +198,18 @@ class Watching(Base):
             self.listener.say(f"{task.work.name}: SLURM job {status.slurm_id} ended before its turn; trying again")
             self._start_over(task)
             return
-        is_told = status.is_whole and not (shared and status.state == "COMPLETED")
+        has_said = not shared and self.ledger.has_begun(task.submission)
+        is_told = status.is_whole and (has_said or status.state != "COMPLETED")
         if not is_told and now - (task.failed_at or now) < UNEXPLAINED_SECONDS:
             task.failed_at = task.failed_at or now
             return
         claimant = self.ledger.claimed_by(task.submission)
         if claimant not in (None, WITHDRAWN, task.submission.slurm_id):
             self.ledger.moved(task.submission, str(claimant))  # a twin of this submission does the work
-        elif status.state == "COMPLETED" and not shared:
+        elif status.state == "COMPLETED" and has_said:
             self._succeed(task, "success")
+        elif status.state == "COMPLETED":
+            self._fail(task, f"SLURM job {status.slurm_id} ended, and left no word of this work; are its scripts gone?")
         else:
             self._conclude(task, status)
 
@@ -217,8 +219,13 @@ class Watching(Base):
         if status.state in NODE_LOST:
             self._submit_again(task, status.explanation(), status)
         elif status.state in KILLED and self._made_a_result(task, status):
+            stopped = self._gate.failed(
+                task, status.state, ""
+            )  # a result, and no proof that such jobs can be a success
             self._succeed(task, "killed, and a result")
-        elif task.adopted:
+            self._stop_kind(task.work.kind, stopped)
+        elif task.adopted and task.resubmissions < self.settings.resubmit_limit:
+            task.resubmissions += 1
             self.listener.say(f"{task.work.name}: SLURM job {task.submission.slurm_id} failed meanwhile; trying again")
             self._start_over(task)
         else:
@@ -235,7 +242,14 @@ class Watching(Base):
 
     def _give_back(self, task: Task, status: JobStatus, why: str) -> None:
         """A job that SLURM took and will never start."""
-        if self._withdraw_pending(task):
+        shared = task.submission is not None and task.submission.shared
+        if not self._withdraw_pending(task):
+            return
+        if shared:
+            self._may_begin_anew(task)
+            if task.work.asked not in self._unshared:
+                self._unshare(task.work, why)
+        else:
             self._fail(
                 task,
                 f"SLURM took job {status.slurm_id} and will never start it: {status.explanation()}: {why}; ask for "
@@ -348,11 +362,12 @@ class Watching(Base):
         assert task.submission is not None
         stopped = self._gate.failed(task, how, _ends_of(self.ledger.logs_of(task.submission)))
         self._fail(task, message)
-        if stopped:
-            self._stop_kind(task.work.kind, stopped)
+        self._stop_kind(task.work.kind, stopped)
 
-    def _stop_kind(self, kind: str | None, message: str) -> None:
-        """What of a kind has not begun is not going to."""
+    def _stop_kind(self, kind: str | None, message: str | None) -> None:
+        """What of a kind has not begun is not going to, if there is a reason."""
+        if message is None:
+            return
         for task in [task for task in self._tasks.values() if task.work.kind == kind]:
             if task.state != "submitted" or (task.is_pending and self._withdraw_pending(task)):
                 self._fail(task, message)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.slurm.cluster import ask, wait_for
-from tests.slurm.place import UNTIL_GO, Place
+from tests.slurm.place import EAT_300_MB, UNTIL_GO, Place
 
 pytestmark = pytest.mark.slurm
 
@@ -78,6 +78,19 @@ def test_failures_that_differ_stop_nobody(place: Place) -> None:
     assert len(submitted(place)) == 5
 
 
+def test_result_that_was_made_of_a_kill_proves_nothing(place: Place) -> None:
+    """Nor does a success that says so itself; three alike stop their kind all the same."""
+    hook = place.hook("after_kill.py", 'pathlib.Path(given["output"][0]).write_text("killed")')
+    for number in range(5):
+        place.rule(f"killed{number}", EAT_300_MB, submit_kind="killed")
+        place.rule(f"humble{number}", 'touch "$UNPROVED_FILE"', submit_kind="humble")
+    ended = place.snakemake(ARRAYS, "--submitit-after-kill", hook)
+    assert len([rule for rule in submitted(place) if rule.startswith("killed")]) == 3
+    assert ended.failed == {f"killed{number}" for number in range(5) if not place.begun(f"killed{number}")}
+    # One after the other, each in a job of its own.
+    assert len({event["slurm_id"] for event in place.events() if event["event"] == "submitted"}) == 3 + 5
+
+
 # --- budget ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +134,17 @@ def test_unfit_node_is_excluded_and_the_job_submitted_again(place: Place) -> Non
     assert ended.status == 0, ended.output
     assert "node v100-1 is not what was asked for (status 69); submitting it again (1 of 3)" in ended.output
     assert all(len(place.begun(f"job{number}")) <= 2 for number in range(4))
+
+
+def test_unfit_nodes_are_known_to_the_next_call_and_to_nobody_else(place: Place) -> None:
+    asks: Any = {"slurm_partition": "mixed", "gres": "gpu:1", "unfit_node_status": 69}
+    place.rule("a100", UNFIT.format(node="v100-2"), submit_kind="a100", **asks)
+    assert place.snakemake().status == 0
+    place.rule("again", UNFIT.format(node="v100-2"), submit_kind="a100", **asks)
+    place.rule("v100", UNFIT.format(node="a100-2"), submit_kind="v100", **asks)
+    ended = place.snakemake()
+    assert ended.status == 0, ended.output
+    assert [len(place.begun(rule)) for rule in ("a100", "again", "v100")] == [2, 1, 1]
 
 
 def test_job_fails_when_no_node_is_fit(place: Place) -> None:

@@ -1,5 +1,6 @@
 """Works that ask for the same share a job, one after another: losing one loses that one alone."""
 
+import shutil
 import signal
 from typing import Any
 
@@ -24,13 +25,15 @@ def test_works_that_ask_for_the_same_share_jobs_as_their_time_allows(place: Plac
     for number in range(6):
         place.rule(f"job{number}", "echo $$ > pid{rule}", **SHARED)
     place.rule("other", "true", **SHARED, cpus_per_task=2)
+    place.rule("alone", "true", runtime=10)
+    place.rule("kind", "true", **SHARED, submit_kind="other software")
     ended = place.snakemake(ARRAYS)
     assert ended.status == 0, ended.output
     rules = [f"job{number}" for number in range(6)]
+    assert len(set(jobs_of(place, "other", "alone", "kind")) - set(jobs_of(place, *rules))) == 3
     assert len(jobs_of(place, *rules)) == 2
-    assert not set(jobs_of(place, "other")) & set(jobs_of(place, *rules))
-    limits = {event["slurm_id"] for event in place.events() if event["event"] == "submitted"}
-    assert len(limits) == 2  # the six are one array of two jobs
+    batches = {event["slurm_id"] for event in place.events() if event["event"] == "submitted"}
+    assert len(batches) == 4  # the six are one array of two jobs
     assert not list((place.ledger.parent / "batches").iterdir())
 
 
@@ -156,3 +159,24 @@ def test_all_are_cancelled_with_their_job(place: Place) -> None:
     place.go()
     ended = place.snakemake(ARRAYS)
     assert ended.status == 0, ended.output
+
+
+def test_works_that_are_too_long_together_have_jobs_of_their_own(place: Place) -> None:
+    """The partition gives two days."""
+    for number in range(2):
+        place.rule(f"job{number}", "true", max_job_minutes=5000, runtime=2000)
+    ended = place.snakemake(ARRAYS)
+    assert ended.status == 0, ended.output
+    assert "max_job_minutes=5000 is too much, every work gets a job of its own" in ended.output
+    assert len(jobs_of(place, "job0", "job1")) == 2
+
+
+def test_job_whose_scripts_are_gone_is_no_success(place: Place) -> None:
+    place.rule("job", "true", **PENDING)
+    driver = place.start("--submitit-resubmit-limit=0")
+    wait_for(lambda: place.queued("job"), "it is in the queue")
+    for folder in (place.ledger.parent / "jobs").iterdir():
+        shutil.rmtree(folder)
+    place.release("job")
+    ended = driver.wait()
+    assert ended.failed == {"job"}

@@ -19,7 +19,7 @@ trap 'signalled=yes; [ ! -e "$jobs/$work/cancel" ] || kill -TERM "$job" 2> /dev/
 for work in $works; do
     [ -z "$stop" ] || break
     # What is not wanted any more has no folder, or is cancelled.
-    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || continue
+    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || { status=75; continue; }
     bash "$jobs/$work/job.sh" >> "$jobs/$work/log" 2>&1 &
     job=$! signalled=
     while :; do

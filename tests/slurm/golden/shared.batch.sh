@@ -21,7 +21,7 @@ for work in $works; do
     # What is not wanted any more has no folder, or is cancelled.
     # After SLURM requeued the job: what has ended by itself has ended.
     grep -qs ' signal$' "$ended/$work" || [ ! -e "$ended/$work" ] || continue
-    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || continue
+    [ -d "$jobs/$work" ] && [ ! -e "$jobs/$work/cancel" ] || { status=75; continue; }
     bash "$jobs/$work/job.sh" >> "$jobs/$work/log" 2>&1 &
     job=$! signalled=
     while :; do
