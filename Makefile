@@ -4,7 +4,7 @@
 #   make test    run the whole suite
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
-#   make bench   PART=driver measures on the test cluster, PART=predictor compares predictions with published tables,
+#   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
 #                PART=report measures how long the report of 100,000 runs takes
 #   make synthetic
 #                the report of a synthetic study, to look at every figure: build/synthetic/results/report/index.html
@@ -60,7 +60,7 @@ check: env
 	@$(BIN)/finetune-study config-docs --check
 
 PART ?= driver
-bench: env $(if $(filter driver,$(PART)),slurm-up)
+bench: env $(if $(filter driver pending,$(PART)),slurm-up)
 	@$(BIN)/python benchmarks/$(PART).py --write benchmarks/results
 
 synthetic: env

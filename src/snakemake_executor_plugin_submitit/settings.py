@@ -46,7 +46,8 @@ class ExecutorSettings(ExecutorSettingsBase):
     resubmit_limit: int = field(
         default=3,
         metadata=_setting(
-            "How often a job is submitted again, or may be requeued, when its node fails or it is preempted."
+            "How often a job is submitted again, or may be requeued, when its node fails or is not what was asked for, "
+            "or it is preempted."
         ),
     )
     after_kill: Optional[str] = field(

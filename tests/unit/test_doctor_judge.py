@@ -88,7 +88,7 @@ def test_a_node_on_which_all_is_well() -> None:
         ({"lock": "No locks available"}, "locks", "wrong", "No locks available"),
         ({"temporary": {"path": "/t", "error": "Read-only file system"}}, "temporary folder", "wrong", "Read-only"),
         ({"temporary": {"path": "/t", "free_gib": 0.2}}, "temporary folder", "warning", "0.2 GiB"),
-        ({"home": {"path": "/home/ann", "error": "Permission denied"}}, "home", "warning", "Permission denied"),
+        ({"home": {"path": "/home/ann", "error": "Permission denied"}}, "home", "ok", "Permission denied"),
         ({"allocation": [{"entry": "a100", "error": "Not so\n  do:      mend it"}]}, "allocation", "wrong", "Not so"),
         ({"ended": None}, "node", "wrong", "the job broke off"),
     ],

@@ -148,7 +148,8 @@ def _body(cluster: Cluster, entry: Entry, place: Place, gpus: list[dict[str, str
 
 def _by_driver(gpu: Mapping[str, str], memory_gib: float | None, model: str | None) -> dict[str, Any]:
     """What the driver says; the memory that a config names stays where it is about right."""
-    said: dict[str, Any] = {"gpu": gpu["name"]}
+    # Of a slice it names the whole card, which is not what torch calls it.
+    said: dict[str, Any] = {} if MIG.search(model or "") else {"gpu": gpu["name"]}
     if "compute_capability" in gpu:
         said["compute_capability"] = float(gpu["compute_capability"])
     if not gpu.get("memory_mib", "").isdigit() or MIG.search(model or ""):

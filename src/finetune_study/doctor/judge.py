@@ -144,20 +144,17 @@ def _other_folders(probe: Probe, findings: Findings) -> None:
         return
     if "error" in temporary:
         findings.wrong(
-            "temporary folder", f"{temporary['path']}: {temporary['error']}", "set TMPDIR where you call Snakemake"
+            "temporary folder",
+            f"{temporary['path']}: {temporary['error']}",
+            "name another folder: hardware.<name>.places.temporary",
         )
     elif temporary["free_gib"] < LITTLE_TEMPORARY_GIB:
         found = f"{temporary['path']} has {temporary['free_gib']:.1f} GiB free"
-        findings.warn("temporary folder", found, "set TMPDIR to a folder with more room")
+        findings.warn("temporary folder", found, "name one with more room: hardware.<name>.places.temporary")
     else:
         findings.ok("temporary folder", f"{temporary['path']}, {temporary['free_gib']:.0f} GiB free")
     if "error" in home:
-        findings.warn(
-            "home",
-            f"{home['path']} can't be written to on the node: {home['error']}",
-            "caches and compiled code need another place: set TRITON_CACHE_DIR and TORCH_EXTENSIONS_DIR in "
-            "hardware.<name>.environment",
-        )
+        findings.ok("home", f"{home['path']} can't be written to on the node, and need not be: {home['error']}")
     else:
         findings.ok("home", f"{home['path']} is writable on the node, {home['free_gib']:.0f} GiB free")
 

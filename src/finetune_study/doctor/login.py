@@ -169,7 +169,7 @@ def hub(config: Config, entries: Iterable[Entry], results: Results, findings: Fi
         findings.wrong(
             "hub",
             f"{problem}, and not prepared yet: {', '.join(without)}",
-            "call `snakemake --cores all --until prepare_model prepare_data` where the hub can be reached and this "
+            "call `snakemake --cores 2 prepare` where the hub can be reached and this "
             "folder is seen; or name a local folder in models.<name>.name_or_path; or set HTTPS_PROXY or HF_ENDPOINT",
         )
     else:
