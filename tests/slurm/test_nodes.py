@@ -85,7 +85,7 @@ def test_zero3_over_two_nodes_learns_what_it_learns_on_one(place: Workplace) -> 
     (step,) = ask("sacct", "-j", f"{job.slurm_id}.0", "-nPo", "NTasks,AllocNodes").split()
     assert step == "2|2"
     left = {path.name for path in (place.results / "runs" / two.run.run_id).iterdir()}
-    assert left == {"record.json", "run.yaml", "prior.json", "launch.lock", "launch.log", "launch-node-1.log"}
+    assert left == {"record.json", "run.yaml", "launch.lock", "launch.log", "launch-node-1.log"}
 
 
 class Going:

@@ -27,7 +27,6 @@ def edit(place: Workplace, change: Callable[[dict[str, Any]], object]) -> None:
 def test_fresh_study_runs_every_stage(fresh: Workplace) -> None:
     assert fresh.planned() == {
         "plan": 1,
-        "forecast": 1,
         "prepare_model": 1,
         "prepare_data": 1,
         "finetune": 2,
@@ -155,7 +154,7 @@ def test_purged_run_yaml_of_a_run_to_come_is_written_anew(measured: Workplace) -
     record = measured.record("_lora_")
     record.unlink()
     (record.parent / "run.yaml").unlink()
-    assert measured.planned() == {"plan": 1, "forecast": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
 
 
 @pytest.mark.parametrize("age_seconds", [0, -(10**6)], ids=["all new", "records far older"])
@@ -182,7 +181,6 @@ def test_run_added_beside_them_runs_alone_even_without_its_model(measured: Workp
     measured.write(raw)
     assert measured.planned() == {
         "plan": 1,
-        "forecast": 1,
         "prepare_model": 1,
         "prepare_data": 1,
         "finetune": 1,
@@ -203,7 +201,7 @@ def test_new_model_runs_its_own_runs(measured: Workplace) -> None:
 
 def test_changed_technique_setting_runs_what_it_touches(measured: Workplace) -> None:
     edit(measured, lambda raw: raw["recipes"]["lora"]["lora"].update(r=8))
-    assert measured.planned() == {"plan": 1, "forecast": 1, "finetune": 1, **REPORTING}
+    assert measured.planned() == {"plan": 1, "finetune": 1, **REPORTING}
 
 
 def test_run_taken_away_leaves_the_tables(measured: Workplace) -> None:
@@ -230,7 +228,6 @@ def test_run_that_can_run_by_now_is_run(fresh: Workplace) -> None:
     edit(fresh, lambda raw: raw["hardware"]["cpu"].update(max_gpus=2))
     assert fresh.planned() == {
         "plan": 1,
-        "forecast": 1,
         "prepare_model": 1,
         "prepare_data": 1,
         "finetune": 1,

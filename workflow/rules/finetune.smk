@@ -8,8 +8,6 @@ ruleorder: plan > finetune
 rule finetune:
     input:
         plan=get_plan,
-        # What is expected of a run is written down before it runs.
-        forecast=ancient(RESULTS.forecast),
         model=ancient(get_model_of_run),
         data=ancient(get_data_of_run),
         request=get_request,
