@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 from benchmarks import synthetic
+from playwright import sync_api
 
 from finetune_study import cells, outcome, plan, report
 from finetune_study.paths import Results
+from tests.debian import need
 from tests.unit import handmade
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (on Debian: apt-get install chromium)")
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
@@ -42,9 +41,10 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    need("chromium", "chromium")
     with sync_api.sync_playwright() as playwright:
         # No sandbox: the tests also run as root, in a container; the page is our own.
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         yield launched
         launched.close()
 
