@@ -18,7 +18,6 @@ from finetune_study.paths import Results
 from tests.debian import need
 from tests.unit import handmade
 
-
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 1000}
 EVIL = '<img src=x onerror="window.executed=1"><script>window.executed=1</script>'
