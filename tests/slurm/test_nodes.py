@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -148,6 +147,7 @@ def going(place: Workplace) -> Iterator[Going]:
 
 def test_memory_that_runs_out_on_the_second_node_is_an_outcome(going: Going) -> None:
     """The operating system leaves rank 1 less than its budget, and its peer none the wiser."""
+    going.wait_until_both_step()  # all threads and libraries are there: what needs memory next is training
     pid = going.rank(1)
     held = next(
         int(line.split()[1])
@@ -158,8 +158,8 @@ def test_memory_that_runs_out_on_the_second_node_is_an_outcome(going: Going) -> 
     assert going.end() < 60
     written = record.read_record(going.paths.record)
     assert (written.ending.status, written.ending.rank) == ("device_oom", 1)
-    # Its next allocation is torch's, or the dynamic loader's.
-    assert re.search("DefaultCPUAllocator|cannot allocate memory", str(written.ending.reason))
+    assert "DefaultCPUAllocator" in str(written.ending.reason)
+    assert (written.ending.bytes_requested or 0) > 0
     assert [rank["rank"] for rank in written.ranks] == [0, 1]
 
 
