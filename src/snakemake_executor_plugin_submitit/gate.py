@@ -1,10 +1,11 @@
 """Which works may be submitted: canaries, works that fail alike, and the GPU-hours that may be asked for."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from snakemake_executor_plugin_submitit.detach import WHEN_SUBMITTED
 from snakemake_executor_plugin_submitit.ledger import Ledger
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 from snakemake_executor_plugin_submitit.task import Task
@@ -19,27 +20,22 @@ NUMBERS = re.compile(r"\b0x[0-9a-f]+\b|\d+([._]\d+)*")
 """What differs between two logs that say the same: ids, times, sizes."""
 
 
-@dataclass
-class Kind:
-    """What is known of works that have hardware and software in common."""
-
-    failures: dict[str, set[str]] = field(default_factory=dict)
-    """Works that failed since its last success, by what was said."""
-    stopped: str | None = None
-    """Why no more of it is submitted."""
-
-
 class Gate:
     """Decides over new tasks; hears how others ended."""
 
     def __init__(self, ledger: Ledger, settings: ExecutorSettings) -> None:
         self._ledger, self._settings = ledger, settings
-        self._kinds: dict[str, Kind] = {}
+        # Where nothing is left of earlier calls, somebody calls who has seen what failed; a crontab has not.
+        self._is_attended = settings.detach != WHEN_SUBMITTED
+        if self._is_attended and not ledger.open:
+            ledger.forgive()
+        self._stopped: dict[str, str] = {}
+        """Why no more of a kind is submitted."""
 
     def why_never(self, task: Task) -> str | None:
         """Why a task is not submitted in this call at all."""
         work, most = task.work, self._settings.max_gpu_hours
-        if work.kind is not None and (stopped := self._kind(work.kind).stopped):
+        if stopped := self._why_stopped(task):
             return stopped
         if most is None or not work.num_gpus:
             return None
@@ -79,7 +75,7 @@ class Gate:
     def succeeded(self, task: Task) -> None:
         if task.work.kind is not None:
             self._ledger.prove(task.work.kind)
-            self._kind(task.work.kind).failures.clear()
+            self._ledger.forgive(task.work.kind)
 
     def failed(self, task: Task, how: str, log: str) -> str | None:
         """Counts a failure.
@@ -93,22 +89,38 @@ class Gate:
             Why no more of its kind is submitted, if this failure was one too many.
         """
         limit, kind = self._settings.failure_limit, task.work.kind
+        if kind is None or not limit or kind in self._stopped:
+            return None
+        said = hashlib.sha256(_signature(task, f"{how}\n{log}").encode()).hexdigest()[:16]
+        self._ledger.fail(kind, said, task.work.key)
+        if len(self._ledger.failures[kind][said]) < limit:
+            return None
+        return self._stop(kind, f" (the last one: {task.work.name}, {how})")
+
+    def _stop(self, kind: str, more: str = "") -> str:
+        self._stopped[kind] = (
+            f"not submitted: {self._settings.failure_limit} jobs of the kind `{kind}` failed alike, and none was a success "
+            f"meanwhile{more}; mend the cause, and {self._again}"
+        )
+        return self._stopped[kind]
+
+    @property
+    def _again(self) -> str:
+        return "call again" if self._is_attended else f"call once without --submitit-detach {WHEN_SUBMITTED}"
+
+    def _why_stopped(self, task: Task) -> str | None:
+        """Works of its kind failed alike, or it failed alike in several calls."""
+        limit, kind = self._settings.failure_limit, task.work.kind
         if kind is None or not limit:
             return None
-        known = self._kind(kind)
-        said = _signature(task, f"{how}\n{log}")
-        alike = known.failures.setdefault(said, set())
-        alike.add(task.work.key)
-        if len(alike) < limit or known.stopped:
-            return None
-        known.stopped = (
-            f"not submitted: {limit} jobs of the kind `{kind}` failed alike, and none was a success meanwhile "
-            f"(the last one: {task.work.name}, {how}); mend the cause, and call again"
-        )
-        return known.stopped
-
-    def _kind(self, name: str) -> Kind:
-        return self._kinds.setdefault(name, Kind())
+        alike = self._ledger.failures.get(kind, {}).values()
+        if kind not in self._stopped and any(len(works) >= limit for works in alike):
+            self._stop(kind)
+        if kind in self._stopped:
+            return self._stopped[kind]
+        if any(works[task.work.key] >= limit for works in alike):
+            return f"not submitted: it failed {limit} times alike; mend the cause, and {self._again}"
+        return None
 
 
 def _signature(task: Task, text: str) -> str:

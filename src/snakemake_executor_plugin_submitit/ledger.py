@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ EVENTS = {
     "closed": "nobody has to look after `token` any more, and `how` it ended; `began` is false where it never did",
     "asked": "`gpu_hours` that closed works had asked for",
     "proved": "a work of this `kind` was a success",
+    "failed": "the work `key` of a `kind` failed; `said` is a digest of what it said",
+    "mended": "what failed of a `kind`, or of all where none is named, does not count any more",
     "unfit": "`nodes` that are not what works with this `asked` ask for; holds for a day",
 }
 """Of the ledger, by the field `event`; most have `at`, the time in seconds since 1970."""
@@ -117,6 +120,8 @@ class Ledger:
         """Submissions that are not closed, by key."""
         self.proved: set[str] = set()
         """Kinds of which a work was a success."""
+        self.failures: dict[str, dict[str, Counter[str]]] = {}
+        """How often which works failed, by kind and by what they said; until one of the kind is a success."""
         self.excluded: dict[str, set[str]] = {}
         """Nodes that were not what was asked for, by that."""
         self._unfit: list[dict[str, Any]] = []
@@ -146,6 +151,11 @@ class Ledger:
             self.open[event["key"]] = Submission(**fields)
         elif what == "proved":
             self.proved.add(event["kind"])
+        elif what == "failed":
+            self.failures.setdefault(event["kind"], {}).setdefault(event["said"], Counter())[event["key"]] += 1
+        elif what == "mended":
+            for kind in [event["kind"]] if "kind" in event else list(self.failures):
+                self.failures.pop(kind, None)
         elif what == "unfit":
             if time.time() - event["at"] < UNFIT_SECONDS:
                 self._unfit.append(event)
@@ -175,6 +185,9 @@ class Ledger:
         yield {"event": "asked", "gpu_hours": self._gpu_hours_of_closed}
         for kind in sorted(self.proved):
             yield {"event": "proved", "kind": kind}
+        for kind, alike in self.failures.items():
+            for said, keys in alike.items():
+                yield from ({"event": "failed", "kind": kind, "said": said, "key": key} for key in keys.elements())
         yield from self._unfit
         for submission in self.open.values():
             yield {"event": "intent", **submission.__dict__, "slurm_id": None}
@@ -187,6 +200,10 @@ class Ledger:
         self._events.flush()
         os.fsync(self._events.fileno())
 
+    def _note(self, event: dict[str, Any]) -> None:
+        self._write(event)
+        self._replay(event)
+
     def intend(self, submissions: Iterable[Submission]) -> None:
         """Notes that a batch is about to be submitted, and makes its folders."""
         intended = list(submissions)
@@ -198,27 +215,29 @@ class Ledger:
 
     def submitted(self, batch: str, slurm_id: str) -> None:
         """Notes the id that SLURM gave to a batch."""
-        event = {"event": "submitted", "batch": batch, "slurm_id": slurm_id}
-        self._write(event)
-        self._replay(event)
+        self._note({"event": "submitted", "batch": batch, "slurm_id": slurm_id})
 
     def moved(self, submission: Submission, slurm_id: str) -> None:
         """Notes that another job than the one that was known does this work."""
-        event = {"event": "submitted", "token": submission.token, "slurm_id": slurm_id}
-        self._write(event)
-        self._replay(event)
+        self._note({"event": "submitted", "token": submission.token, "slurm_id": slurm_id})
 
     def prove(self, kind: str) -> None:
         """Notes that works of this kind can be a success."""
         if kind not in self.proved:
-            self.proved.add(kind)
-            self._write({"event": "proved", "kind": kind})
+            self._note({"event": "proved", "kind": kind})
+
+    def fail(self, kind: str, said: str, key: str) -> None:
+        """Notes what a work said that failed."""
+        self._note({"event": "failed", "kind": kind, "said": said, "key": key})
+
+    def forgive(self, kind: str | None = None) -> None:
+        """Notes that earlier failures of a kind, or of all, do not count any more."""
+        if self.failures if kind is None else kind in self.failures:
+            self._note({"event": "mended"} | ({} if kind is None else {"kind": kind}))
 
     def exclude(self, asked: str, nodes: Iterable[str]) -> set[str]:
         """Notes nodes that are not what works ask for; all such nodes."""
-        event = {"event": "unfit", "asked": asked, "nodes": sorted(nodes), "at": round(time.time(), 3)}
-        self._write(event)
-        self._replay(event)
+        self._note({"event": "unfit", "asked": asked, "nodes": sorted(nodes), "at": round(time.time(), 3)})
         return self.excluded[asked]
 
     @property

@@ -219,15 +219,16 @@ class Watching(Base):
         if status.state in NODE_LOST:
             self._submit_again(task, status.explanation(), status)
         elif status.state in KILLED and self._made_a_result(task, status):
-            stopped = self._gate.failed(
-                task, status.state, ""
-            )  # a result, and no proof that such jobs can be a success
+            # A result, and no proof that such jobs can be a success.
+            stopped = self._gate.failed(task, status.state, "")
             self._succeed(task, "killed, and a result")
             self._stop_kind(task.work.kind, stopped)
         elif task.adopted and task.resubmissions < self.settings.resubmit_limit:
+            stopped = None if status.state == "CANCELLED" else self._count_failure(task, self._how(task, status))
             task.resubmissions += 1
             self.listener.say(f"{task.work.name}: SLURM job {task.submission.slurm_id} failed meanwhile; trying again")
             self._start_over(task)
+            self._stop_kind(task.work.kind, stopped)
         else:
             self._fail_as(task, status)
 
@@ -355,14 +356,24 @@ class Watching(Base):
         if status.state == "CANCELLED":
             self._fail(task, message)
         else:
-            self._fail_alike(task, message, f"{status.state}, status {ended.status if ended else 'unknown'}")
+            self._fail_alike(task, message, self._how(task, status))
+
+    def _how(self, task: Task, status: JobStatus) -> str:
+        """How it failed, in words that failures with the same cause share."""
+        assert task.submission is not None
+        ended = self.ledger.ended(task.submission)
+        return f"{status.state}, status {ended.status if ended else 'unknown'}"
 
     def _fail_alike(self, task: Task, message: str, how: str) -> None:
         """A failure that may have a cause in common with others."""
-        assert task.submission is not None
-        stopped = self._gate.failed(task, how, _ends_of(self.ledger.logs_of(task.submission)))
+        stopped = self._count_failure(task, how)
         self._fail(task, message)
         self._stop_kind(task.work.kind, stopped)
+
+    def _count_failure(self, task: Task, how: str) -> str | None:
+        """Why no more of its kind is submitted, if this failure was one too many."""
+        assert task.submission is not None
+        return self._gate.failed(task, how, _ends_of(self.ledger.logs_of(task.submission)))
 
     def _stop_kind(self, kind: str | None, message: str | None) -> None:
         """What of a kind has not begun is not going to, if there is a reason."""

@@ -82,3 +82,33 @@ def test_budget_counts_all_calls_and_gives_back_what_never_began(ledger: Ledger)
     assert Gate(again, settings).affordable(tasks) == tasks[:1]
     assert reopened(again).gpu_hours_asked == pytest.approx(2 / 3)
     assert Gate(again, ExecutorSettings()).affordable(tasks) == tasks
+
+
+def test_failures_count_over_the_calls_of_a_crontab(ledger: Ledger) -> None:
+    unattended = ExecutorSettings(detach="when-submitted")
+    for number in (1, 2):
+        assert fail(Gate(ledger, unattended), number, "no module named torch") is None
+    again = Ledger(reopened(ledger).folder)
+    assert "failed alike" in str(fail(Gate(again, unattended), 3, "no module named torch"))
+    stopped = str(Gate(again, unattended).why_never(make_task(4, kind="a")))
+    assert "call once without --submitit-detach when-submitted" in stopped
+    # Somebody who calls by hand has seen it.
+    assert Gate(again, ExecutorSettings()).why_never(make_task(4, kind="a")) is None
+    assert Gate(again, unattended).why_never(make_task(4, kind="a")) is None
+    again.release()
+
+
+def test_a_work_that_always_fails_alike_is_left_and_its_kind_goes_on(ledger: Ledger) -> None:
+    unattended = ExecutorSettings(detach="when-submitted")
+    for _ in range(3):
+        assert fail(Gate(ledger, unattended), 1, "no such option") is None
+    gate = Gate(ledger, unattended)
+    assert "it failed 3 times alike" in str(gate.why_never(make_task(1, kind="a")))
+    assert gate.why_never(make_task(2, kind="a")) is None
+
+
+def test_failures_are_kept_while_jobs_of_the_call_before_are_left(ledger: Ledger) -> None:
+    ledger.intend([Submission("key", "token", "digest", batch="batch")])
+    for number in (1, 2):
+        fail(Gate(ledger, ExecutorSettings()), number, "no module named torch")
+    assert "failed alike" in str(fail(Gate(ledger, ExecutorSettings()), 3, "no module named torch"))
