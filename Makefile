@@ -1,7 +1,9 @@
 # Each target sets up what it needs by itself. The environment is .venv, installed from envs/local.lock.
 #
 #   make demo    run the demo study on this machine and print its table
-#   make test    run the whole suite
+#   make test    run the suite, but for what takes many minutes
+#   make test-all
+#                run all of it
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
@@ -31,7 +33,7 @@ GPU_ENV ?= .venv-gpu
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test check bench synthetic slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test test-all check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -49,6 +51,9 @@ demo: env
 
 test: env
 	@$(BIN)/python -m pytest
+
+test-all: env
+	@$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
 
 check: env
 	@$(BIN)/ruff format --check .

@@ -41,7 +41,8 @@ class Base:
         self.latency_wait = latency_wait
         self._tasks: dict[str, Task] = {}
         self._gate = Gate(ledger, settings)
-        self._limits = Limits()
+        self._limits: dict[str | None, Limits] = {}
+        """What is known of clusters, by name; None is this machine's."""
         self._stop = threading.Event()
         self._has_news = False
         """In this round a task ended or has to begin anew: there may be more to submit."""
@@ -53,6 +54,12 @@ class Base:
 
     def _in_state(self, state: str) -> list[Task]:
         return [task for task in self._tasks.values() if task.state == state]
+
+    def _limits_for(self, work: Work) -> Limits:
+        """Of the cluster that it goes to; where SLURM may choose among several, of the first."""
+        named = work.options.get("clusters")
+        cluster = str(named).partition(",")[0] if named else None
+        return self._limits.setdefault(cluster, Limits(cluster))
 
     def _new_patience(self) -> Patience:
         return Patience(60.0 * self.settings.patience_minutes)

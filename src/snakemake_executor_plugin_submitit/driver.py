@@ -14,7 +14,7 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from snakemake_executor_plugin_submitit.base import slurm_ids, some
+from snakemake_executor_plugin_submitit.base import GaveUpError, slurm_ids, some
 from snakemake_executor_plugin_submitit.holding import Holding
 from snakemake_executor_plugin_submitit.ledger import Submission
 from snakemake_executor_plugin_submitit.slurm import SlurmError
@@ -70,7 +70,7 @@ class Driver(Holding, Submitting, Watching):
             except OSError as error:
                 # A full quota, a file system that does not answer: nothing is lost by waiting.
                 if self._writing.is_over:
-                    raise
+                    raise GaveUpError(f"{self.ledger.folder}: {error}\n{self.left()}") from None
                 pause = self._writing.failed()
                 self.listener.warn(f"{self.ledger.folder}: {error}; going on in {pause:.0f} s")
 

@@ -118,6 +118,13 @@ class Executor(RemoteExecutor):
         if clusters := options.get("clusters"):
             assert self.driver is not None
             self.driver.slurm.clusters.update(str(clusters).split(","))
+        minutes = runtime if isinstance(runtime := job.resources.get("runtime"), int) else None
+        max_job_minutes = whole(job.resources, "max_job_minutes")
+        if max_job_minutes is not None and minutes is None:
+            raise WorkflowError(
+                f"The resource `max_job_minutes` is {max_job_minutes}, and there is no `runtime`: how many such jobs "
+                "share one job of SLURM follows from how long each may take; set `runtime` (minutes)."
+            )
         return Work(
             key=_digest(sorted(outputs) or [job.name, *_wildcards(job).items()]),
             digest=_digest(self._definition(job)),
@@ -135,9 +142,9 @@ class Executor(RemoteExecutor):
             outputs=outputs,
             exports=_exports(job) if direct else {},
             tmpdir=_tmpdir(job) if direct else None,
-            minutes=runtime if isinstance(runtime := job.resources.get("runtime"), int) else None,
+            minutes=minutes,
             num_gpus=count_gpus(options, extra),
-            max_job_minutes=whole(job.resources, "max_job_minutes"),
+            max_job_minutes=max_job_minutes,
             kind=job.resources.get("submit_kind"),
             unfit_node_status=whole(job.resources, "unfit_node_status"),
             description={
@@ -252,8 +259,9 @@ class Executor(RemoteExecutor):
 
     def _report_failure(self, info: SubmittedJobInfo, message: str, logs: list[str]) -> None:
         self.report_job_error(info, msg=f"{message}. ", aux_logs=logs)
-        if any(quiet.name == "RULES" for quiet in self.workflow.output_settings.quiet or ()):
-            self.logger.error(message)  # `--quiet rules` hides what Snakemake says of failures, too
+        is_quiet = any(quiet.name == "RULES" for quiet in self.workflow.output_settings.quiet or ())
+        if is_quiet or info.job.is_group():
+            self.logger.error(message)  # Snakemake itself says nothing of it
 
     def say(self, message: str) -> None:
         self.logger.info(message)

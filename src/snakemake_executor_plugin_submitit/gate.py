@@ -99,8 +99,8 @@ class Gate:
 
     def _stop(self, kind: str, more: str = "") -> str:
         self._stopped[kind] = (
-            f"not submitted: {self._settings.failure_limit} jobs of the kind `{kind}` failed alike, and none was a success "
-            f"meanwhile{more}; mend the cause, and {self._again}"
+            f"not submitted: {self._settings.failure_limit} jobs of the kind `{kind}` failed alike, and none was a "
+            f"success meanwhile{more}; mend the cause, and {self._again}"
         )
         return self._stopped[kind]
 

@@ -385,18 +385,6 @@ class Limits:
         # Of several partitions, SLURM tells the reason of one.
         return excluded or (None if len(request.partitions) > 1 and "artition" in reason else by_words)
 
-    def submit_room(self, options: Mapping[str, Any]) -> int | None:
-        """How many more jobs with these options sbatch would take now; None: no limit is known.
-
-        Args:
-            options: of sbatch, by long names.
-        """
-        try:
-            values = self._known(REFRESH_SECONDS)
-        except SlurmError:
-            return None
-        return _room(values, values.completed(request_of(options)), self._usage(values.user))
-
     def max_array_size(self) -> int:
         """How many tasks an array may have whose first one has the index 0; 1: there are no arrays.
 

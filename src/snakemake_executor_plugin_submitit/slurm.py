@@ -325,6 +325,16 @@ class Slurm:
                 return slurm_id.strip()
         return None
 
+    def nodes(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that are nodes: sbatch refuses a request that names another.
+
+        Raises:
+            SlurmError: when SLURM does not answer.
+        """
+        where = ("--nodes", ",".join(names), "--format", "%N")
+        known = run_command("sinfo", "--noheader", "--Node", *self._cluster(), *where).split()
+        return [name for name in names if name in known]
+
     def details(self, slurm_id: str) -> str | None:
         """The controller's reason for a job's end, which accounting does not keep; None where it knows none."""
         try:

@@ -10,7 +10,7 @@ from snakemake_executor_plugin_submitit.batch import Batch
 from snakemake_executor_plugin_submitit.ledger import WITHDRAWN, Submission
 from snakemake_executor_plugin_submitit.limits import Refusal
 from snakemake_executor_plugin_submitit.slurm import SlurmError
-from snakemake_executor_plugin_submitit.task import Task
+from snakemake_executor_plugin_submitit.task import Task, Work
 
 
 class NoRoomError(Exception):
@@ -38,8 +38,6 @@ class Submitting(Base):
     """An sbatch whose answer was lost, or that SLURM was too busy for."""
     _gathering_since: float | None = None
     _last_arrival = 0.0
-    _most_jobs: int | None = None
-    """Of an array, on this cluster."""
     _is_cut_short = False
     """The last round had more to submit than it had time for."""
 
@@ -107,7 +105,7 @@ class Submitting(Base):
         """Whether SLURM can be asked for more."""
         left = list(group)
         # Where there was no room, jobs end one by one.
-        most = 1 if group[0].work.asked in self._full else self._array_limit()
+        most = 1 if group[0].work.asked in self._full else self._array_limit(group[0].work)
         while affordable := self._gate.affordable(left):
             if self._stop.is_set() or time.monotonic() >= until:
                 self._is_cut_short = True
@@ -137,13 +135,11 @@ class Submitting(Base):
         if patience.is_over and not error.is_certain and not self._in_state("submitted"):
             raise self._gave_up(str(error)) from None
 
-    def _array_limit(self) -> int:
-        if self._most_jobs is None:
-            try:
-                self._most_jobs = self._limits.max_array_size()
-            except SlurmError:
-                return 1
-        return max(1, min(self.settings.array_limit, self._most_jobs))
+    def _array_limit(self, work: Work) -> int:
+        try:
+            return max(1, min(self.settings.array_limit, self._limits_for(work).max_array_size()))
+        except SlurmError:
+            return 1
 
     def _send_again(self, batch: Batch) -> bool:
         try:
@@ -178,7 +174,7 @@ class Submitting(Base):
                 pause = self._submitting.failed()
                 self.listener.warn(f"SLURM can't take jobs at the moment; asking again in {pause:.0f} s: {error}")
                 return False
-            refusal = self._limits.verdict_of_refusal(str(error), batch.options(), len(batch.jobs))
+            refusal = self._limits_for(work).verdict_of_refusal(str(error), batch.options(), len(batch.jobs))
             if refusal.passes is not False:
                 self._return(batch)
                 raise NoRoomError(str(error), refusal) from None

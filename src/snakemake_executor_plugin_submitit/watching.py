@@ -83,7 +83,7 @@ class Watching(Base):
     def _leave_node(self, task: Task, ended: Ended) -> None:
         """The command says that its node is not what was asked for: it is tried on another one."""
         assert task.submission is not None
-        unfit = self.ledger.unfit_nodes(task.submission) or [ended.node]
+        unfit = self._nodes_named(task) or [ended.node]
         nodes = self.ledger.exclude(task.work.asked, unfit)
         what = f"node {' and '.join(unfit)} is not what was asked for (status {ended.status})"
         if task.resubmissions >= self.settings.resubmit_limit:
@@ -91,6 +91,16 @@ class Watching(Base):
             self._fail_alike(task, f"SLURM job {ended.slurm_id}: {what}; {tried}", "unfit nodes")
         else:
             self._submit_again(task, what)
+
+    def _nodes_named(self, task: Task) -> list[str]:
+        """Nodes of the cluster that the work itself calls not what was asked for."""
+        assert task.submission is not None
+        named = self.ledger.unfit_nodes(task.submission)
+        try:
+            return self.slurm.nodes(named) if named else []
+        except SlurmError as error:
+            self.listener.warn(f"SLURM did not say whether {', '.join(named)} are nodes: {error}")
+            return []
 
     # What SLURM says
 
@@ -180,7 +190,7 @@ class Watching(Base):
         if status.state not in WAITING and task.submission.shared and not self.ledger.has_begun(task.submission):
             status = replace(status, state="PENDING", reason="its turn in this job has not come")
         task.status = status
-        if status.state == "PENDING" and (never := self._never_starts(status)):
+        if status.state == "PENDING" and (never := self._never_starts(task, status)):
             self._give_back(task, status, never)
             return
         if has_run and status.state in WAITING and self._waits(task):
@@ -232,13 +242,13 @@ class Watching(Base):
         else:
             self._fail_as(task, status)
 
-    def _never_starts(self, status: JobStatus) -> str | None:
+    def _never_starts(self, task: Task, status: JobStatus) -> str | None:
         """Why a pending job will not start, however long it waits; tasks of an array all wait for the same."""
         if status.reason is None:
             return None
         of = status.slurm_id.partition("_")[0], status.reason
         if of not in self._hopeless:
-            self._hopeless[of] = self._limits.never_starts(status.slurm_id, status.reason)
+            self._hopeless[of] = self._limits_for(task.work).never_starts(status.slurm_id, status.reason)
         return self._hopeless[of]
 
     def _give_back(self, task: Task, status: JobStatus, why: str) -> None:

@@ -16,9 +16,9 @@ NODES = ("a100-1", "a100-2", "v100-1", "v100-2")
 DAEMONS = ("slurmdbd", "slurmctld")
 
 
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = LIMIT_SECONDS) -> Any:
     """What the condition gives, as soon as it is true; the queue and other people's processes can't be waited for."""
-    until = time.monotonic() + LIMIT_SECONDS
+    until = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < until, f"waited in vain until {what}"
         time.sleep(0.1)

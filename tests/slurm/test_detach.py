@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import ask, attempts, queue, wait_for
+from tests.slurm.cluster import LIMIT_SECONDS, ask, attempts, queue, wait_for
 from tests.slurm.place import ALWAYS, PENDING, UNTIL_GO, Ended, Place
 
 pytestmark = pytest.mark.slurm
@@ -190,10 +190,11 @@ class DriverJob:
         options |= {"jobs": "50", "default-resources": "['mem_mb=100', 'runtime=10']"}
         place.write("slurm/config.yaml", "".join(f"{key}: {value or 'true'}\n" for key, value in options.items()))
 
-    def submit(self, *arguments: str) -> Path:
+    def submit(self, *arguments: str, minutes: int = 10) -> Path:
         """Submits it; returns the log that it shares with its successors."""
+        options = ("--parsable", f"--job-name={self.name}", "--mem=600", f"--time={minutes}")
         slurm_id = subprocess.run(
-            ["sbatch", "--parsable", f"--job-name={self.name}", "--mem=600", "--time=10", str(DRIVER_JOB), *arguments],
+            ["sbatch", *options, str(DRIVER_JOB), *arguments],
             cwd=self.place.folder,
             env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             check=True, stdout=subprocess.PIPE, text=True,
@@ -219,11 +220,11 @@ def job(place: Place) -> DriverJob:
     return DriverJob(place.other("a place"))
 
 
-def wait_until_said(log: Path, text: str, times: int = 1) -> None:
+def wait_until_said(log: Path, text: str, times: int = 1, seconds: float = LIMIT_SECONDS) -> None:
     def count() -> int:
         return len(re.findall(text, log.read_text(encoding="utf-8"))) if log.exists() else 0
 
-    wait_for(lambda: count() >= times, f"{text} stands {times} times in {log}")
+    wait_for(lambda: count() >= times, f"{text} stands {times} times in {log}", seconds)
 
 
 def test_driver_job_is_cut_off_three_times(job: DriverJob) -> None:
@@ -252,6 +253,21 @@ def test_driver_job_is_cut_off_three_times(job: DriverJob) -> None:
     runs = ("long", "stage1", "stage2", "stage3")
     assert_each_ran_once(place, *runs)
     wait_for(lambda: job.states() == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"], "accounting has four drivers")
+
+
+@pytest.mark.exhaustive
+def test_driver_job_with_two_minutes_is_cut_off_three_times(job: DriverJob) -> None:
+    """By its real time limit; six minutes of work, each run done once."""
+    place = job.place
+    runs = [f"run{number}" for number in range(12)]
+    for number, run in enumerate(runs):
+        needs = [f"{runs[number - 1]}.out"] if number else []
+        place.rule(run, "sleep 25", needs=needs)
+    log = job.submit(minutes=2)
+    wait_until_said(log, r"Snakemake has ended by itself \(status 0\)", seconds=900)
+    job.wait_until_over()
+    assert_each_ran_once(place, *runs)
+    assert log.read_text(encoding="utf-8").count("its time is over") >= 3
 
 
 def test_driver_job_is_stopped_by_scancel_and_by_failures(job: DriverJob) -> None:

@@ -147,6 +147,14 @@ def test_unfit_nodes_are_known_to_the_next_call_and_to_nobody_else(place: Place)
     assert [len(place.begun(rule)) for rule in ("a100", "again", "v100")] == [2, 1, 1]
 
 
+def test_work_names_the_nodes_itself_and_names_that_are_none_are_left_out(place: Place) -> None:
+    names = UNFIT.format(node="v100-1").replace("exit", 'echo nowhere v100-1 > "$UNFIT_NODES_FILE"; exit')
+    place.rule("job", names, slurm_partition="v100", unfit_node_status=69)
+    ended = place.snakemake()
+    assert ended.status == 0, ended.output
+    assert "node v100-1 is not what was asked for" in ended.output or len(place.begun("job")) == 1
+
+
 def test_job_fails_when_no_node_is_fit(place: Place) -> None:
     place.rule("job", "exit 69", slurm_partition="v100", unfit_node_status=69, slurm_extra="--exclude=v100-2")
     ended = place.snakemake()

@@ -175,7 +175,10 @@ def cost(jobs: list[tuple[str, str]]) -> tuple[set[str | None], int]:
 
 
 def submit_room(options: dict[str, Any]) -> int | None:
-    return Limits().submit_room(options)
+    """How many more such jobs the limits leave room for; what a refusal's verdict is made of."""
+    known = Limits()
+    values = known._known(0)
+    return limits._room(values, values.completed(limits.request_of(options)), known._usage(values.user))
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -78,6 +78,18 @@ def test_partitions_that_do_not_take_a_run(says: dict[str, str], check: str, wor
     assert words in said
 
 
+def test_of_limits_of_one_kind_the_qos_counts_and_not_the_association() -> None:
+    here = with_qos("long", MaxWall="2-00:00:00", MaxTRES="gres/gpu=8")
+    rows = [{**row, "MaxWall": "00:01:00", "MaxTRES": "gres/gpu=1", "GrpTRES": ""} for row in here.associations or []]
+    here = dataclasses.replace(here, associations=rows)  # type: ignore[arg-type]
+    assert {verdict for verdict, _ in verdicts(entry(qos="long"), here).values()} == {"ok"}
+    # What it says nothing of, the association says.
+    without = dataclasses.replace(here, qos={"long": {**here.qos["long"], "MaxWall": ""}})
+    check, words = only_wrong(entry(qos="long"), without)
+    assert check == "time"
+    assert "your association" in words
+
+
 @pytest.mark.parametrize(
     ("row", "check", "words"),
     [

@@ -45,7 +45,7 @@ def test_places_make_no_other_run(raw: dict[str, Any]) -> None:
     ("given", "words"),
     [
         ({"cache": " "}, "places.cache: an empty text is no folder"),
-        ({"temporary": "~ann/tmp"}, "places.temporary: '~ann/tmp': another user's home folder"),
+        ({"temporary": "~other/tmp"}, "places.temporary: '~other/tmp': another user's home folder"),
         ({"temp": "/tmp"}, "places.temp: unknown key (did you mean `temporary`?)"),
     ],
 )
@@ -64,11 +64,11 @@ def test_options_leave_variables_to_the_node() -> None:
 
 
 def test_home_and_variables_are_written_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", "/home/ann")
-    monkeypatch.setenv("SCRATCH", "/scratch/ann")
+    monkeypatch.setenv("HOME", "/home/user")
+    monkeypatch.setenv("SCRATCH", "/scratch/user")
     monkeypatch.chdir(tmp_path)
-    assert places.written_out("~/x", "places.cache") == Path("/home/ann/x")
-    assert places.written_out("${SCRATCH}/x", "places.cache") == Path("/scratch/ann/x")
+    assert places.written_out("~/x", "places.cache") == Path("/home/user/x")
+    assert places.written_out("${SCRATCH}/x", "places.cache") == Path("/scratch/user/x")
     assert places.written_out("x", "places.cache") == tmp_path / "x"
 
 

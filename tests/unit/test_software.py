@@ -67,7 +67,7 @@ def test_golden_command_lines_reach_their_program_whole(name: str, tmp_path: Pat
         path.write_text('#!/bin/sh\nprintf "%s\\n" "$APPTAINER_CACHEDIR" "$@"\n')
         path.chmod(0o755)
     command = software.interpreter(Software.model_validate({**given, "modules": []}), "python", cache)
-    answer = strict_shell(f"{command} -m x", PATH=f"{tmp_path}:{os.environ['PATH']}", HOME="/home/ann", USER="ann")
+    answer = strict_shell(f"{command} -m x", PATH=f"{tmp_path}:{os.environ['PATH']}", HOME="/home/user", USER="user")
     assert answer.returncode == 0, answer.stderr
     folder, *words = answer.stdout.splitlines()
     asked = Software.model_validate(given)
@@ -75,7 +75,7 @@ def test_golden_command_lines_reach_their_program_whole(name: str, tmp_path: Pat
     assert image in words
     assert words[-2:] == ["-m", "x"]
     assert all(word in words for word in asked.apptainer_args)
-    expanded = {CACHE: CACHE, "~/scratch/$USER": "/home/ann/scratch/ann"}[cache]
+    expanded = {CACHE: CACHE, "~/scratch/$USER": "/home/user/scratch/user"}[cache]
     assert folder == (f"{expanded}/apptainer" if asked.apptainer and "://" in asked.apptainer else "")
 
 
@@ -89,8 +89,8 @@ def test_users_own_cache_of_apptainer_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["python", "apptainer", "conda"])
 def test_home_folder_is_written_out(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ann")
-    assert "/home/ann/x" in software.interpreter(Software.model_validate({key: "~/x"}), "python", CACHE)
+    monkeypatch.setenv("HOME", "/home/user")
+    assert "/home/user/x" in software.interpreter(Software.model_validate({key: "~/x"}), "python", CACHE)
 
 
 def strict_shell(command: str, **variables: str) -> "subprocess.CompletedProcess[str]":

@@ -126,7 +126,12 @@ def describe(cluster: Cluster, entries: Sequence[Entry], gpus: Mapping[str, list
         "#   snakemake --profile slurm --configfile <this file>\n"
         "# Prices, and the software of each entry where it is not the Python that runs Snakemake, are yours to add.\n"
     )
-    text = head + ("hardware: {}\n" if is_empty else "hardware:\n") + "\n".join(blocks)
+    text = (
+        head
+        + "hardware:\n"
+        + "  {}  # delete this line with the first # that you take away\n" * is_empty
+        + "\n".join(blocks)
+    )
     for name, hardware in yaml.safe_load(text)["hardware"].items():
         assert Hardware.model_validate(hardware), name
     return text

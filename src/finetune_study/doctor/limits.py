@@ -1,6 +1,6 @@
 """What a hardware entry asks of SLURM, against what partition, nodes, account and QOS allow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from finetune_study.doctor import scheduler
@@ -113,8 +113,8 @@ class Limits:
     """What all a job asks for must fit in: by what it is counted over, then by TRES."""
     minimum: Mapping[str, float] = field(default_factory=dict)
     """What a job must ask for at least."""
-    jobs: float = UNLIMITED
-    """Jobs that may be queued or running at a time."""
+    jobs: Mapping[str, float] = field(default_factory=dict)
+    """Jobs that may be queued or running at a time, by how they are counted."""
 
 
 SIZES = {
@@ -129,26 +129,56 @@ JOBS = ("MaxJobs", "MaxSubmit", "MaxJobsPU", "MaxSubmitPU", "MaxJobsPA", "MaxSub
 
 def _limits_of(name: str, row: Row, *, is_mine: bool = True) -> Limits:
     """Of a row; `Max...` of an account are passed on to its users, whose own rows show them."""
-    numbers = [float(row[key]) for key in JOBS if row.get(key) and (is_mine or key.startswith("Grp"))]
+    numbers = {key: float(row[key]) for key in JOBS if row.get(key) and (is_mine or key.startswith("Grp"))}
     sizes = {SIZES[key]: scheduler.tres(row.get(key, "")) for key in SIZES if is_mine or key.startswith("Grp")}
     return Limits(
         name=name,
         max_minutes=scheduler.minutes(row.get("MaxWall", "")) if is_mine else UNLIMITED,
         sizes={over: size for over, size in sizes.items() if size},
         minimum=scheduler.tres(row.get("MinTRES", "")),
-        jobs=min(numbers, default=UNLIMITED),
+        # A QOS counts for a user (PU) or an account (PA) what an association counts for itself.
+        jobs={
+            kind: min(number for key, number in numbers.items() if key.startswith(kind))
+            for kind in dict.fromkeys(key.removesuffix("PU").removesuffix("PA") for key in numbers)
+        },
     )
 
 
 def _sources(cluster: Cluster, partition: Partition, account: str | None, qos: str | None) -> Iterator[Limits]:
+    """What counts of each: of limits of one kind the first (https://slurm.schedmd.com/resource_limits.html)."""
+    taken: set[tuple[str, str]] = set()
+    for limits in _by_precedence(cluster, partition, account, qos):
+        yield _without(limits, taken)
+        taken |= {("time", "")} if limits.max_minutes < UNLIMITED else set()
+        taken |= {(over, name) for over, size in limits.sizes.items() for name in size}
+        taken |= {("jobs", kind) for kind in limits.jobs} | {("minimum", name) for name in limits.minimum}
+
+
+def _without(limits: Limits, taken: Collection[tuple[str, str]]) -> Limits:
+    return Limits(
+        name=limits.name,
+        max_minutes=UNLIMITED if ("time", "") in taken else limits.max_minutes,
+        sizes={
+            over: {name: most for name, most in size.items() if (over, name) not in taken}
+            for over, size in limits.sizes.items()
+        },
+        minimum={name: least for name, least in limits.minimum.items() if ("minimum", name) not in taken},
+        jobs={kind: most for kind, most in limits.jobs.items() if ("jobs", kind) not in taken},
+    )
+
+
+def _by_precedence(cluster: Cluster, partition: Partition, account: str | None, qos: str | None) -> Iterator[Limits]:
+    names = [partition.qos, qos]
+    if "OverPartQOS" in cluster.qos.get(qos or "", {}).get("Flags", ""):
+        names.reverse()
+    for name in dict.fromkeys(filter(None, names)):
+        if name in cluster.qos:
+            yield _limits_of(f"QOS `{name}`", cluster.qos[name])
     if account is not None:
         for row in cluster.of_account(account, partition.name):
             yield _limits_of(f"your association with account `{account}`", row)
         for row in cluster.accounts_above(account):
             yield _limits_of(f"account `{row['Account']}`", row, is_mine=False)
-    for name in dict.fromkeys(filter(None, (qos, partition.qos))):
-        if name in cluster.qos:
-            yield _limits_of(f"QOS `{name}`", cluster.qos[name])
 
 
 def size_of(resources: Mapping[str, str | int | None]) -> dict[str, float]:
@@ -173,7 +203,7 @@ def _too_large(size: Mapping[str, float], limits: Limits, num_nodes: int) -> Ite
     for name, least in limits.minimum.items():
         if size.get(name, 0) < least:
             yield f"{limits.name} wants at least {name}={least:g}, {size.get(name, 0):g} are asked for"
-    if limits.jobs < 1:
+    if min(limits.jobs.values(), default=UNLIMITED) < 1:
         yield f"{limits.name} allows no job at all"
 
 
@@ -188,7 +218,7 @@ def _limits(entry: Entry, sources: list[Limits], findings: Findings) -> None:
             "mem_gib_per_gpu), or name another account or qos there",
         )
         return
-    at_a_time = min(limits.jobs for limits in sources)
+    at_a_time = min((most for limits in sources for most in limits.jobs.values()), default=UNLIMITED)
     jobs = "" if at_a_time == UNLIMITED else f"; {at_a_time:g} jobs at a time, the others wait for them"
     most = ", ".join(f"{name}={number:g}{'M' if name == 'mem' else ''}" for name, number in size.items())
     findings.ok("limits", f"account and QOS allow the largest run ({most}){jobs}")
