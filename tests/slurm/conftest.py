@@ -1,5 +1,7 @@
 """A real SLURM cluster for all tests that need one, and places to run Snakemake in."""
 
+import copy
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from tests.slurm.cluster import SCRIPT, Cluster
 from tests.slurm.place import Place
+from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import Workplace
 
 
@@ -34,9 +37,21 @@ def place(cluster: Cluster, tmp_path: Path) -> Iterator[Place]:
     cluster.clear(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model and data of the tiny study: nearly all studies here train on them."""
+    place = Workplace(tmp_path_factory.mktemp("prepared"))
+    place.write(copy.deepcopy(TINY_STUDY))
+    answer = place.snakemake("prepare")
+    assert answer.returncode == 0, answer.stdout
+    return place.results / "prepared"
+
+
 @pytest.fixture
-def workplace(cluster: Cluster, tmp_path: Path) -> Iterator[Workplace]:
-    """An empty folder for a study; its jobs are gone when the test is."""
-    yield Workplace(tmp_path)
+def workplace(cluster: Cluster, prepared: Path, tmp_path: Path) -> Iterator[Workplace]:
+    """A folder for a study, in which nothing has run; its jobs are gone when the test is."""
+    place = Workplace(tmp_path)
+    shutil.copytree(prepared, place.results / "prepared")
+    yield place
     cluster.mend()
     cluster.clear(tmp_path)

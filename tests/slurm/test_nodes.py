@@ -17,20 +17,14 @@ import pytest
 from finetune_study import facts, record
 from finetune_study.paths import RunPaths
 from finetune_study.record import Record
-from tests.slurm.cluster import LIMIT_SECONDS, Cluster, ask, queue, wait_for
-from tests.slurm.test_study import PROFILE, jobs_of, stand_in, submit
+from tests.slurm.cluster import LIMIT_SECONDS, ask, queue, wait_for
+from tests.slurm.test_study import PROFILE, jobs_of, place, stand_in, submit
 from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import REPOSITORY, Workplace
 
+__all__ = ["place"]
+
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture
-def place(cluster: Cluster, tmp_path: Path) -> Iterator[Workplace]:
-    """An empty folder; its jobs are gone when the test is."""
-    yield Workplace(tmp_path)
-    cluster.mend()
-    cluster.clear(tmp_path)
 
 
 def study(**grid: Any) -> dict[str, Any]:

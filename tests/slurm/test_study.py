@@ -79,7 +79,7 @@ def submissions(place: Workplace) -> dict[str, int]:
 
 @pytest.fixture
 def place(workplace: Workplace) -> Workplace:
-    """An empty folder; its jobs are gone when the test is."""
+    """Where a study runs."""
     return workplace
 
 
