@@ -87,6 +87,9 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
     Args:
         options: of sbatch, as `sbatch_options` gives them.
         extra: more words, of which `--gpus-per-node` and `--gpus-per-task` are understood, also where cut short.
+
+    Raises:
+        WorkflowError: for `--gpus-per-socket`: how many sockets a job gets is known when it runs.
     """
     nodes, tasks = int(options.get("nodes") or 1), int(options.get("ntasks") or 1)
     if "ntasks-per-node" in options:
@@ -94,6 +97,8 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
     per_node = [word[3:] for word in str(options.get("gres", "")).split(",") if re.match(r"gpu\b", word)]
     count = nodes * sum(map(_number, per_node)) + (_number(str(options["gpus"])) if "gpus" in options else 0)
     for name, value in _long_options(extra):
+        if "gpus-per-socket".startswith(name) and len(name) > len("gpus-per-"):
+            raise WorkflowError("slurm_extra can't set --gpus-per-socket: its GPUs can't be counted; use `gres`.")
         for option, times in (("gpus-per-node", nodes), ("gpus-per-task", tasks)):
             if option.startswith(name) and len(name) > len("gpus-per-"):
                 count += times * _number(value)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from snakemake_interface_common.exceptions import WorkflowError
 
 from snakemake_executor_plugin_submitit.batch import Batch, excluding, form
 from snakemake_executor_plugin_submitit.resources import count_gpus, sbatch_options
@@ -84,3 +85,9 @@ def test_nodes_are_excluded_beside_those_of_the_user(extra: list[str], words: li
 )
 def test_gpus_of_all_nodes_are_counted(resources: dict[str, Any], extra: list[str], count: int) -> None:
     assert count_gpus(sbatch_options(resources, 1), extra) == count
+
+
+@pytest.mark.parametrize("word", ["--gpus-per-socket=2", "--gpus-per-s=2"])
+def test_gpus_that_can_not_be_counted_are_refused(word: str) -> None:
+    with pytest.raises(WorkflowError, match="use `gres`"):
+        count_gpus({}, [word])
