@@ -181,6 +181,11 @@ def submit_room(options: dict[str, Any]) -> int | None:
     return limits._room(values, values.completed(limits.request_of(options)), known._usage(values.user))
 
 
+def also(*row: str) -> Any:
+    """A row of which the mechanism is tested by another one too."""
+    return pytest.param(*row, marks=pytest.mark.exhaustive)
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -189,17 +194,17 @@ def submit_room(options: dict[str, Any]) -> int | None:
     [
         (f"user {USER}", "MaxSubmitJobs", "AssocMaxSubmitJobLimit",
          f"user {USER} in account {ACCOUNT} allows 2 jobs at a time (MaxSubmitJobs), 2 are there"),
-        (f"account {ACCOUNT}", "MaxSubmitJobs", "AssocMaxSubmitJobLimit",
+        also(f"account {ACCOUNT}", "MaxSubmitJobs", "AssocMaxSubmitJobLimit",
          f"user {USER} in account {ACCOUNT} allows 2 jobs at a time (MaxSubmitJobs), 2 are there"),
-        (f"account {ACCOUNT}", "GrpSubmitJobs", "AssocGrpSubmitJobsLimit",
+        also(f"account {ACCOUNT}", "GrpSubmitJobs", "AssocGrpSubmitJobsLimit",
          f"account {ACCOUNT} allows 2 jobs at a time (GrpSubmitJobs), 2 are there"),
         (f"account {PARENT}", "GrpSubmitJobs", "AssocGrpSubmitJobsLimit",
          f"account {PARENT} allows 2 jobs at a time (GrpSubmitJobs), 2 are there"),
         (f"qos {QOS}", "MaxSubmitJobsPerUser", "QOSMaxSubmitJobPerUserLimit",
          f"QOS {QOS} allows 2 jobs at a time (MaxSubmitJobsPU), 2 are there"),
-        (f"qos {QOS}", "MaxSubmitJobsPerAccount", "MaxSubmitJobsPerAccount",
+        also(f"qos {QOS}", "MaxSubmitJobsPerAccount", "MaxSubmitJobsPerAccount",
          f"QOS {QOS} allows 2 jobs at a time (MaxSubmitJobsPA), 2 are there"),
-        (f"qos {QOS}", "GrpSubmitJobs", "QOSGrpSubmitJobsLimit",
+        also(f"qos {QOS}", "GrpSubmitJobs", "QOSGrpSubmitJobsLimit",
          f"QOS {QOS} allows 2 jobs at a time (GrpSubmitJobs), 2 are there"),
     ],
 )  # fmt: skip
@@ -232,31 +237,31 @@ OPTIONS = {"nodes": 2, "ntasks-per-node": 1, "gres": "gpu:a100:2", "time": 60, "
 TOO_MUCH = [
     (f"user {USER}", "MaxWall=10", "AssocMaxWallDurationPerJobLimit",
      f"user {USER} in account {ACCOUNT} allows 10 min per job (MaxWall), and the job asks for 60 min"),
-    (f"qos {QOS}", "MaxWall=10", "QOSMaxWallDurationPerJobLimit",
+    also(f"qos {QOS}", "MaxWall=10", "QOSMaxWallDurationPerJobLimit",
      f"QOS {QOS} allows 10 min per job (MaxWall), and the job asks for 60 min"),
     (f"qos {QOS}", "MaxTRESPerJob=gres/gpu=1", "QOSMaxGRESPerJob",
      f"QOS {QOS} allows 1 GPU(s) per job (MaxTRES), and the job asks for 4 GPU(s)"),
-    (f"user {USER}", "MaxTRESPerJob=gres/gpu=1", "AssocMaxGRESPerJob",
+    also(f"user {USER}", "MaxTRESPerJob=gres/gpu=1", "AssocMaxGRESPerJob",
      f"user {USER} in account {ACCOUNT} allows 1 GPU(s) per job (MaxTRES), and the job asks for 4 GPU(s)"),
     (f"qos {QOS}", "MaxTRESPerUser=gres/gpu=1", "QOSMaxGRESPerUser",
      f"QOS {QOS} allows 1 GPU(s) per user (MaxTRESPU), and the job asks for 4 GPU(s)"),
-    (f"qos {QOS}", "MaxTRESPerAccount=gres/gpu=1", "MaxGRESPerAccount",
+    also(f"qos {QOS}", "MaxTRESPerAccount=gres/gpu=1", "MaxGRESPerAccount",
      f"QOS {QOS} allows 1 GPU(s) per account (MaxTRESPA), and the job asks for 4 GPU(s)"),
-    (f"qos {QOS}", "MaxTRESPerNode=gres/gpu=1", "QOSMaxGRESPerNode",
+    also(f"qos {QOS}", "MaxTRESPerNode=gres/gpu=1", "QOSMaxGRESPerNode",
      f"QOS {QOS} allows 1 GPU(s) per node (MaxTRESPerNode), and the job asks for 2 GPU(s)"),
-    (f"qos {QOS}", "GrpTRES=gres/gpu=1", "QOSGrpGRES",
+    also(f"qos {QOS}", "GrpTRES=gres/gpu=1", "QOSGrpGRES",
      f"QOS {QOS} allows 1 GPU(s) in all (GrpTRES), and the job asks for 4 GPU(s)"),
     (f"account {PARENT}", "GrpTRES=gres/gpu=1", "AssocGrpGRES",
      f"account {PARENT} allows 1 GPU(s) in all (GrpTRES), and the job asks for 4 GPU(s)"),
-    (f"qos {QOS}", "GrpTRES=node=1", "QOSGrpNodeLimit",
+    also(f"qos {QOS}", "GrpTRES=node=1", "QOSGrpNodeLimit",
      f"QOS {QOS} allows 1 node(s) in all (GrpTRES), and the job asks for 2 node(s)"),
-    (f"qos {QOS}", "MaxTRESPerUser=cpu=1", "QOSMaxCpuPerUserLimit",
+    also(f"qos {QOS}", "MaxTRESPerUser=cpu=1", "QOSMaxCpuPerUserLimit",
      f"QOS {QOS} allows 1 CPU(s) per user (MaxTRESPU), and the job asks for 2 CPU(s)"),
-    (f"qos {QOS}", "MaxTRESPerJob=mem=5", "QOSMaxMemoryPerJob",
+    also(f"qos {QOS}", "MaxTRESPerJob=mem=5", "QOSMaxMemoryPerJob",
      f"QOS {QOS} allows 5 MiB of memory per job (MaxTRES), and the job asks for 20 MiB of memory"),
-    (f"qos {QOS}", "MaxTRESMins=cpu=10", "QOSMaxCpuMinutesPerJobLimit",
+    also(f"qos {QOS}", "MaxTRESMins=cpu=10", "QOSMaxCpuMinutesPerJobLimit",
      f"QOS {QOS} allows 10 CPU(s) × min per job (MaxTRESMins), and the job asks for 120 CPU(s) × min"),
-    (f"account {ACCOUNT}", "GrpTRESRunMins=cpu=10", "AssocGrpCPURunMinutesLimit",
+    also(f"account {ACCOUNT}", "GrpTRESRunMins=cpu=10", "AssocGrpCPURunMinutesLimit",
      f"account {ACCOUNT} allows 10 CPU(s) × min in all (GrpTRESRunMins), and the job asks for 120 CPU(s) × min"),
 ]  # fmt: skip
 """Limits that a job alone is above: the reason, and what is said of it."""
@@ -284,11 +289,11 @@ def test_job_above_a_limit_never_starts(lab: Lab, entity: str, limit: str, word:
     ("entity", "limit", "word"),
     [
         (f"user {USER}", "MaxJobs=1", "AssocMaxJobsLimit"),
-        (f"account {ACCOUNT}", "GrpJobs=1", "AssocGrpJobsLimit"),
-        (f"qos {QOS}", "MaxJobsPerUser=1", "QOSMaxJobsPerUserLimit"),
-        (f"qos {QOS}", "MaxJobsPerAccount=1", "MaxJobsPerAccount"),
+        also(f"account {ACCOUNT}", "GrpJobs=1", "AssocGrpJobsLimit"),
+        also(f"qos {QOS}", "MaxJobsPerUser=1", "QOSMaxJobsPerUserLimit"),
+        also(f"qos {QOS}", "MaxJobsPerAccount=1", "MaxJobsPerAccount"),
         (f"qos {QOS}", "MaxTRESPerUser=gres/gpu=3", "QOSMaxGRESPerUser"),
-        (f"qos {QOS}", "GrpTRES=gres/gpu=3", "QOSGrpGRES"),
+        also(f"qos {QOS}", "GrpTRES=gres/gpu=3", "QOSGrpGRES"),
         (f"account {PARENT}", "GrpTRES=gres/gpu=3", "AssocGrpGRES"),
     ],
 )
@@ -308,15 +313,15 @@ def test_job_behind_others_may_start(lab: Lab, entity: str, limit: str, word: st
     [
         ("MaxTime=10", "--time=60", "PartitionTimeLimit",
          "allows 10 min per job (MaxTime), and the job asks for 60 min"),
-        ("MaxNodes=1", "--nodes=2", "PartitionNodeLimit",
+        also("MaxNodes=1", "--nodes=2", "PartitionNodeLimit",
          "allows 1 node(s) (MaxNodes), and the job asks for 2 node(s)"),
         ("MaxNodes=9", "--nodes=3", "PartitionNodeLimit",
          "allows 2 node(s) (TotalNodes), and the job asks for 3 node(s)"),
-        ("MinNodes=2", "--nodes=1", "PartitionNodeLimit",
+        also("MinNodes=2", "--nodes=1", "PartitionNodeLimit",
          "wants at least 2 node(s) (MinNodes), and the job asks for 1 node(s)"),
-        ("MaxCPUsPerNode=1", "--cpus-per-task=4", "PartitionConfig",
+        also("MaxCPUsPerNode=1", "--cpus-per-task=4", "PartitionConfig",
          "allows 1 CPU(s) per node (MaxCPUsPerNode), and the job asks for 4 CPU(s)"),
-        ("MaxNodes=9", "--cpus-per-task=100", "PartitionConfig",
+        also("MaxNodes=9", "--cpus-per-task=100", "PartitionConfig",
          "allows 16 CPU(s) per node (CPUs of its nodes), and the job asks for 100 CPU(s)"),
         ("MaxMemPerNode=5", "--nodes=1", "MaxMemPerLimit",
          "allows 5 MiB of memory per node (MaxMemPerNode), and the job asks for 10 MiB of memory"),
