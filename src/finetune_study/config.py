@@ -309,8 +309,11 @@ class GridBlock(Section):
     """Machines that the devices of a run are on, equally many on each. More than one needs SLURM."""
     sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)]
     """Context length in tokens; every sequence has exactly this length."""
-    per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
-    """Micro-batch: sequences per device and forward pass."""
+    per_device_train_batch_size: Annotated[
+        list[PositiveInt | Literal["max"]], BeforeValidator(_as_list), Field(min_length=1)
+    ] = [1]
+    """Micro-batch: sequences per device and forward pass. `max` is the largest that fits: each run finds it by short
+    runs in its own job, guided by the forecast, among the sizes that make up the effective batch."""
 
 
 class Report(Section):

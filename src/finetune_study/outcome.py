@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
@@ -15,7 +16,7 @@ from finetune_study.record import Record, read_record
 from finetune_study.run import Run
 from finetune_study.slurm import srun
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
@@ -27,7 +28,11 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "num_gpus": (pl.Int64, "Devices, one process each, over all nodes."),
     "nodes": (pl.Int64, "Machines that the devices are on, equally many on each."),
     "sequence_length": (pl.Int64, "Positions of every sequence."),
-    "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
+    "micro_batch": (pl.String, "What the config asks for: a number of sequences, or `max`, the largest that fits."),
+    "per_device_train_batch_size": (
+        pl.Int64,
+        "Micro-batch: sequences per device and forward pass; of `max` what was found, null where nothing fits.",
+    ),
     "gradient_accumulation_steps": (pl.Int64, "Micro-batches per optimizer step."),
     "effective_batch_size": (pl.Int64, "Sequences per optimizer step over all devices."),
     "recipe": (pl.String, "Recipe of the config."),
@@ -175,7 +180,8 @@ def run_columns(run: Run) -> dict[str, Any]:
         "num_gpus": run.num_gpus,
         "nodes": run.nodes,
         "sequence_length": run.sequence_length,
-        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "micro_batch": str(run.per_device_train_batch_size),
+        "per_device_train_batch_size": None if micro_batch.is_searched(run) else run.per_device_train_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "effective_batch_size": run.training.effective_batch_size,
         "recipe": run.recipe,
@@ -199,6 +205,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
     versions = environment.get("versions", {})
     first: dict[str, Any] = record.ranks[0] if record.ranks else {}
     values = run_columns(run) | {
+        **_found_size(record),
         "status": ending.status,
         "reason": ending.reason,
         "oom_phase": ending.phase,
@@ -238,6 +245,15 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "attempt": record.attempt,
     }
     return _with_errors(values | _timing(record, price))
+
+
+def _found_size(record: Record) -> dict[str, Any]:
+    """Columns of the micro-batch of a run that looked for the largest."""
+    size = micro_batch.chosen(record.environment)
+    if size is None:
+        return {}
+    steps = micro_batch.at(record.run, size).gradient_accumulation_steps
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
 
 
 PREDICTED = (

@@ -160,7 +160,7 @@ class Rank:
 
         run = self.run
         train_data, eval_data = data.load(results.data(run.data_key))
-        sequences = run.per_device_train_batch_size * run.gradient_accumulation_steps
+        sequences = run.training.effective_batch_size // run.num_gpus
         self.facts.tell(model_flops_per_step=model_flops(model, run.sequence_length, sequences))
         uuid = environment.gpu_uuid() if run.hardware.device == "cuda" else None
         energy = EnergyMeter(uuid)
@@ -400,7 +400,7 @@ class _Evaluation:
     def measure(self, when: str) -> None:
         from finetune_study.measure.steps import finite
 
-        if self.eval_data is None:
+        if self.eval_data is None or not self.rank.run.protocol.evaluates:
             return
         with self.rank.phases.during("evaluate"):
             self.losses[when] = finite(self._loss())
@@ -412,7 +412,7 @@ class _Evaluation:
 
         from finetune_study.measure.steps import collate
 
-        model, size = self.trainer.model_wrapped, self.rank.run.per_device_train_batch_size
+        model, size = self.trainer.model_wrapped, self.rank.run.micro_batch
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
