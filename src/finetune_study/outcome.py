@@ -14,6 +14,7 @@ from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
 from finetune_study.record import Record, read_record
 from finetune_study.run import Run
+from finetune_study.sequences import steps_per_epoch
 from finetune_study.slurm import srun
 
 METRICS_VERSION = 3
@@ -88,11 +89,15 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "train_loss_last": (pl.Float64, "Loss of the last optimizer step."),
     "eval_loss_before": (pl.Float64, "Held-out loss before training."),
     "eval_loss_after": (pl.Float64, "Held-out loss after training."),
+    "rouge1": (pl.Float64, "Mean F measure of single words in summaries written after training, 0 to 1."),
+    "rouge2": (pl.Float64, "The same of pairs of words."),
+    "rougeL": (pl.Float64, "The same of the longest common subsequence."),
     "startup_seconds": (pl.Float64, "From the start of the processes until they can load the model, slowest rank."),
     "load_seconds": (pl.Float64, "Loading the model, slowest rank, seconds."),
     "duration_seconds": (pl.Float64, "The whole run, seconds."),
     "gpu_hours": (pl.Float64, "Duration times devices, hours."),
-    "epoch_hours": (pl.Float64, "One pass over the training data, at the median step time, hours."),
+    "optimizer_steps_per_epoch": (pl.Int64, "Optimizer steps of one pass over the training data."),
+    "epoch_hours": (pl.Float64, "So many steps at the median step time, hours."),
     "cost_usd_per_epoch": (pl.Float64, "The same in US dollars, at the config's price."),
     "optimizer_class": (pl.String, "Optimizer that really ran."),
     "attention_implementation": (pl.String, "Attention that the model really used."),
@@ -223,6 +228,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "total_parameters": first.get("total_parameters"),
         "eval_loss_before": first.get("evaluations", {}).get("before"),
         "eval_loss_after": first.get("evaluations", {}).get("after"),
+        **first.get("rouge", {}),
         "startup_seconds": _slowest(record, "startup_seconds"),
         "load_seconds": _slowest(record, "load_seconds"),
         "duration_seconds": record.duration_seconds,
@@ -309,8 +315,10 @@ def _timing(record: Record, price: float | None) -> dict[str, Any]:
     energy = _total(record, "energy_joules")
     peak = peak_tflops(record.environment.get("device_name"), record.ranks[0].get("compute_dtype"))
     train_sequences = record.environment.get("data", {}).get("num_train_available")
-    epoch_hours = None if train_sequences is None else train_sequences / sequences * median / 3600
+    epoch_steps = None if train_sequences is None else steps_per_epoch(train_sequences, sequences)
+    epoch_hours = None if epoch_steps is None else epoch_steps * median / 3600
     return values | {
+        "optimizer_steps_per_epoch": epoch_steps,
         "step_time_seconds_median": median,
         "step_time_seconds_min": min(samples),
         "step_time_seconds_max": max(samples),

@@ -63,6 +63,7 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
             protocol=RunProtocol(
                 num_untimed_steps=config.protocol.num_untimed_steps,
                 num_timed_steps=config.protocol.num_timed_steps,
+                rouge_samples=config.protocol.rouge_samples if model.weights == "pretrained" else 0,
             ),
         )
         reason = _why_not(hardware, num_gpus, nodes, sequences_at_once, config.training.effective_batch_size)

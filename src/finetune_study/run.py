@@ -54,6 +54,7 @@ class RunProtocol(Section):
     num_timed_steps: int
     evaluates: bool = Field(default=True, json_schema_extra=LATER)
     """False only in the short runs that look for the largest micro-batch."""
+    rouge_samples: int = Field(default=0, json_schema_extra=LATER)
 
 
 class Run(Section):

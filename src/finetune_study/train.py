@@ -187,7 +187,7 @@ class Rank:
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
         steps.on_timing = on_timing
-        evaluation = _Evaluation(self, trainer, eval_data)
+        evaluation = _Evaluation(self, trainer, eval_data, results.model(run.tokenizer_key))
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
@@ -367,8 +367,8 @@ class _Evaluation:
     gathered. Trainer.evaluate can't be used: before training it refuses ZeRO-1 and ZeRO-2.
     """
 
-    def __init__(self, rank: Rank, trainer: Any, eval_data: Any) -> None:
-        self.rank, self.trainer, self.eval_data = rank, trainer, eval_data
+    def __init__(self, rank: Rank, trainer: Any, eval_data: Any, tokenizer: Path) -> None:
+        self.rank, self.trainer, self.eval_data, self.tokenizer = rank, trainer, eval_data, tokenizer
         self.losses: dict[str, float | None] = {}
 
     def callback(self) -> Any:
@@ -384,6 +384,7 @@ class _Evaluation:
 
             def on_train_end(self, *_: Any, **__: Any) -> None:
                 evaluation.measure("after")
+                evaluation.summarise()
 
         return Evaluate()
 
@@ -406,6 +407,20 @@ class _Evaluation:
             self.losses[when] = finite(self._loss())
         self.rank.facts.tell(evaluations=self.losses)
         self.rank.say(f"held-out loss {when} training: {_show(self.losses[when])}")
+
+    def summarise(self) -> None:
+        """Summaries of held-out dialogues and their ROUGE; every rank writes the same ones."""
+        from finetune_study.measure import summaries
+
+        count = self.rank.run.protocol.rouge_samples
+        if count == 0:
+            return
+        with self.rank.phases.during("evaluate"):
+            rows = [self.eval_data[number] for number in range(min(count, len(self.eval_data)))]
+            written = summaries.write(self.trainer.model, self.tokenizer, rows, self.rank.world_size)
+        scores = summaries.rouge(written)
+        self.rank.facts.tell(rouge=scores, summaries=[one._asdict() for one in written])
+        self.rank.say("ROUGE: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
 
     def _loss(self) -> float:
         import torch

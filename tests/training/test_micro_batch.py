@@ -35,26 +35,26 @@ def sizes_tried(ended: Ended) -> dict[tuple[int, str], str]:
 def test_largest_that_fits_is_found_and_trained(lab: Lab) -> None:
     ended = lab.train(EAGER, **largest(lab))
     assert (ended.status, ended.record.ending.status) == (0, "completed"), ended.output
-    tried = sizes_tried(ended)
-    assert tried[8, "short"] == "completed"
-    assert tried.get((16, "short"), "ruled out") == "device_oom" or (
-        ended.record.environment[micro_batch.FACT]["forecast"]["16"] == "does not fit"
-    )
-    row = ended.row
-    assert (row["micro_batch"], row["per_device_train_batch_size"], row["gradient_accumulation_steps"]) == ("max", 8, 2)
+    row, size = ended.row, ended.row["per_device_train_batch_size"]
+    assert sizes_tried(ended)[size, "short"] == "completed"
+    assert (row["micro_batch"], row["gradient_accumulation_steps"]) == ("max", 16 // size)
     assert row["num_timed_steps"] == ended.record.run.protocol.num_timed_steps, "of the run, not of a short one"
-    fixed = lab.train(EAGER, **largest(lab, micro_batch=8))
+    fixed = lab.train(EAGER, **largest(lab, micro_batch=size))
     assert ended.losses == fixed.losses
     assert ended.eval_losses == fixed.eval_losses
     assert ended.peak() == pytest.approx(fixed.peak(), rel=0.1)
-    assert lab.train(EAGER, **largest(lab, micro_batch=16)).record.ending.status == "device_oom"
+    assert size < 16
+    assert lab.train(EAGER, **largest(lab, micro_batch=2 * size)).record.ending.status == "device_oom"
 
 
 def test_ranks_find_it_together(lab: Lab) -> None:
     ended = lab.train(EAGER, **largest(lab, num_gpus=2, budget_gib=0.17))
     assert ended.record.ending.status == "completed", ended.output
-    assert ended.row["per_device_train_batch_size"] == 4
     assert len(ended.record.ranks) == 2
+    size = ended.row["per_device_train_batch_size"]
+    assert size < 8
+    larger = lab.train(EAGER, **largest(lab, num_gpus=2, budget_gib=0.17, micro_batch=2 * size))
+    assert larger.record.ending.status == "device_oom"
 
 
 def test_out_of_memory_at_every_size_is_an_outcome(lab: Lab) -> None:
@@ -81,4 +81,5 @@ def test_nodes_find_it_together(tmp_path: Path) -> None:
     outputs = [launcher.communicate(timeout=LIMIT_SECONDS)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     ended = Ended(paths, 0, outputs[0], 0.0)
-    assert (ended.record.ending.status, ended.row["per_device_train_batch_size"]) == ("completed", 4)
+    assert ended.record.ending.status == "completed"
+    assert 1 <= ended.row["per_device_train_batch_size"] < 8

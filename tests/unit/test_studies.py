@@ -111,7 +111,7 @@ def test_what_studies_share_is_equal() -> None:
 
 
 def test_shapes_have_the_weights_that_their_names_say() -> None:
-    """LoRA's 131 million weights of Llama 2 70B are the number of arXiv 2406.02290, which says which layers it adapts."""
+    """131 million of LoRA for Llama 2 70B are the number of arXiv 2406.02290; it tells which layers were adapted."""
     sizes, adapted = {}, 0
     studies = [config.load(FOLDER / f"{name}.yaml") for name in ("best-default", "large-models")]
     for name, target in {**studies[0].models, **studies[1].models}.items():
