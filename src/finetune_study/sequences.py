@@ -126,7 +126,7 @@ def fit(parts: Iterable[Parts], places: Iterable[str], sequence_length: int, ove
 
 
 def steps_per_epoch(num_sequences: int, effective_batch_size: int) -> int:
-    """Optimizer steps of one pass over the data; as with transformers' Trainer the last one may hold fewer sequences."""
+    """Optimizer steps of one pass over the data; as with transformers' Trainer the last may hold fewer sequences."""
     return -(-num_sequences // effective_batch_size)
 
 

@@ -24,7 +24,7 @@ from finetune_study import run as run_module
 from finetune_study.errors import RunFailedError
 from finetune_study.facts import Facts
 from finetune_study.measure import environment
-from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter
+from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter, peak_rss_bytes
 from finetune_study.measure.phases import Phases
 from finetune_study.paths import Results
 from finetune_study.run import Run
@@ -87,9 +87,12 @@ class Rank:
             if self.rank == 0:
                 self.facts.tell(environment=environment.describe(run.hardware.device))
             self.facts.tell(affinity=sorted(os.sched_getaffinity(0)))
-            started = time.perf_counter()
+            started, resident = time.perf_counter(), peak_rss_bytes()
             model = self._model(results)
-            self.facts.tell(load_seconds=time.perf_counter() - started)
+            self.facts.tell(
+                load_seconds=time.perf_counter() - started,
+                load_peak_rss_growth_bytes=peak_rss_bytes() - resident,
+            )
             self._fit(arguments, model, results)
 
     def _check_device(self) -> None:

@@ -24,7 +24,7 @@ def test_every_way_of_sharding_writes_the_same_summaries(lab: Lab) -> None:
         assert ended.record.ending.status == "completed", ended.output
         told = [rank["summaries"] for rank in ended.record.ranks]
         assert all(one == told[0] for one in told), "ranks write together"
-        assert [one["reference"] for one in told[0]][0].startswith("Ann says ")
+        assert next(one["reference"] for one in told[0]).startswith("Ann says ")
         assert any(one["generated"] for one in told[0])
         written = [summaries.Summary(**one) for one in told[0]]
         assert {name: ended.row[name] for name in summaries.KINDS} == summaries.rouge(written)
