@@ -201,7 +201,7 @@ def memory_gib(run: Run) -> dict[str, float]:
     zero = next((int(name[4]) for name in used if name.startswith("zero")), 0)
     weights = 2 * shape.parameters + 2 * trained
     gradients, states = 4 * trained, 8 * trained
-    s, b = run.sequence_length, run.per_device_train_batch_size
+    s, b = run.sequence_length, run.micro_batch
     layer = 34 * s * b * shape.hidden + (0 if "flash_attention_2" in used else 5 * shape.heads * s * s * b)
     kept = shape.layers * 2 * s * b * shape.hidden + layer if "gradient_checkpointing" in used else shape.layers * layer
     parts = {
@@ -227,12 +227,7 @@ def step_seconds(run: Run) -> float:
     attention = 12 * shape.layers * shape.hidden * run.sequence_length
     flops = tokens * (_flops_per_weight(run) * shape.parameters + attention)
     recomputed = 1.30 if "gradient_checkpointing" in used else 1.0
-    efficiency = (
-        0.46
-        * run.sequence_length
-        * run.per_device_train_batch_size
-        / (run.sequence_length * run.per_device_train_batch_size + 300)
-    )
+    efficiency = 0.46 * run.sequence_length * run.micro_batch / (run.sequence_length * run.micro_batch + 300)
     written_out = 0 if "flash_attention_2" in used else 40 * shape.layers * shape.heads * run.sequence_length**2
     seconds = recomputed * (flops / efficiency / rate + written_out * run.training.effective_batch_size / 1.4e12)
     seconds /= run.num_gpus
@@ -241,7 +236,7 @@ def step_seconds(run: Run) -> float:
         link = LINK_GBPS[run.hardware.name]
         seconds += 4 * trained / link + 0.01
         if "zero3" in used:
-            seconds += run.gradient_accumulation_steps * (6 * shape.parameters / link + 0.02)
+            seconds += (run.gradient_accumulation_steps or 1) * (6 * shape.parameters / link + 0.02)
     if "offload_optimizer" in used:
         seconds += 12 * trained / run.num_gpus / HOST_GBPS
     return seconds

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finetune_study import facts, record
+from finetune_study import facts, micro_batch, record
 from finetune_study import run as run_module
 from finetune_study.errors import RunFailedError
 from finetune_study.launch import locked
@@ -117,6 +117,8 @@ def _left_behind(kill: Kill, paths: RunPaths) -> tuple[About, dict[int, dict[str
     """What supervisor and ranks of this very job wrote before they were killed; of another try nothing is taken."""
     about = record.read_about(paths)
     if about is not None and kill.slurm_job_id is not None and about.slurm_job_id == kill.slurm_job_id:
+        if micro_batch.is_unsettled(about.environment):
+            return about, {}  # what a short run measured is not the run's
         return about, {int(path.stem): facts.read(path) for path in paths.scratch.glob("*.jsonl")}
     host = {"host": kill.node} if kill.node else {}
     return About(record.previous_attempts(paths) + 1, slurm_job_id=kill.slurm_job_id, environment=host), {}

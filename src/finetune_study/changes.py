@@ -52,6 +52,8 @@ def read(path: Path) -> pl.DataFrame:
         ) from None
     if "nodes" not in found.columns:  # of a version whose runs were on one node
         found = found.with_columns(nodes=pl.lit(1))
+    if "micro_batch" not in found.columns and "per_device_train_batch_size" in found.columns:
+        found = found.with_columns(micro_batch=pl.col("per_device_train_batch_size").cast(pl.String))
     if missing := [name for name in (*CONFIGURATION, "run_id", "status") if name not in found.columns]:
         raise StudyError(
             "The file is no table of outcomes",

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finetune_study.ratio import ratio
-from finetune_study.table import SETTING, Row, completed_everywhere, devices, repeats, show
+from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, repeats, show
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 
@@ -77,7 +77,7 @@ def _settings(rows: Iterable[Row]) -> list[list[Row]]:
     """Rows that may be compared: one setting and one micro-batch."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in (*SETTING, "per_device_train_batch_size"))
+        key = tuple(row[name] for name in (*SETTING, "micro_batch"))
         found.setdefault(key, []).append(row)
     return [*found.values()]
 
@@ -471,8 +471,8 @@ def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float) -> Walk:
     """
     here = [row for row in rows if (row["num_gpus"], row["nodes"]) == (num_gpus, nodes)]
     contexts = sorted({row["sequence_length"] for row in here})
-    smallest = min(row["per_device_train_batch_size"] for row in here)
-    short = [r for r in here if r["sequence_length"] == contexts[0] and r["per_device_train_batch_size"] == smallest]
+    smallest = min(map(micro_batch_order, here))
+    short = [r for r in here if r["sequence_length"] == contexts[0] and micro_batch_order(r) == smallest]
     first: list[Step] = []
     chosen: Row | None = None
     for question, rung in _LADDER:
@@ -497,8 +497,8 @@ def _activations(here: list[Row], contexts: list[int], chosen: Row, limit: float
     states = techniques(chosen) & _STATES
     same = [row for row in here if techniques(row) & _STATES == states]
     steps: list[Step] = []
-    smallest = min(row["per_device_train_batch_size"] for row in here)
-    longest = [r for r in same if r["sequence_length"] == contexts[-1] and r["per_device_train_batch_size"] == smallest]
+    smallest = min(map(micro_batch_order, here))
+    longest = [r for r in same if r["sequence_length"] == contexts[-1] and micro_batch_order(r) == smallest]
     for words, used in (
         ("nothing more", frozenset[str]()),
         ("FlashAttention-2", frozenset({"flash_attention_2"})),
@@ -512,10 +512,10 @@ def _activations(here: list[Row], contexts: list[int], chosen: Row, limit: float
             break
     larger = sorted(
         (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == contexts[0]),
-        key=lambda r: r["per_device_train_batch_size"],
+        key=micro_batch_order,
     )
     for row in larger[1:]:
-        question = f"Micro-batch {row['per_device_train_batch_size']} at context {contexts[0]}"
+        question = f"Micro-batch {row['micro_batch']} at context {contexts[0]}"
         steps.append(Step(question, row, _room(row, limit), completed_everywhere(row)))
     return steps
 

@@ -231,7 +231,10 @@ class Hardware(Section):
 
 
 class Data(Section):
-    """What is trained on: dialogues with their summaries."""
+    """What is trained on: dialogues with their summaries.
+
+    An example reads `Summarize this dialogue:`, the dialogue, `---`, `Summary:`, the summary, each on lines of its own;
+    it stands alone in a sequence of exactly the context length, filled up with padding, unless a recipe packs."""
 
     dataset: str = "generated"
     """`generated` (made here, from a seed), a hub id, or a file (`.jsonl`, `.json`, `.csv`, `.parquet`).
@@ -244,7 +247,8 @@ class Data(Section):
     seed: NonNegativeInt = 0
     """Seed of the generator, and of the order in which examples are drawn."""
     num_eval_samples: NonNegativeInt = 8
-    """Sequences held out for the evaluation loss, before and after training; 0 leaves it out."""
+    """Sequences held out for the evaluation loss, before and after training. 0 leaves it out, which targets with
+    pretrained weights do not allow: their speed is nothing without their quality."""
     overlong: Literal["error", "truncate", "drop"] = "error"
     """What to do with an example longer than the context."""
     mask_prompt: bool = False
@@ -288,6 +292,10 @@ class Protocol(Section):
     the device's memory: it ends as `implied_oom`. False trains such runs, those that ended so as well."""
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
+    rouge_samples: NonNegativeInt = 0
+    """So many of the held-out dialogues are summarised after training, and compared with their summaries (ROUGE-1,
+    ROUGE-2 and ROUGE-L, F measures). It takes time of the GPU, which is not timed; targets with random weights write
+    none."""
     skip_predicted_oom: NonNegativeFloat | None = None
     """Runs predicted to need more than the GPU has by this share of it (0.2: more than 120 %) are not trained.
 
@@ -309,8 +317,11 @@ class GridBlock(Section):
     """Machines that the devices of a run are on, equally many on each. More than one needs SLURM."""
     sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)]
     """Context length in tokens; every sequence has exactly this length."""
-    per_device_train_batch_size: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)] = [1]
-    """Micro-batch: sequences per device and forward pass."""
+    per_device_train_batch_size: Annotated[
+        list[PositiveInt | Literal["max"]], BeforeValidator(_as_list), Field(min_length=1)
+    ] = [1]
+    """Micro-batch: sequences per device and forward pass. `max` is the largest that fits: each run finds it by short
+    runs in its own job, guided by the forecast, among the sizes that make up the effective batch."""
 
 
 class Report(Section):
@@ -357,6 +368,25 @@ class Config(Section):
             except ConfigError as error:
                 raise ValueError(f"recipe `{name}`: {error}") from None
         return recipes
+
+    @model_validator(mode="after")
+    def _quality_is_measured(self) -> Self:
+        held_out, summarised = self.data.num_eval_samples, self.protocol.rouge_samples
+        used = {name for block in self.grid for name in block.targets if name in self.models}
+        pretrained = sorted(name for name in used if self.models[name].weights == "pretrained")
+        if pretrained and held_out == 0:
+            raise ValueError(
+                f"data.num_eval_samples is 0, and {', '.join(pretrained)} would be trained without an evaluation loss: "
+                "hold out at least 1; only targets with `weights: random` need none"
+            )
+        if summarised > held_out:
+            raise ValueError(
+                f"protocol.rouge_samples: {summarised} summaries of data.num_eval_samples = {held_out} held-out "
+                "sequences: hold out as many"
+            )
+        if summarised and not pretrained:
+            raise ValueError("protocol.rouge_samples: no target of the grid has pretrained weights to summarise with")
+        return self
 
     @model_validator(mode="after")
     def _known_names(self) -> Self:

@@ -17,6 +17,7 @@ from finetune_study.sequences import (
     next_fit,
     silent_tokens,
     starts_with,
+    steps_per_epoch,
     tokenise,
 )
 
@@ -31,7 +32,8 @@ def prepare(run: Run, num_train_needed: int, model_dir: Path, out: Path) -> dict
         out: the folder; it appears whole or not at all.
 
     Returns:
-        Its manifest: `num_train_available` and `num_eval` sequences, what they hold, where they come from.
+        Its manifest: `num_train_available` and `num_eval` sequences, what they hold, where they come from, and
+        `optimizer_steps_per_epoch` at the effective batch of the study that prepared them.
 
     Raises:
         DataError: when the data are missing, wrong, too long for the context or too few.
@@ -84,6 +86,8 @@ def _fill(run: Run, num_train_needed: int, model_dir: Path, folder: Path) -> dic
         "num_overlong": num_overlong,
         "num_train_available": len(train),
         "num_eval": len(held_out),
+        "effective_batch_size": run.training.effective_batch_size,
+        "optimizer_steps_per_epoch": steps_per_epoch(len(train), run.training.effective_batch_size),
         "train": _count(train),
         "eval": _count(held_out),
         "sha256": _sha256(train, held_out),

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 import polars as pl
 
-from finetune_study import slurm, table, train
+from finetune_study import micro_batch, slurm, table, train
 from finetune_study.errors import StudyError
 from finetune_study.recommend import Recommendation, defaults, recommend
 from finetune_study.record import write_atomically
@@ -118,7 +118,9 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             do=f"measure more: {'; '.join(one.settled_by[:5]) or one.reason}",
         )
     run = study.run(best.run_ids[0])
-    arguments = train.arguments_of(run, "output")
+    found = best.per_device_train_batch_size
+    settled = micro_batch.at(run, found) if micro_batch.is_searched(run) and found else run
+    arguments = train.arguments_of(settled, "output")
     deepspeed = arguments.pop("deepspeed", None)
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
     lora = run.parsed_techniques.get("lora")

@@ -3,9 +3,10 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from finetune_study import allocation, places, rendezvous, signals
 from finetune_study.allocation import Asked
@@ -23,26 +24,21 @@ LOOK_SECONDS = 60.0
 
 def follow(
     run: Run,
-    run_yaml: Path,
     results: Results,
     paths: RunPaths,
     place: Place,
     asked: Asked,
     folders: Places,
-    *,
-    memory_snapshot: bool = False,
 ) -> int:
     """Does this node's part of a run.
 
     Args:
         run: what to do.
-        run_yaml: where it is written.
         results: where prepared models and data lie.
         paths: of the run, where its run.yaml lies.
         place: of this node.
         asked: what the node must offer beside what the run says.
         folders: where caches and temporary files go.
-        memory_snapshot: keep the CUDA allocator's history of an OOM.
 
     Returns:
         Exit status: 0 when the first node has heard all, and says itself how the run ended.
@@ -62,9 +58,8 @@ def follow(
                     pass
                 if link.heard("start") is not None:
                     with places.opened(folders, run, results) as where:
-                        _work(run, run_yaml, results, leader, place, where, memory_snapshot=memory_snapshot)
-                while not link.wait_for("over", seconds=LOOK_SECONDS) and not link.is_lost:
-                    pass
+                        for start in _starts(link):
+                            _work(run, results, leader, place, where, start)
         except StoppedError as stop:
             print(f"{run.run_id}: node {place.number} was ended from outside by {stop}", file=sys.stderr, flush=True)
             return 1
@@ -82,33 +77,42 @@ def _check(run: Run, asked: Asked) -> dict[str, object]:
         return {"refusal": str(error), "is_unfit": isinstance(error, UnfitNodeError)}
 
 
+def _starts(link: Link) -> Iterator[dict[str, Any]]:
+    """What the first node says of each training, as it begins; a run of `max` has several."""
+    done = 0
+    while link.heard("over") is None and not link.is_lost:
+        if (start := link.heard("start"))["number"] > done:
+            done = start["number"]
+            yield start
+        else:
+            signals.sleep(LOOK_SECONDS)
+        link.hear()
+
+
 def _work(
-    run: Run,
-    run_yaml: Path,
-    results: Results,
-    leader: Leader,
-    place: Place,
-    where: dict[str, str],
-    *,
-    memory_snapshot: bool,
+    run: Run, results: Results, leader: Leader, place: Place, where: dict[str, str], start: dict[str, Any]
 ) -> None:
-    link = leader.link
-    start = link.heard("start")
+    link, number = leader.link, start["number"]
     address, port = start["master"]
     ranks = Ranks(run, RunPaths(Path(start["folder"])), place, leader.ahead_seconds)
-    with ranks.log.open("w", encoding="utf-8") as log:
+    with ranks.log.open("w" if number == 1 else "a", encoding="utf-8") as log:
         try:
-            chosen = where | ranks.variables(leader.interface)
-            ranks.start(run_yaml, results, log, chosen, (address, port), memory_snapshot=memory_snapshot)
-            while not link.wait_for("stop", seconds=0) and not link.is_lost:
-                _tell(link, ranks.news())
+            chosen, snapshot = where | ranks.variables(leader.interface), start["memory_snapshot"]
+            ranks.start(Path(start["run_yaml"]), results, log, chosen, (address, port), memory_snapshot=snapshot)
+            while not _is_stopped(link, number) and not link.is_lost:
+                _tell(link, number, ranks.news())
                 signals.sleep(LOOK_SECONDS)
         except StoppedError as stop:
             link.send(stopped_by=str(stop))
         finally:
-            _tell(link, ranks.end_all())
+            _tell(link, number, ranks.end_all())
 
 
-def _tell(link: Link, ends: Iterable[End]) -> None:
+def _is_stopped(link: Link, number: int) -> bool:
+    link.hear()
+    return (link.heard("stop") or 0) >= number
+
+
+def _tell(link: Link, number: int, ends: Iterable[End]) -> None:
     for end in ends:
-        link.send(end=dataclasses.asdict(end))
+        link.send(training=number, end=dataclasses.asdict(end))

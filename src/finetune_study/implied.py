@@ -11,6 +11,10 @@ a single pass may need less than a smaller one in two.
 Nothing is concluded across numbers of GPUs (sharding gives each rank less of the model states, and brings buffers), nor
 across recipes, models or hardware: neither more nor less memory follows from those alone.
 
+A run of `per_device_train_batch_size: max` (finetune_study.micro_batch) runs out of memory only when every size does
+that the effective batch can be made of. So it is the easiest of its kind: it decides about every size at its context
+and beyond, accumulating or not, and about longer contexts of its own; no run at one size decides about it.
+
 A witness ran out in training: evaluation, host memory and an unknown phase prove nothing of it, nor does memory that
 was free but in pieces. One is not believed when a run that needs at least as much completed.
 """
@@ -18,7 +22,7 @@ was free but in pieces. One is not believed when a run that needs at least as mu
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from finetune_study import record
 from finetune_study import run as run_module
@@ -45,8 +49,8 @@ class Rung:
     kind: str
     """Digest of all that is equal between a run and its witness."""
     sequence_length: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
+    per_device_train_batch_size: int | Literal["max"]
+    gradient_accumulation_steps: int | None
 
     @classmethod
     def of(cls, run: Mapping[str, Any]) -> Self:
@@ -59,9 +63,18 @@ class Rung:
         return (
             self.kind == other.kind
             and self.sequence_length >= other.sequence_length
-            and self.per_device_train_batch_size >= other.per_device_train_batch_size
-            and (self.gradient_accumulation_steps > 1) == (other.gradient_accumulation_steps > 1)
+            and self._size[1] >= other._size[1]
+            and (other.is_searched or self._accumulates == other._accumulates)
         )
+
+    @property
+    def is_searched(self) -> bool:
+        """Its micro-batch is the largest that fits."""
+        return self.per_device_train_batch_size == "max"
+
+    @property
+    def _accumulates(self) -> bool:
+        return (self.gradient_accumulation_steps or 0) > 1
 
     def is_harder_than(self, other: "Rung") -> bool:
         """The same, and it is no mere repeat."""
@@ -69,7 +82,9 @@ class Rung:
 
     @property
     def _size(self) -> tuple[int, int]:
-        return self.sequence_length, self.per_device_train_batch_size
+        """With its smallest micro-batch below all others where it has several to choose from."""
+        size = self.per_device_train_batch_size
+        return self.sequence_length, 0 if size == "max" else size
 
 
 _FROM_RUN = ("run_id", *AXES, "gradient_accumulation_steps")
@@ -115,7 +130,7 @@ class Kin:
         except RecordError:
             return False
         rung = Rung.of(found.run.model_dump(mode="json"))
-        return _ran_out(found.ending.model_dump()) and self._rungs[run_id].is_harder_than(rung)
+        return ran_out(found.ending.model_dump()) and self._rungs[run_id].is_harder_than(rung)
 
     def easier(self, run_id: str) -> list[Rung]:
         """Runs that could be a witness, the easiest first."""
@@ -141,7 +156,7 @@ class Kin:
         return self._endings[run_id]
 
     def _proves(self, rung: Rung) -> bool:
-        return _ran_out(self.ending(rung.run_id)) and not self.fits(rung.run_id)
+        return ran_out(self.ending(rung.run_id)) and not self.fits(rung.run_id)
 
 
 def _ending(paths: RunPaths) -> dict[str, Any]:
@@ -152,7 +167,8 @@ def _ending(paths: RunPaths) -> dict[str, Any]:
         return {}
 
 
-def _ran_out(ending: Mapping[str, Any]) -> bool:
+def ran_out(ending: Mapping[str, Any]) -> bool:
+    """Whether an ending proves that harder runs of the kind run out of memory."""
     return (
         ending.get("status") == "device_oom"
         and ending.get("phase") in TRAINING

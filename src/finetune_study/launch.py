@@ -8,11 +8,14 @@ so it stays small when memory runs out around it.
 """
 
 import argparse
+import dataclasses
 import datetime
 import fcntl
+import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -22,12 +25,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from finetune_study import allocation, data, facts, implied, places, ranks, record, rendezvous, signals, slurm
+from finetune_study import (
+    allocation,
+    data,
+    facts,
+    implied,
+    micro_batch,
+    places,
+    ranks,
+    record,
+    rendezvous,
+    signals,
+    slurm,
+    variables,
+)
 from finetune_study import run as run_module
 from finetune_study.allocation import NOTHING_MORE, Asked
 from finetune_study.config import Places
 from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
 from finetune_study.follow import follow
+from finetune_study.micro_batch import OUT_OF_MEMORY, Search, Try
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
 from finetune_study.ranks import LOG_TAIL_LINES, End, Ranks
@@ -54,6 +71,9 @@ PROGRESS_SECONDS = 20.0
 
 ENDS_SECONDS = 30.0
 """How long other nodes may take to kill their ranks and say so."""
+
+FORECAST_SECONDS = 120.0
+"""Tracing a model takes seconds; devices are held meanwhile."""
 
 LOST_SECONDS = 1.0
 """By so much the news that a node's launcher is gone may be behind what the peers of its ranks say of it."""
@@ -124,6 +144,8 @@ class Launch:
         self.ranks = Ranks(run, paths, self.team.place)
         self.ends: dict[int, End] = {}
         """Of all ranks on all nodes, as they become known."""
+        self.num_trainings = 0
+        """A run of `max` trains several times, its short runs included; else it is one."""
 
     def execute(self) -> Verdict:
         """Runs to the end, and writes record.json or failure.json."""
@@ -155,12 +177,83 @@ class Launch:
         self._check_nodes()
         self._check_prepared()
         self.started = time.monotonic()  # waiting for other nodes is not the run's time
+        shutil.rmtree(self.paths.scratch, ignore_errors=True)
+        self.paths.scratch.mkdir(parents=True)
         with places.opened(self.folders, self.run, self.results) as where:
+            chosen = where | self.ranks.variables(self.team.interface)
+            self.about.environment["variables"] = chosen
+            if micro_batch.is_searched(self.run):
+                return self._search(log, chosen)
+            return self._train(self.run_yaml, log, chosen, memory_snapshot=self.memory_snapshot)
+
+    def _search(self, log: TextIO, chosen: dict[str, str]) -> Verdict:
+        """Trains at the largest micro-batch that fits; it runs out of memory when none does."""
+        search = Search(micro_batch.sizes(self.run), self._forecast(chosen))
+        refused: list[tuple[Ending, dict[int, End]]] = []
+        while (size := search.next_size or search.chosen) is not None:
+            is_short = search.next_size is not None
+            self.about.environment[micro_batch.FACT] = search.report()
+            run = (micro_batch.short if is_short else micro_batch.at)(self.run, size)
+            run_yaml = self.paths.scratch / f"micro-batch-{size}{'-short' if is_short else ''}.yaml"
+            record.write_atomically(run_yaml, run_module.dump(run))
+            started = time.monotonic()
+            verdict = self._train(run_yaml, log, chosen, memory_snapshot=self.memory_snapshot and not is_short)
+            ending = verdict.ending
+            if ending is None or not ((is_short and ending.status == "completed") or ending.status in OUT_OF_MEMORY):
+                return self._cut_short(verdict, size) if is_short else verdict
+            search.tried.append(Try.of(size, ending, time.monotonic() - started, is_short=is_short))
+            print(f"{self.run.run_id}: micro-batch {size}: {search.tried[-1].words}", flush=True)
+            if ending.status in OUT_OF_MEMORY:
+                refused.append((ending, self.ends))
+        self.about.environment[micro_batch.FACT] = search.report()
+        # Sizes may have run out of memory in different ways: one that proves nothing of harder runs decides.
+        ending, self.ends = min(refused, key=lambda one: implied.ran_out(one[0].model_dump()))
+        return Verdict(ending=ending.model_copy(update={"reason": f"at every micro-batch; {ending.reason}"}))
+
+    def _cut_short(self, verdict: Verdict, size: int) -> Verdict:
+        """The run ended in a short run: what that measured is not the run's."""
+        self.ends = {}
+        return dataclasses.replace(verdict, cause=verdict.cause and f"short run at micro-batch {size}: {verdict.cause}")
+
+    def _forecast(self, chosen: dict[str, str]) -> dict[int, str]:
+        """What the forecast says of each micro-batch; nothing where it can't say."""
+        memory = [] if self.asked.memory_gib is None else ["--memory-gib", str(self.asked.memory_gib)]
+        output = self.paths.scratch / "forecast.txt"
+        with output.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "finetune_study.micro_batch", str(self.run_yaml)),
+                    *("--results", str(self.results.root), *memory),
+                ],
+                env=variables.passed_on(os.environ) | chosen | {"CUDA_VISIBLE_DEVICES": ""},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                preexec_fn=ranks.prepare_child,
+            )
             try:
-                self._start(log, where)
-                is_late = self._wait()
+                until = time.monotonic() + FORECAST_SECONDS
+                while process.poll() is None and time.monotonic() < until:
+                    signals.sleep(until - time.monotonic())
             finally:
-                self._end_all()
+                process.kill()
+                process.wait()
+        lines = ranks.tail(output, LOG_TAIL_LINES)
+        try:
+            return {int(size): str(word) for size, word in json.loads(lines[-1]).items()}
+        except (IndexError, ValueError, AttributeError):
+            self.about.environment["no_forecast"] = "\n".join(lines[-5:]) or f"none after {FORECAST_SECONDS:g} s"
+            return {}
+
+    def _train(self, run_yaml: Path, log: TextIO, chosen: dict[str, str], *, memory_snapshot: bool) -> Verdict:
+        """One training by processes of its own."""
+        self.ranks, self.ends = Ranks(self.run, self.paths, self.team.place), {}
+        self.num_trainings += 1
+        try:
+            self._start(run_yaml, log, chosen, memory_snapshot=memory_snapshot)
+            is_late = self._wait()
+        finally:
+            self._end_all()
         if is_late:
             return Verdict(ending=Ending(status="timeout", reason=f"time limit of {self.time_limit:g} s reached"))
         return self._conclude()
@@ -201,15 +294,21 @@ class Launch:
             )
         return manifest
 
-    def _start(self, log: TextIO, where: dict[str, str]) -> None:
-        shutil.rmtree(self.paths.scratch, ignore_errors=True)
-        self.paths.scratch.mkdir(parents=True)
-        chosen = where | self.ranks.variables(self.team.interface)
-        self.about.environment["variables"] = chosen
+    def _start(self, run_yaml: Path, log: TextIO, chosen: dict[str, str], *, memory_snapshot: bool) -> None:
+        for number in range(self.run.num_gpus):
+            self.paths.rank_facts(number).unlink(missing_ok=True)  # of a short run
         record.write_about(self.paths, self.about)
         master = (self.team.address, ranks.free_port())
-        self.team.tell(start={"folder": str(self.paths.folder), "master": master})
-        self.ranks.start(self.run_yaml, self.results, log, chosen, master, memory_snapshot=self.memory_snapshot)
+        self.team.tell(
+            start={
+                "number": self.num_trainings,
+                "folder": str(self.paths.folder),
+                "run_yaml": str(run_yaml),
+                "master": master,
+                "memory_snapshot": memory_snapshot,
+            }
+        )
+        self.ranks.start(run_yaml, self.results, log, chosen, master, memory_snapshot=memory_snapshot)
 
     def _wait(self) -> bool:
         """Sleeps until the run is over; whether its time was."""
@@ -247,7 +346,8 @@ class Launch:
 
     def _listen(self) -> None:
         """What other nodes say of their ranks; where a launcher is gone, its ranks went with it."""
-        self._note(End(**message["end"]) for message in self.team.hear() if "end" in message)
+        heard = self.team.hear()
+        self._note(End(**message["end"]) for message in heard if message.get("training") == self.num_trainings)
         for member in self.team.members.values():
             if member.link.is_lost:
                 self._note(self._lost(member, f"its launcher on {member.name} is gone without a word"))
@@ -266,7 +366,7 @@ class Launch:
         return next((line for line in reversed(lines) if line.startswith(("step ", "model ", "held-out"))), "starting")
 
     def _end_all(self) -> None:
-        self.team.tell(stop=True)
+        self.team.tell(stop=self.num_trainings)
         self._note(self.ranks.end_all())
         until = time.monotonic() + ENDS_SECONDS
         while len(self.ends) < self.run.num_gpus and time.monotonic() < until:
@@ -368,7 +468,7 @@ def launch(
     place = Place.of(run, os.environ)
     results = results or Results.of_run_yaml(run_yaml)
     if place.number > 0:
-        return follow(run, run_yaml.absolute(), results, paths, place, asked, folders, memory_snapshot=memory_snapshot)
+        return follow(run, results, paths, place, asked, folders)
     with signals.blocked(), Team(paths, place) as team, locked(paths.lock):
         if paths.record.exists():
             if if_needed:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from finetune_study import sharded_loading
 from finetune_study.run import Run
 
 
@@ -19,7 +20,8 @@ def load(run: Run, folder: Path) -> Any:
         run: decides about weights, dtype and attention.
         folder: the prepared model.
 
-    ZeRO-3 shards the weights while they are made when its `TrainingArguments` exist before this call.
+    ZeRO-3 shards the weights while they are made or read when its `TrainingArguments` exist before this call: no rank
+    ever holds all of them.
     """
     arguments: dict[str, Any] = {}
     for technique in run.parsed_techniques.values():
@@ -29,7 +31,8 @@ def load(run: Run, folder: Path) -> Any:
         with _seeded_initialisation(run.seed):
             model = AutoModelForCausalLM.from_config(config, **arguments)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
+        with sharded_loading.in_chunks(folder):
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
     model.config.use_cache = False  # keys and values of past tokens serve generation alone
     return model
 

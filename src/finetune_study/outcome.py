@@ -8,14 +8,16 @@ from typing import Any
 
 import polars as pl
 
+from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
 from finetune_study.record import Record, read_record
 from finetune_study.run import Run
+from finetune_study.sequences import steps_per_epoch
 from finetune_study.slurm import srun
 
-METRICS_VERSION = 2
+METRICS_VERSION = 3
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
@@ -27,7 +29,11 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "num_gpus": (pl.Int64, "Devices, one process each, over all nodes."),
     "nodes": (pl.Int64, "Machines that the devices are on, equally many on each."),
     "sequence_length": (pl.Int64, "Positions of every sequence."),
-    "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
+    "micro_batch": (pl.String, "What the config asks for: a number of sequences, or `max`, the largest that fits."),
+    "per_device_train_batch_size": (
+        pl.Int64,
+        "Micro-batch: sequences per device and forward pass; of `max` what was found, null where nothing fits.",
+    ),
     "gradient_accumulation_steps": (pl.Int64, "Micro-batches per optimizer step."),
     "effective_batch_size": (pl.Int64, "Sequences per optimizer step over all devices."),
     "recipe": (pl.String, "Recipe of the config."),
@@ -83,11 +89,15 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "train_loss_last": (pl.Float64, "Loss of the last optimizer step."),
     "eval_loss_before": (pl.Float64, "Held-out loss before training."),
     "eval_loss_after": (pl.Float64, "Held-out loss after training."),
+    "rouge1": (pl.Float64, "Mean F measure of single words in summaries written after training, 0 to 1."),
+    "rouge2": (pl.Float64, "The same of pairs of words."),
+    "rougeL": (pl.Float64, "The same of the longest common subsequence."),
     "startup_seconds": (pl.Float64, "From the start of the processes until they can load the model, slowest rank."),
     "load_seconds": (pl.Float64, "Loading the model, slowest rank, seconds."),
     "duration_seconds": (pl.Float64, "The whole run, seconds."),
     "gpu_hours": (pl.Float64, "Duration times devices, hours."),
-    "epoch_hours": (pl.Float64, "One pass over the training data, at the median step time, hours."),
+    "optimizer_steps_per_epoch": (pl.Int64, "Optimizer steps of one pass over the training data."),
+    "epoch_hours": (pl.Float64, "So many steps at the median step time, hours."),
     "cost_usd_per_epoch": (pl.Float64, "The same in US dollars, at the config's price."),
     "optimizer_class": (pl.String, "Optimizer that really ran."),
     "attention_implementation": (pl.String, "Attention that the model really used."),
@@ -175,7 +185,8 @@ def run_columns(run: Run) -> dict[str, Any]:
         "num_gpus": run.num_gpus,
         "nodes": run.nodes,
         "sequence_length": run.sequence_length,
-        "per_device_train_batch_size": run.per_device_train_batch_size,
+        "micro_batch": str(run.per_device_train_batch_size),
+        "per_device_train_batch_size": None if micro_batch.is_searched(run) else run.per_device_train_batch_size,
         "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "effective_batch_size": run.training.effective_batch_size,
         "recipe": run.recipe,
@@ -199,6 +210,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
     versions = environment.get("versions", {})
     first: dict[str, Any] = record.ranks[0] if record.ranks else {}
     values = run_columns(run) | {
+        **_found_size(record),
         "status": ending.status,
         "reason": ending.reason,
         "oom_phase": ending.phase,
@@ -216,6 +228,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "total_parameters": first.get("total_parameters"),
         "eval_loss_before": first.get("evaluations", {}).get("before"),
         "eval_loss_after": first.get("evaluations", {}).get("after"),
+        **first.get("rouge", {}),
         "startup_seconds": _slowest(record, "startup_seconds"),
         "load_seconds": _slowest(record, "load_seconds"),
         "duration_seconds": record.duration_seconds,
@@ -238,6 +251,15 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "attempt": record.attempt,
     }
     return _with_errors(values | _timing(record, price))
+
+
+def _found_size(record: Record) -> dict[str, Any]:
+    """Columns of the micro-batch of a run that looked for the largest."""
+    size = micro_batch.chosen(record.environment)
+    if size is None:
+        return {}
+    steps = micro_batch.at(record.run, size).gradient_accumulation_steps
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
 
 
 PREDICTED = (
@@ -293,8 +315,10 @@ def _timing(record: Record, price: float | None) -> dict[str, Any]:
     energy = _total(record, "energy_joules")
     peak = peak_tflops(record.environment.get("device_name"), record.ranks[0].get("compute_dtype"))
     train_sequences = record.environment.get("data", {}).get("num_train_available")
-    epoch_hours = None if train_sequences is None else train_sequences / sequences * median / 3600
+    epoch_steps = None if train_sequences is None else steps_per_epoch(train_sequences, sequences)
+    epoch_hours = None if epoch_steps is None else epoch_steps * median / 3600
     return values | {
+        "optimizer_steps_per_epoch": epoch_steps,
         "step_time_seconds_median": median,
         "step_time_seconds_min": min(samples),
         "step_time_seconds_max": max(samples),

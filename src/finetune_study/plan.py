@@ -42,7 +42,9 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
         model = config.models[target]
         hardware = config.hardware[hardware_name]
         recipe = techniques.complete(config.recipes[recipe_name], hardware, num_gpus)
-        sequences_at_once = num_gpus * micro_batch
+        searched = micro_batch == "max"
+        sequences_at_once = num_gpus * (1 if micro_batch == "max" else micro_batch)
+        accumulation = max(1, config.training.effective_batch_size // sequences_at_once)
         run = run_module.make(
             target=target,
             recipe=recipe_name,
@@ -54,13 +56,14 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
             nodes=nodes,
             sequence_length=sequence_length,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=max(1, config.training.effective_batch_size // sequences_at_once),
+            gradient_accumulation_steps=None if searched else accumulation,
             techniques={name: technique.model_dump(mode="json") for name, technique in recipe.items()},
             data=config.data,
             training=config.training,
             protocol=RunProtocol(
                 num_untimed_steps=config.protocol.num_untimed_steps,
                 num_timed_steps=config.protocol.num_timed_steps,
+                rouge_samples=config.protocol.rouge_samples if model.weights == "pretrained" else 0,
             ),
         )
         reason = _why_not(hardware, num_gpus, nodes, sequences_at_once, config.training.effective_batch_size)

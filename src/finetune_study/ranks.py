@@ -217,9 +217,14 @@ def free_port() -> int:
 
 
 def _prepare_child(cores: list[int]) -> None:
-    """In the new process, before it becomes a rank: no signal blocked, its own cores, death with the supervisor."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    """In the new process, before it becomes a rank: the same as for any child, and its own cores."""
     os.sched_setaffinity(0, cores)
+    prepare_child()
+
+
+def prepare_child() -> None:
+    """In a new process of the supervisor: no signal blocked, death with the supervisor."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -45,7 +45,10 @@ class Evidence(Section):
     """A recipe in one setting, at its fastest micro-batch that fits; numbers are over completed repeats."""
 
     recipe: str
-    per_device_train_batch_size: int
+    micro_batch: str
+    """As the config asks for it: a number, or `max`."""
+    per_device_train_batch_size: int | None
+    """Null where the largest that fits is not known."""
     states: list[str]
     run_ids: list[str]
     num_completed: int
@@ -264,7 +267,7 @@ def _preference(option: Evidence) -> tuple[int, float]:
     """Among micro-batches: the fastest that fits, else one that is still open, else the smallest."""
     if option.fits and option.step_time_seconds_median is not None:
         return 0, option.step_time_seconds_median
-    return (1 if option.fits else 2 if option.pending else 3), option.per_device_train_batch_size
+    return (1 if option.fits else 2 if option.pending else 3), option.per_device_train_batch_size or 0
 
 
 def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -52,6 +52,9 @@ class RunProtocol(Section):
 
     num_untimed_steps: int
     num_timed_steps: int
+    evaluates: bool = Field(default=True, json_schema_extra=LATER)
+    """False only in the short runs that look for the largest micro-batch."""
+    rouge_samples: int = Field(default=0, json_schema_extra=LATER)
 
 
 class Run(Section):
@@ -70,8 +73,10 @@ class Run(Section):
     """Over all nodes."""
     nodes: PositiveInt = Field(default=1, json_schema_extra=LATER)
     sequence_length: PositiveInt
-    per_device_train_batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt
+    per_device_train_batch_size: PositiveInt | Literal["max"]
+    """`max` is part of the run's identity; which size that was is part of its record (finetune_study.micro_batch)."""
+    gradient_accumulation_steps: PositiveInt | None
+    """Follows from the effective batch; null as long as the micro-batch is `max`."""
     techniques: dict[str, dict[str, Any]]
     """Complete: what the recipe leaves open is filled in; settings include their defaults."""
     data: Data
@@ -87,6 +92,12 @@ class Run(Section):
     def seed(self) -> int:
         """Seed of the random number generators: the study's, moved on by each repeat."""
         return self.training.seed + self.repeat - 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per device and forward pass; of a run of `max` it has to be asked `at` a size."""
+        assert isinstance(self.per_device_train_batch_size, int)
+        return self.per_device_train_batch_size
 
     @property
     def gpus_per_node(self) -> int:

@@ -1,6 +1,6 @@
 """Sequences of exactly the context length, made of tokenised examples."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +125,32 @@ def fit(parts: Iterable[Parts], places: Iterable[str], sequence_length: int, ove
     return fitting, len(too_long)
 
 
+def steps_per_epoch(num_sequences: int, effective_batch_size: int) -> int:
+    """Optimizer steps of one pass over the data; as with transformers' Trainer the last may hold fewer sequences."""
+    return -(-num_sequences // effective_batch_size)
+
+
 def silent_tokens(one: Tokens, mask: bool) -> int:
     """Tokens at an example's start that carry no loss: nothing predicts the first; a masked prompt carries none."""
     return max(1, one.prompt_length if mask else 1)
+
+
+def prompt_and_summary(row: Mapping[str, Any], tail: Sequence[int]) -> tuple[list[int], list[int]] | None:
+    """The first example of a sequence as token ids, up to its summary and from there on.
+
+    Args:
+        row: a sequence: `input_ids`, `attention_mask`, and `position_ids` where examples are packed.
+        tail: the prompt's end, tokenised as `tokenise` does it.
+
+    Returns:
+        None where the prompt was cut before its end.
+    """
+    ids = [int(token) for token, real in zip(row["input_ids"], row["attention_mask"], strict=True) if real]
+    positions = [int(position) for position in row.get("position_ids", range(len(ids)))][: len(ids)]
+    ids = ids[: next((n for n, position in enumerate(positions) if n and position == 0), len(ids))]
+    ends = (n for n in range(len(ids), len(tail) - 1, -1) if ids[n - len(tail) : n] == list(tail))
+    begin = next(ends, None)
+    return None if begin is None else (ids[:begin], ids[begin:])
 
 
 def next_fit(lengths: Iterable[int], sequence_length: int) -> list[list[int]]:

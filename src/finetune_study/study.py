@@ -92,6 +92,10 @@ class Study:
     def _kin(self) -> Kin:
         return Kin(self.results, implied.rungs(planned.run for planned in self.planned.values()))
 
+    def number_of_easier(self, run_id: str) -> int:
+        """How many runs of the study could show that this one runs out of memory."""
+        return len(self._kin.easier(run_id))
+
     @cached_property
     def _last_forecast(self) -> dict[str, Any]:
         try:

@@ -14,7 +14,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 SETTING = ["target", "hardware", "num_gpus", "nodes", "sequence_length"]
 """Recipes are compared within one setting."""
-CONFIGURATION = [*SETTING, "per_device_train_batch_size", "recipe"]
+CONFIGURATION = [*SETTING, "micro_batch", "recipe"]
 """Runs that differ in nothing of this are repeats of each other."""
 
 COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
@@ -23,7 +23,11 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "num_gpus": (pl.Int64, "Devices, one process each, over all nodes."),
     "nodes": (pl.Int64, "Machines that the devices are on."),
     "sequence_length": (pl.Int64, "Positions of every sequence."),
-    "per_device_train_batch_size": (pl.Int64, "Micro-batch: sequences per device and forward pass."),
+    "micro_batch": (pl.String, "What the config asks for: a number of sequences, or `max`, the largest that fits."),
+    "per_device_train_batch_size": (
+        pl.Int64,
+        "Micro-batch: sequences per device and forward pass; of `max` the smallest that a repeat found.",
+    ),
     "recipe": (pl.String, "Recipe of the config."),
     "num_repeats": (pl.Int64, "Repeats that are planned."),
     "num_completed": (pl.Int64, "Repeats that completed; every number is over these alone."),
@@ -60,7 +64,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "gpu_hours": (pl.Float64, "GPU-hours that all repeats took, whatever became of them."),
     "predicted_peak_memory_gib": (pl.Float64, "Forecast of the peak memory before the runs, GiB."),
     "predicted_step_time_seconds": (pl.Float64, "Forecast of the step time before the runs, seconds."),
-    "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch."),
+    "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch or both at their largest."),
     "step_time_ratio": (pl.Float64, "Step time over the baseline's: below 1 is faster."),
     "peak_memory_ratio": (pl.Float64, "Peak memory over the baseline's: below 1 is less."),
     "not_compared": (pl.String, "Why there is no ratio although runs completed."),
@@ -113,6 +117,11 @@ def provenance() -> pl.Expr:
     return pl.concat_str([pl.col(name).cast(pl.String).fill_null("unknown") for name in parts], separator=" ")
 
 
+def micro_batch_order(row: Row) -> int:
+    """Sorts micro-batches as they are asked for; the largest that fits is the easiest to fit, and so comes first."""
+    return 0 if row["micro_batch"] == "max" else int(row["micro_batch"])
+
+
 def devices(hardware: str, num_gpus: int, nodes: int) -> str:
     """For a reader; the number of nodes where there are several."""
     return f"{hardware} {TIMES} {count(num_gpus, nodes)}"
@@ -147,7 +156,7 @@ def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
         baseline: a recipe.
     """
     rows = _over_repeats(cells)
-    keys = [*SETTING, "per_device_train_batch_size"]
+    keys = [*SETTING, "micro_batch"]
     reference = rows.filter(pl.col("recipe") == baseline).select(
         *keys,
         pl.col("num_completed", "provenance", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
@@ -173,6 +182,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
     medians = [pl.col(name).filter(completed).median().alias(f"{name}_median") for name in _MEDIANS]
     rows = cells.group_by(CONFIGURATION, maintain_order=True).agg(
         *medians,
+        per_device_train_batch_size=pl.col("per_device_train_batch_size").min(),
         run_ids=pl.col("run_id"),
         nodes_of_repeats=pl.col("host").fill_null("unknown").filter(timed),
         starts_of_repeats=pl.col("started_at").filter(timed),

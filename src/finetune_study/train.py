@@ -24,7 +24,7 @@ from finetune_study import run as run_module
 from finetune_study.errors import RunFailedError
 from finetune_study.facts import Facts
 from finetune_study.measure import environment
-from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter
+from finetune_study.measure.memory import CudaMemoryMeter, DataMemoryMeter, peak_rss_bytes
 from finetune_study.measure.phases import Phases
 from finetune_study.paths import Results
 from finetune_study.run import Run
@@ -87,9 +87,12 @@ class Rank:
             if self.rank == 0:
                 self.facts.tell(environment=environment.describe(run.hardware.device))
             self.facts.tell(affinity=sorted(os.sched_getaffinity(0)))
-            started = time.perf_counter()
+            started, resident = time.perf_counter(), peak_rss_bytes()
             model = self._model(results)
-            self.facts.tell(load_seconds=time.perf_counter() - started)
+            self.facts.tell(
+                load_seconds=time.perf_counter() - started,
+                load_peak_rss_growth_bytes=peak_rss_bytes() - resident,
+            )
             self._fit(arguments, model, results)
 
     def _check_device(self) -> None:
@@ -160,7 +163,7 @@ class Rank:
 
         run = self.run
         train_data, eval_data = data.load(results.data(run.data_key))
-        sequences = run.per_device_train_batch_size * run.gradient_accumulation_steps
+        sequences = run.training.effective_batch_size // run.num_gpus
         self.facts.tell(model_flops_per_step=model_flops(model, run.sequence_length, sequences))
         uuid = environment.gpu_uuid() if run.hardware.device == "cuda" else None
         energy = EnergyMeter(uuid)
@@ -187,7 +190,7 @@ class Rank:
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
         steps.on_timing = on_timing
-        evaluation = _Evaluation(self, trainer, eval_data)
+        evaluation = _Evaluation(self, trainer, eval_data, results.model(run.tokenizer_key))
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
@@ -367,8 +370,8 @@ class _Evaluation:
     gathered. Trainer.evaluate can't be used: before training it refuses ZeRO-1 and ZeRO-2.
     """
 
-    def __init__(self, rank: Rank, trainer: Any, eval_data: Any) -> None:
-        self.rank, self.trainer, self.eval_data = rank, trainer, eval_data
+    def __init__(self, rank: Rank, trainer: Any, eval_data: Any, tokenizer: Path) -> None:
+        self.rank, self.trainer, self.eval_data, self.tokenizer = rank, trainer, eval_data, tokenizer
         self.losses: dict[str, float | None] = {}
 
     def callback(self) -> Any:
@@ -384,6 +387,7 @@ class _Evaluation:
 
             def on_train_end(self, *_: Any, **__: Any) -> None:
                 evaluation.measure("after")
+                evaluation.summarise()
 
         return Evaluate()
 
@@ -400,19 +404,33 @@ class _Evaluation:
     def measure(self, when: str) -> None:
         from finetune_study.measure.steps import finite
 
-        if self.eval_data is None:
+        if self.eval_data is None or not self.rank.run.protocol.evaluates:
             return
         with self.rank.phases.during("evaluate"):
             self.losses[when] = finite(self._loss())
         self.rank.facts.tell(evaluations=self.losses)
         self.rank.say(f"held-out loss {when} training: {_show(self.losses[when])}")
 
+    def summarise(self) -> None:
+        """Summaries of held-out dialogues and their ROUGE; every rank writes the same ones."""
+        from finetune_study.measure import summaries
+
+        count = self.rank.run.protocol.rouge_samples
+        if count == 0:
+            return
+        with self.rank.phases.during("evaluate"):
+            rows = [self.eval_data[number] for number in range(min(count, len(self.eval_data)))]
+            written = summaries.write(self.trainer.model, self.tokenizer, rows, self.rank.world_size)
+        scores = summaries.rouge(written)
+        self.rank.facts.tell(rouge=scores, summaries=[one._asdict() for one in written])
+        self.rank.say("ROUGE: " + ", ".join(f"{name} {score:.3f}" for name, score in scores.items()))
+
     def _loss(self) -> float:
         import torch
 
         from finetune_study.measure.steps import collate
 
-        model, size = self.trainer.model_wrapped, self.rank.run.per_device_train_batch_size
+        model, size = self.trainer.model_wrapped, self.rank.run.micro_batch
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():

@@ -85,7 +85,8 @@ class Executor(RemoteExecutor):
 
     def run_jobs(self, jobs: list[Any]) -> None:
         self.detachment.listen()
-        super().run_jobs(jobs)
+        # All that are ready come at once, in no order; what comes first is also ahead in SLURM's queue.
+        super().run_jobs(sorted(jobs, key=lambda job: -job.priority))
 
     def run_job(self, job: Any) -> None:
         from snakemake.exceptions import RuleException

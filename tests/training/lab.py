@@ -110,7 +110,7 @@ class Lab:
         *,
         num_gpus: int = 1,
         nodes: int = 1,
-        micro_batch: int = 2,
+        micro_batch: int | str = 2,
         sequence_length: int = 256,
         architecture: Mapping[str, Any] | None = None,
         budget_gib: float = 4.0,

@@ -284,6 +284,7 @@ def test_prepare_and_load(tmp_path: Path, byte_tokenizer: Path) -> None:
     assert (len(train), len(held_out)) == (17, 3)
     assert manifest["num_train_available"] == 17
     assert manifest["num_eval"] == 3
+    assert (manifest["effective_batch_size"], manifest["optimizer_steps_per_epoch"]) == (8, 3)  # the last one of one
     assert manifest == json.loads((out / MANIFEST).read_text())
     assert train.column_names == ["input_ids", "attention_mask", "labels"]
     row = train[0]

@@ -40,7 +40,7 @@ EASY: Place = ("tiny", "cpu", "full", 1, 128, 2, 1)
 
 def runs_of(config: Config) -> dict[Place, Run]:
     return {
-        (r.target, r.hardware.name, r.recipe, r.num_gpus, r.sequence_length, r.per_device_train_batch_size, r.repeat): r
+        (r.target, r.hardware.name, r.recipe, r.num_gpus, r.sequence_length, r.micro_batch, r.repeat): r
         for r in (one.run for one in handmade.planned(config))
     }
 
@@ -153,7 +153,7 @@ rung_strategy = st.builds(
     run_id=st.just("x"),
     kind=st.sampled_from("ab"),
     sequence_length=st.integers(1, 3),
-    per_device_train_batch_size=st.integers(1, 3),
+    per_device_train_batch_size=st.sampled_from([1, 2, 3, "max"]),
     gradient_accumulation_steps=st.integers(1, 3),
 )
 
@@ -168,7 +168,8 @@ def test_being_harder_is_a_strict_order(a: Rung, b: Rung, c: Rung) -> None:
         assert a.is_harder_than(c)
     if a.is_harder_than(b):
         assert a.kind == b.kind
-        assert a.sequence_length * a.per_device_train_batch_size > b.sequence_length * b.per_device_train_batch_size
+        assert a.sequence_length >= b.sequence_length
+        assert not b.needs_as_much_as(a)
 
 
 def test_kinds_are_told_apart_by_all_that_defines_a_run() -> None:

@@ -77,7 +77,8 @@ def test_losses_and_parameters() -> None:
 def test_time_and_money() -> None:
     row = outcome.row(handmade.completed(FULL, 2.0, 2.0, 2.0), price=3.6)
     assert row["gpu_hours"] == pytest.approx(0.01)  # 36 s on one device
-    assert row["epoch_hours"] == pytest.approx(100 / 3600)  # 400 sequences: 50 steps of 2 s
+    assert row["optimizer_steps_per_epoch"] == 50  # 400 sequences
+    assert row["epoch_hours"] == pytest.approx(100 / 3600)
     assert row["cost_usd_per_epoch"] == pytest.approx(0.1)
     assert outcome.row(handmade.completed(FULL, 2.0))["cost_usd_per_epoch"] is None
 

@@ -228,7 +228,7 @@ def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path)
     seconds = {("full", 1): 2.0, ("full", 2): 1.5, ("lora", 1): 1.8, ("lora", 2): 1.6, ("lora", 4): 1.9}
     records = []
     for planned in handmade.planned(study):
-        time = seconds.get((planned.run.recipe, planned.run.per_device_train_batch_size))
+        time = seconds.get((planned.run.recipe, planned.run.micro_batch))
         records.append(handmade.completed(planned.run, time) if time else handmade.out_of_memory(planned.run))
     one = the_only(study, tmp_path, *records)
     assert (one.recipe, one.per_device_train_batch_size) == ("full", 2)

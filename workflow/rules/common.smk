@@ -71,6 +71,11 @@ def get_places(wildcards):
     return STUDY.places(wildcards.run_id)
 
 
+def get_priority(wildcards):
+    """Easy runs go first: one that runs out of memory decides about the harder ones of its kind."""
+    return -STUDY.number_of_easier(wildcards.run_id)
+
+
 def get_threads(wildcards):
     """Here all cores, since runs that share a machine would measure each other; a scheduler gives each job its own."""
     if workflow.local_exec:

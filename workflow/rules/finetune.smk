@@ -21,6 +21,7 @@ rule finetune:
     conda:
         "../../envs/training.yaml"
     threads: get_threads
+    priority: get_priority
     # Read where jobs are submitted; each comes from the run's hardware entry (src/finetune_study/slurm.py).
     resources:
         job_name=slurm_resource("job_name"),

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast import VERSION, predict, recipe
@@ -97,10 +98,12 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     Raises:
         StudyError: where its model or its recipe is not known to the predictor.
     """
+    if micro_batch.is_searched(run):
+        run = micro_batch.at(run, 1)  # which size it will be follows from the trace
     resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
     return predict.Question(
-        config_of(run, results), device, run.num_gpus, run.sequence_length, run.per_device_train_batch_size,
-        run.gradient_accumulation_steps, resolved, False, list(resolved.warnings),
+        config_of(run, results), device, run.num_gpus, run.sequence_length, run.micro_batch,
+        run.gradient_accumulation_steps or 1, resolved, False, list(resolved.warnings),
     )  # fmt: skip
 
 
@@ -131,17 +134,18 @@ def _row(
         "hardware": run.hardware.name,
         "num_gpus": run.num_gpus,
         "sequence_length": run.sequence_length,
-        "per_device_train_batch_size": run.per_device_train_batch_size,
-        "gradient_accumulation_steps": run.gradient_accumulation_steps,
         "recipe": run.recipe,
         "repeat": run.repeat,
         "state": _state(study, run_id),
     }
+    if not micro_batch.is_searched(run):
+        row |= {name: getattr(run, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     try:
         if isinstance(question, StudyError):
             raise question
         profile = traces.get(question.recipe.layout(question.config, question.context))
         calibration = read_calibration(study.results, run.hardware.name)
+        question = micro_batch.expected(run, question, profile)
         found = predict.outputs(question, profile, calibration)
     except StudyError as error:
         return row | {"warnings": " ".join(str(error).split())}
@@ -153,6 +157,8 @@ def _row(
         epoch = sequences / run.training.effective_batch_size * seconds / 3600
     hours = None if seconds is None else (run.num_steps * seconds + STARTUP_SECONDS) * run.num_gpus / 3600
     return row | {
+        "per_device_train_batch_size": question.batch,
+        "gradient_accumulation_steps": question.accumulation,
         "predicted_peak_memory_allocated_gib": found["predicted_peak_memory_allocated_gib"],
         "predicted_peak_memory_reserved_gib": found["predicted_peak_memory_reserved_gib"],
         "memory_gib": question.device.memory_gib,

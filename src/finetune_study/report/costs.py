@@ -30,8 +30,8 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
         chosen = [
             r
             for r in group
-            if (r["num_gpus"], r["nodes"], r["sequence_length"], r["recipe"], r["per_device_train_batch_size"])
-            == (at.num_gpus, at.nodes, at.sequence_length, at.recipe, at.per_device_train_batch_size)
+            if (r["num_gpus"], r["nodes"], r["sequence_length"], r["recipe"], r["micro_batch"])
+            == (at.num_gpus, at.nodes, at.sequence_length, at.recipe, at.best.micro_batch if at.best else None)
         ]
         found += [_cost(config, "the default", row) for row in chosen[:1]]
         # A shorter context is a cheaper epoch, of fewer tokens: only settings of the default's context are compared.

@@ -14,7 +14,7 @@ import vl_convert
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.report.tables import STATES, how_it_failed
-from finetune_study.table import TIMES, Row, completed_everywhere, count, devices, on_nodes, show
+from finetune_study.table import TIMES, Row, completed_everywhere, count, devices, micro_batch_order, on_nodes, show
 
 INK, MUTED, LINE, BAR, MEMORY, PAPER = "#1f2328", "#5f6872", "#d5d9de", "#3f7cac", "#b4431f", "#fffffe"
 """Colours of a figure; the page puts its own in their place. Blue and vermilion stay apart for colour-blind readers."""
@@ -117,7 +117,7 @@ def _most(counts: Iterable[Devices]) -> Devices:
 def _rank(row: Row) -> tuple[bool, float]:
     seconds = row["step_time_seconds_median"]
     fits = completed_everywhere(row) and seconds is not None
-    return not fits, seconds if fits else row["per_device_train_batch_size"]
+    return not fits, seconds if fits else micro_batch_order(row)
 
 
 def pairs(config: Config, rows: Iterable[Row], recommendations: Iterable[Recommendation]) -> list[Pair]:
@@ -210,7 +210,8 @@ def _cell(pair: Pair, one: Recommendation) -> dict[str, Any]:
     if best is not None:
         sure = {"tie": "≈ ", "too_few_data": "? "}.get(one.verdict, "")
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
-        micro = f" b{best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""
+        size = best.per_device_train_batch_size or 1
+        micro = f" b{size}" if size > 1 else ""
         return here | {
             "tone": "good",
             "first": sure + best.recipe + micro,
@@ -363,7 +364,7 @@ def tip(row: Row) -> str:
     """Everything about a configuration in a line, for hovering and for screen readers."""
     parts = [
         f"{row['recipe']}, {devices(row['hardware'], row['num_gpus'], row['nodes'])}, "
-        f"context {row['sequence_length']}, micro-batch {row['per_device_train_batch_size']}",
+        f"context {row['sequence_length']}, micro-batch {row['per_device_train_batch_size'] or row['micro_batch']}",
         label(row, row["step_time_seconds_median"], "s"),
         show(row["peak_memory_gib_median"], "GiB"),
         f"{show(row['tokens_per_second_per_gpu_median'])} tokens/s per device" if row["num_completed"] else "",

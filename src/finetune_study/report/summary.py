@@ -55,7 +55,7 @@ def _cells(one: Default) -> list[str]:
     return [
         place,
         best.recipe
-        + (f", micro-batch {best.per_device_train_batch_size}" if best.per_device_train_batch_size > 1 else ""),
+        + (f", micro-batch {best.per_device_train_batch_size}" if (best.per_device_train_batch_size or 1) > 1 else ""),
         verdict,
         show(best.step_time_seconds_median, "s"),
         show(best.peak_memory_gib_median, "GiB"),
