@@ -122,10 +122,10 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
     if shape["model_type"] == "phi":
         shape["hidden_act"] = "gelu_pytorch_tanh"  # one kernel; transformers' `gelu_new` is eight operations
     techniques: dict[str, Any] = {"bf16_pure": {}, "flash_attention_2": {}}
-    if row["method"] == "full":
-        techniques["chunked_cross_entropy"] = {"num_chunks": 1, "upcast": False}
-    else:
-        techniques["chunked_cross_entropy"] = {"num_chunks": max(1, row["seq_len_max"] // 128), "upcast": False}
+    # Fabric turns what a model returns to fp32 (plugins/precision/half.py, convert_output).
+    chunks = 1 if row["method"] == "full" else max(1, row["seq_len_max"] // 128)
+    techniques["chunked_cross_entropy"] = {"num_chunks": chunks, "upcast": "logits"}
+    if row["method"] != "full":
         name = "qlora" if row["quantization"] else "lora"
         techniques[name] = {
             "r": row["lora_rank"], "lora_dropout": row["lora_dropout"],
@@ -135,15 +135,17 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
             techniques[name]["bnb_4bit_use_double_quant"] = row["quantization"].endswith("dq")
             techniques[name]["prepare_model_for_kbit_training"] = False
             techniques[name]["bitsandbytes_before_0_44"] = True  # 2024-04 to 2024-09
+            # Fabric: plugins/precision/bitsandbytes.py quantises every linear layer, from torch.half
+            techniques[name] |= {"llm_int8_skip_modules": [], "quantized_from": "float16"}
             techniques["paged_adamw"] = {}
     if row["sharding"]:
         techniques["fsdp"] = {}
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
-    accumulation = max(1, row["global_batch"] // row["micro_batch"] // row["num_gpus"])
-    case.question = _question(
-        shape, "a10g", row["num_gpus"], row["seq_len_max"], row["micro_batch"], accumulation, techniques
-    )
+    # A file that says two devices trains on two of the machine's four.
+    gpus = min(row["num_gpus"], row["devices_in_yaml"])
+    accumulation = max(1, row["global_batch"] // row["micro_batch"] // gpus)
+    case.question = _question(shape, "a10g", gpus, row["seq_len_max"], row["micro_batch"], accumulation, techniques)
     return case
 
 
@@ -330,8 +332,12 @@ def torchtitan(row: dict[str, Any], document: dict[str, Any]) -> Case:
 
 @adapter("kempnerforge_h200.json")
 def kempner(row: dict[str, Any], document: dict[str, Any]) -> Case:
-    """KempnerForge: FSDP2 with fp32 weights, full checkpointing, compiled."""
-    case = Case("kempnerforge", f"{row['model']} tp{row['tp']} fsdp{row['fsdp']}", "fsdp", known=True)
+    """KempnerForge: FSDP2, full checkpointing, compiled.
+
+    "bf16 mixed precision" can't mean fp32 weights here: with their states they alone would take 12 bytes for each of
+    8.03 billion weights, 90 GiB, on the one GPU of the first row, which had a peak of 80.7 GiB.
+    """
+    case = Case("kempnerforge", f"{row['model']} tp{row['tp']} fsdp{row['fsdp']}", "fsdp")
     case.measured_gib, case.fits = _gib(row), True
     case.seconds, case.tokens_per_second = row["step_time_s"], row["tokens_per_s"]
     if row["tp"] > 1:
@@ -343,7 +349,7 @@ def kempner(row: dict[str, Any], document: dict[str, Any]) -> Case:
         "num_hidden_layers": row["n_layer"],
         "num_attention_heads": row["n_head"], "num_key_value_heads": row["n_kv"], "vocab_size": row["vocab"],
     }  # fmt: skip
-    techniques: dict[str, Any] = {"bf16": {}, "sdpa": {}, "gradient_checkpointing": {}, "adamw_torch_fused": {}}
+    techniques: dict[str, Any] = {"bf16_pure": {}, "sdpa": {}, "gradient_checkpointing": {}, "adamw_torch_fused": {}}
     techniques["fsdp"] = {}
     if row["compile"]:
         techniques["torch_compile"] = {}
@@ -416,7 +422,10 @@ def mosaic(row: dict[str, Any], document: dict[str, Any]) -> Case:
     # Its loss is flash-attn's fused cross entropy, on 16-bit logits.
     precision = "bf16" if row["precision"] == "amp_bf16" else "bf16_pure"
     loss = {"num_chunks": 1, "upcast": False}
-    techniques: dict[str, Any] = {precision: {}, "flash_attention_2": {}, "fsdp": {}, "chunked_cross_entropy": loss}
+    # composer/distributed/dist_strategy.py, ddp_sync_context: gradients are scattered after every micro-batch.
+    techniques: dict[str, Any] = {
+        precision: {}, "flash_attention_2": {}, "fsdp": {"sync_each_batch": True}, "chunked_cross_entropy": loss
+    }  # fmt: skip
     if row["gradient_checkpointing"]:
         techniques["gradient_checkpointing"] = {}
     card = row["gpu"].replace("_", "-")
@@ -473,9 +482,18 @@ def ask(case: Case, traces: predict.Traces, with_peers: bool) -> Result:
         return Result(case)
     question = {k: v for k, v in case.question.items() if v is not None}
     result = Result(case, json.loads(next(predict.answer_lines([json.dumps(question)], traces))))
-    if with_peers and "error" not in result.answer:
+    if contradicts(result):
+        case.unused = "less memory than weights and optimizer states take under the stated conditions"
+    elif with_peers and "error" not in result.answer:
         result.peers = peers(case.question, traces)
     return result
+
+
+def contradicts(result: Result) -> bool:
+    """Whether a row took less than its weights and optimizer states alone: then its conditions are not those stated."""
+    held = result.answer.get("predicted_memory_gib", {}).get("by_category", {})
+    least = held.get("parameters", 0.0) + held.get("optimizer", 0.0)
+    return result.case.measured_gib is not None and result.case.measured_gib < least
 
 
 def peers(row: dict[str, Any], traces: predict.Traces) -> dict[str, float | None]:

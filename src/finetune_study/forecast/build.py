@@ -217,21 +217,28 @@ def shorten(config: Any, layers: list[int]) -> Any:
 class _Dequantized(torch.autograd.Function):
     """A linear layer whose weight is made from its quantised form for every product, forward and backward.
 
-    bitsandbytes' MatMul4Bit and MatMul8bitLt do the same; of the weight nothing is saved but a reference.
+    bitsandbytes' MatMul4Bit and MatMul8bitLt do the same; of the weight nothing is saved but a reference. What comes
+    out has the format that the weight was quantised from (QuantState.dtype), and is copied where that is not the
+    input's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool, dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
+        ctx.dtype = dtype
         ctx.kept = x if keeps_input else None
-        return torch.nn.functional.linear(x, torch.empty_like(weight).mul_(1).to(x.dtype), bias)
+        return torch.nn.functional.linear(x, _dequantized(weight, dtype, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return gradient @ torch.empty_like(weight).mul_(1).to(gradient.dtype), None, None, None
+        return gradient @ _dequantized(weight, ctx.dtype, gradient.dtype), None, None, None, None
+
+
+def _dequantized(weight: torch.Tensor, stored: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(weight, dtype=stored).mul_(1).to(wanted)
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -239,19 +246,23 @@ class QuantizedLinear(torch.nn.Linear):
 
     keeps_input = False
     """bitsandbytes/autograd/_functions.py: MatMul8bitLt keeps its input, MatMul4Bit did before version 0.44."""
+    quantized_from = torch.bfloat16
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        return _Dequantized.apply(input.to(dtype), self.weight, self.bias, self.keeps_input).to(input.dtype)
+        return _Dequantized.apply(input.to(dtype), self.weight, self.bias, self.keeps_input, self.quantized_from).to(
+            input.dtype
+        )
 
 
-def quantize(model: Any, keeps_input: bool) -> None:
-    """Turns the layers' linear modules into quantised ones; the output layer stays, as in transformers."""
-    head = model.get_output_embeddings()
+def quantize(model: Any, layout: Layout) -> None:
+    """Turns linear modules into quantised ones; the output layer stays where the layout does not say otherwise."""
+    head = None if layout.quantized_head else model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             module.__class__ = QuantizedLinear
-            module.keeps_input = keeps_input
+            module.keeps_input = layout.keeps_input
+            module.quantized_from = getattr(torch, layout.quantized_from)
             module.weight.requires_grad_(False)
 
 
@@ -317,7 +328,7 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
     model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
     model.train()
     if layout.quantized:
-        quantize(model, layout.keeps_input)
+        quantize(model, layout)
     if layout.upcast:
         upcast(model)
     if layout.checkpoint_every:
