@@ -224,7 +224,12 @@ class _Dequantized(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool, dtype: torch.dtype
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        keeps_input: bool,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
         ctx.dtype = dtype

@@ -296,7 +296,9 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         )
     # On a CPU what is measured and limited is the process, with all that it holds.
     outside = found.context if device.device == "cpu" else 0.0
-    margin = device.memory_gib - found.needed / memory.GIB
+    margin = None if device.memory_gib is None else device.memory_gib - found.needed / memory.GIB
+    if margin is None:
+        warnings.append("the hardware's memory is not known: whether it fits is not, either")
     positions = question.batch * question.context * question.accumulation * question.num_gpus
     return {
         "predicted_peak_memory_allocated_gib": (found.allocated + outside) / memory.GIB,
@@ -305,7 +307,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
             "by_category": memory.as_gib(found.categories),
             "by_phase": memory.as_gib(found.phases),
         },
-        "fits": margin >= 0,
+        "fits": None if margin is None else margin >= 0,
         "fits_word": _word(found, device.memory_gib),
         "margin_gib": margin,
         "predicted_step_time_seconds": took.seconds,
@@ -315,8 +317,10 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     }
 
 
-def _word(found: memory.Memory, available: float) -> str:
+def _word(found: memory.Memory, available: float | None) -> str | None:
     """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
+    if available is None:
+        return None
     if (found.reserved + found.context) / memory.GIB <= available:
         return "fits"
     return "tight" if found.needed / memory.GIB <= available else "does not fit"
