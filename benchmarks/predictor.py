@@ -738,8 +738,8 @@ def markdown(document: dict[str, Any]) -> str:
         ),
         "accelerate counts four times the weights, without activations or sharding; DeepSpeed's estimators count the "
         "model states of ZeRO-2 and ZeRO-3, without activations, and every weight as trained. llm-analysis 0.2.2, in "
-        "an environment of its own, knows full fine-tuning with Adam: activations and recomputation, no copies of logits, "
-        "no optimizer's transients, no buffers.",
+        "an environment of its own, knows full fine-tuning with Adam: activations and recomputation, no copies of "
+        "logits, no optimizer's transients, no buffers.",
         "## How fast",
         _speed_text(document["speed"], document["machine"]["cores"]),
         "## Rows that are not used",
@@ -761,8 +761,8 @@ LIMITS = """## What is not modelled, and where it is wrong
   too little for others.
 - **FSDP** keeps whole gradients between micro-batches, as accelerate does it; `sync_each_batch` says that the loop
   does not. What else a loop of its own does is not known: KempnerForge's rows are 18 % too low to 9 % too high.
-- **Conditions that can't be.** Rows that took less memory than weights and optimizer states alone would under the stated
-  conditions are left out, since then another optimizer or number format was used than the table says.
+- **Conditions that can't be.** Rows that took less memory than weights and optimizer states alone would under the
+  stated conditions are left out, since then another optimizer or number format was used than the table says.
 - **Compilers** are a rule: what backward's products read is kept, the rest computed again and fused.
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism, GPTQ and GaLore are not known.
 - **Kernels' own scratch memory** is counted for FlashAttention-2 and cuBLAS alone.
