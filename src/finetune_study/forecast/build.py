@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from finetune_study.errors import ModelError
-from finetune_study.forecast.layout import Layout
+from finetune_study.forecast.layout import CODE, Layout
 
 FUSED = "finetune_study_fused"
 """Name under which transformers knows our attention function."""
@@ -36,6 +36,8 @@ def make_config(settings: dict[str, Any]) -> Any:
         ModelError: for an architecture that transformers does not have, or settings that it refuses.
     """
     settings = dict(settings)
+    if CODE in settings:
+        return _with_own_code(settings[CODE][0])
     model_type = settings.pop("model_type", None)
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if not isinstance(model_type, str) or model_type not in known:
@@ -53,6 +55,24 @@ def make_config(settings: dict[str, Any]) -> Any:
         raise ModelError(
             "transformers refuses this configuration", where="model_config", given=one_line(error)
         ) from None
+    config.use_cache = False
+    return config
+
+
+OWN_CODE: dict[type, Any] = {}
+"""Model classes that came as a model's own code, by the class of their configuration."""
+
+
+def _with_own_code(folder: str) -> Any:
+    """The configuration of a model whose own code may be run."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        reference = config.auto_map["AutoModelForCausalLM"]
+        OWN_CODE[type(config)] = get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    except Exception as error:  # the code may raise what it likes
+        raise ModelError("The model's own code can't be used", where=folder, given=one_line(error)) from None
     config.use_cache = False
     return config
 
@@ -96,9 +116,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         attention = "eager"  # as transformers does it by itself where nothing is asked
     try:
         with _default_dtype(dtype), _no_initialisation():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, trust_remote_code=False, dtype=dtype
-            )
+            model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
     except Exception as error:
         raise ModelError(
             "No causal language model can be made of this configuration",
@@ -112,6 +130,8 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
 def _class_of(config: Any) -> Any:
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in OWN_CODE:
+        return OWN_CODE[type(config)]
     if type(config) not in mapping:
         raise ModelError(
             "The architecture is no causal language model of transformers",

@@ -137,7 +137,10 @@ class _States:
     def parameters(self) -> float:
         if self.recipe.sharding not in ("zero3", "fsdp"):
             return self.whole_bytes
-        return 0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards
+        second = 0.0
+        if self.recipe.secondary_shards > 1:  # 16-bit weights shared by a node (arXiv 2306.10209, section 3.2, hpZ)
+            second = self.all * BYTES[self.recipe.compute] / self.recipe.secondary_shards
+        return second + (0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards)
 
     @property
     def accumulated_gradients(self) -> float:

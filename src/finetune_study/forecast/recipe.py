@@ -92,6 +92,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "zero3": (*_ZERO, "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
               "stage3_prefetch_bucket_size", "stage3_gather_16bit_weights_on_model_save", "sub_group_size"),
     "fsdp": ("sync_each_batch",),
+    "zeropp": ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"),
     "bf16": ("dtype",), "fp16": ("dtype",),
     "chunked_cross_entropy": ("num_chunks", "upcast"),
     "sdpa": ("kernel",),
@@ -209,6 +210,23 @@ class Recipe:
 
     def setting(self, name: str, key: str, default: int) -> int:
         return _number(self.techniques.get(name, {}), key, default, f"techniques.{name}")
+
+    @property
+    def secondary_shards(self) -> int:
+        """ZeRO++: how many devices share a second copy of the weights; 1: there is none."""
+        return self.setting("zeropp", "zero_hpz_partition_size", 1) if self.has("zeropp") else 1
+
+    @property
+    def gathered_share(self) -> float:
+        """Of the bytes of the weights, what travels when they are gathered: ZeRO++ sends them in 8 bit."""
+        quantized = self.has("zeropp") and self.techniques["zeropp"].get("zero_quantized_weights", True)
+        return 1 / BYTES[self.compute] if quantized else 1.0
+
+    @property
+    def scattered_share(self) -> float:
+        """The same of gradients: in 4 bit."""
+        quantized = self.has("zeropp") and self.techniques["zeropp"].get("zero_quantized_gradients", True)
+        return 0.5 / BYTES[self.compute] if quantized else 1.0
 
     @property
     def deepspeed(self) -> bool:

@@ -194,10 +194,10 @@ def _row(
 
 
 def _state(study: "Study", run_id: str) -> str:
-    if run_id in study.recorded:
-        return "measured"
     if study.planned[run_id].unsupported:
         return "unsupported"
+    if run_id in study.recorded:
+        return "measured"
     return "given up" if run_id in study.given_up else "to train"
 
 

@@ -196,9 +196,9 @@ def _shard_seconds(
     width = BYTES[recipe.compute]
     moved = 0.0
     if recipe.sharding in ("zero3", "fsdp"):
-        moved += gathers * everything * width
+        moved += gathers * everything * width * recipe.gathered_share
     if backward and recipe.sharding in ("zero2", "zero3", "fsdp"):
-        moved += trained * width
+        moved += trained * width * recipe.scattered_share
     return moved * _ring(at) / rates.link
 
 
