@@ -7,7 +7,8 @@
 #   prepared/models, prepared/data  what training reads; may be deleted, is made again when a run needs it
 #   cache                           downloads, caches, compiled ops, unless `places` names another folder; may be deleted
 #   runs/<run_id>/run.yaml          everything that defines the run
-#   runs/<run_id>/prior.json        what was predicted before it was submitted; never changed
+#   runs/<run_id>/forecast.json     what is predicted of it as long as it waits
+#   runs/<run_id>/prior.json        the same when it was submitted; never changed
 #   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
 #   outcomes.parquet, outcomes.csv  one row per run
 #   comparisons.parquet             spread over repeats, against the baseline recipe
@@ -41,6 +42,10 @@ rule all:
         # Asked for by name: a record that somebody deleted would not be missed by a report that is newer.
         get_records,
         STUDY.lost_files,
+
+
+if workflow.output_settings.dryrun:  # `onstart` is for what really starts
+    print(STUDY.summary(), file=sys.stderr)
 
 
 onstart:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from finetune_study import implied
 from finetune_study import run as run_module
 from finetune_study.errors import RecordError, RunFailedError
+from finetune_study.forecast import prior
 from finetune_study.implied import Kin
 from finetune_study.paths import Results, RunPaths
 
@@ -50,7 +51,7 @@ def before_submit(text: str, results: Results) -> str:
     `resolved`: an easier run ran out of memory, and the record that says so is written. `hold`: an easier run may yet
     say so, since it is queued or at work. A job that is in the queue already is left there, where it grows old: it is
     withdrawn as soon as it is resolved. Half of the jobs at most are held, those that most runs may decide, so that
-    holding does not empty a queue whose jobs begin at once.
+    holding does not empty a queue whose jobs begin at once. What is predicted of a run that is submitted is frozen.
 
     Args:
         text: what the executor says of the jobs, as JSON (`Question`).
@@ -74,7 +75,10 @@ def before_submit(text: str, results: Results) -> str:
     }
     waiting = sorted((run_id for run_id, number in could_decide.items() if number), key=lambda i: (-could_decide[i], i))
     answers: dict[str, Answer] = {jobs[run_id].id: "resolved" for run_id in resolved}
-    answers |= {jobs[run_id].id: "hold" for run_id in waiting[: math.ceil(len(queued) / 2)]}
+    held = set(waiting[: math.ceil(len(queued) / 2)])
+    answers |= {jobs[run_id].id: "hold" for run_id in held}
+    submitted = (job.wildcards["run_id"] for job in asked if job.rule == RULE and job.state != "pending")
+    prior.freeze_all([run_id for run_id in submitted if run_id not in resolved | held], results)
     return json.dumps(answers)
 
 

@@ -220,6 +220,9 @@ def doctor(
 def predict(
     rows: Annotated[str, typer.Argument(help="File of JSON lines, one row each; `-` for standard input.")],
     cache: Annotated[Path | None, typer.Option(help="Where traces are kept. Default: the user's cache folder.")] = None,
+    allow_code: Annotated[
+        list[str] | None, typer.Option(help="A `model` of the rows whose own code may be run; may be repeated.")
+    ] = None,
 ) -> None:
     """Predict memory, time and whether it fits, for each JSON line; needs no GPU. docs/predict.md explains the keys."""
     from finetune_study.errors import ConfigError
@@ -233,7 +236,7 @@ def predict(
             lines = Path(rows).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("The rows can't be read", where=rows, given=error) from None
-    for line in predictor.answer_lines(lines, traces):
+    for line in predictor.answer_lines(lines, traces, allow_code or ()):
         print(line, flush=rows == "-")
 
 

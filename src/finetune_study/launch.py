@@ -44,6 +44,7 @@ from finetune_study.allocation import NOTHING_MORE, Asked
 from finetune_study.config import Places
 from finetune_study.errors import UNFIT_NODE_STATUS, RunFailedError, StudyError, UnfitNodeError
 from finetune_study.follow import follow
+from finetune_study.forecast import prior
 from finetune_study.micro_batch import OUT_OF_MEMORY, Search, Try
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.prepared import read_manifest
@@ -481,6 +482,7 @@ def launch(
             implied.write(paths, run, witness)
             print(f"{run.run_id}: implied_oom by {witness}")
             return 0
+        prior.freeze(paths)
         started = Launch(
             run,
             run_yaml.absolute(),

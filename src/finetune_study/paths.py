@@ -26,8 +26,13 @@ class RunPaths:
         return self.folder / "failure.json"
 
     @property
+    def forecast(self) -> Path:
+        """What is predicted of the run as long as it waits; measured runs and calibrations refine it."""
+        return self.folder / "forecast.json"
+
+    @property
     def prior(self) -> Path:
-        """What was forecast before the run was submitted."""
+        """What was predicted when the run was submitted; never changed."""
         return self.folder / "prior.json"
 
     @property

@@ -285,7 +285,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
         ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
         ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
-        ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "never run"),
+        ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
         ({"techniques": {"loro": {}}}, "did you mean lora"),
         ({"techniques": {"lora": {"rank": 8}}}, "rank"),
@@ -299,6 +299,87 @@ def test_shipped_hardware_is_complete() -> None:
 def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=says):
         predict.answer(row(**changes), TRACES)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Config(LlamaConfig):
+    model_type = "of_their_own"
+
+
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_a_models_own_code_is_run_where_it_is_allowed_by_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "code.py").write_text(OWN_CODE)
+    of_code = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    settings = {**SMALL, "model_type": "of_their_own", "auto_map": of_code}
+    (folder / "config.json").write_text(json.dumps(settings))
+    asked = {k: v for k, v in row(model=str(folder)).items() if k != "model_config"}
+    with pytest.raises(ModelError, match="--allow-code"):
+        predict.answer(asked, TRACES)
+    with pytest.raises(ModelError, match="--allow-code"):
+        predict.answer(asked, TRACES, ["another"])
+    with pytest.raises(ModelError, match="not run unasked"):
+        predict.answer(row(model_config={**SMALL, "_code": [str(folder), ""]}), TRACES, [str(folder)])
+    allowed = predict.answer(asked, TRACES, [str(folder)])["predicted_memory_gib"]
+    assert allowed == predict.answer(row(), TRACES)["predicted_memory_gib"]
+
+
+def test_unknown_memory_leaves_open_what_fits() -> None:
+    answer = predict.answer(row(hardware={"memory_gb_per_s": 900, "tflops": {"bf16": 100}}), TRACES)
+    assert answer["fits"] is answer["fits_word"] is answer["margin_gib"] is None
+    assert answer["predicted_peak_memory_allocated_gib"] > 0
+    assert any("memory is not known" in warning for warning in answer["warnings"])
+
+
+def test_fsdp_keeps_whole_gradients_between_micro_batches_unless_told() -> None:
+    def gradients(fsdp: Any, accumulation: int) -> float:
+        asked = row(techniques={"fsdp": fsdp}, num_gpus=8, gradient_accumulation_steps=accumulation)
+        categories = predict.answer({**asked, "per_device_train_batch_size": 64}, TRACES)["predicted_memory_gib"]
+        return float(categories["by_category"]["gradients"])
+
+    assert gradients({}, 2) > 3 * gradients({"sync_each_batch": True}, 2)
+    assert gradients({}, 1) == pytest.approx(gradients({"sync_each_batch": True}, 1))
+
+
+def test_weights_quantised_from_another_format_are_copied_once_more() -> None:
+    wide = {**SMALL, "intermediate_size": 1 << 16}
+    plain = peak(model_config=wide, techniques={"qlora": {"r": 8}}, sequence_length=16)
+    copied = peak(model_config=wide, techniques={"qlora": {"r": 8, "quantized_from": "float16"}}, sequence_length=16)
+    assert copied - plain == pytest.approx(2 * 256 * (1 << 16) / 2**30, rel=0.1)  # the largest layer's weight
+
+
+def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:
+    def ask(zeropp: Any) -> dict[str, Any]:
+        far = {"name": "a100-80gb", "link_gb_per_s": 0.01}
+        asked = row(model_config=SMALL, hardware=far, techniques={"zero3": {}, **zeropp}, num_gpus=8)
+        return predict.answer(asked, TRACES)
+
+    plain, quantised, copied = ask({}), ask({"zeropp": {}}), ask({"zeropp": {"zero_hpz_partition_size": 2}})
+    assert quantised["predicted_step_time_seconds"] < 0.6 * plain["predicted_step_time_seconds"]
+    assert quantised["predicted_peak_memory_allocated_gib"] == plain["predicted_peak_memory_allocated_gib"]
+    weights = plain["predicted_memory_gib"]["by_category"]["parameters"] * 8
+    grown = copied["predicted_peak_memory_allocated_gib"] - plain["predicted_peak_memory_allocated_gib"]
+    assert grown == pytest.approx(weights / 2, rel=0.01)
+
+
+def test_many_traces_are_made_in_processes_of_their_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "TRACES_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(predict, "_processes_in_memory", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    layouts = [predict.read_question(row(techniques=t)).recipe.layout(SMALL, 256) for t in RECIPES[:3]]
+    broken = dataclasses.replace(layouts[0], config=canonical({"model_type": "nonesuch"}))
+    traces = predict.Traces(tmp_path)
+    traces.prepare([*layouts, broken])
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted(layout.key for layout in layouts)
 
 
 def test_a_bad_line_does_not_stop_the_others() -> None:

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
+from finetune_study.forecast import predict
 from finetune_study.forecast import study as forecast
 from finetune_study.paths import Results
+from finetune_study.record import Ending, Record, write_record
 from finetune_study.study import Study, open_study, write_plan
 
 Raw = dict[str, Any]
@@ -42,14 +45,38 @@ def test_every_run_has_its_row_and_the_bill_is_their_sum(gpu_raw: Raw, tmp_path:
     assert f"predicted: {total['gpu_hours']:.1f} GPU-hours, {total['cost_usd']:.2f} US dollars" in again.summary()
 
 
-def test_a_prior_is_written_once(gpu_raw: Raw, tmp_path: Path) -> None:
+def test_a_forecast_stands_beside_each_run_to_train_and_freezes_nothing(gpu_raw: Raw, tmp_path: Path) -> None:
     study = opened(gpu_raw, tmp_path)
     row = forecast.write(study)[0]
-    path = study.results.run(row["run_id"]).prior
-    first = path.read_text()
-    assert json.loads(first)["predicted_peak_memory_allocated_gib"] == row["predicted_peak_memory_allocated_gib"]
-    forecast.freeze(study.results, row | {"predicted_peak_memory_allocated_gib": 99.0})
-    assert path.read_text() == first
+    paths = study.results.run(row["run_id"])
+    kept = json.loads(paths.forecast.read_text())
+    assert kept["predicted_peak_memory_allocated_gib"] == row["predicted_peak_memory_allocated_gib"]
+    assert not paths.prior.exists()
+
+
+def test_measured_runs_teach_the_step_time_of_those_to_come(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    done, to_come = forecast.write(study)
+    ended = Record(run=study.run(done["run_id"]), ending=Ending(status="completed"))
+    write_record(study.results.run(done["run_id"]), ended)
+    measured = {"run_id": [done["run_id"]], "step_time_seconds_median": [3 * done["predicted_step_time_seconds"]]}
+    pl.DataFrame(measured).write_parquet(study.results.outcomes_parquet)
+    same, refined = forecast.write(open_study(gpu_raw, study.results))
+    assert same["predicted_step_time_seconds"] == done["predicted_step_time_seconds"]
+    assert refined["predicted_step_time_seconds"] == pytest.approx(3 * to_come["predicted_step_time_seconds"])
+    assert refined["predicted_peak_memory_allocated_gib"] == to_come["predicted_peak_memory_allocated_gib"]
+    assert to_come["predicted_cost_usd"] < refined["predicted_cost_usd"] < 3 * to_come["predicted_cost_usd"]
+    assert "learnt from 1 measured runs" in refined["warnings"]
+
+
+def test_a_run_alone_is_predicted_as_in_its_study(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    row = forecast.write(study)[0]
+    alone = forecast.row_of_run(study.run(row["run_id"]), study.results, predict.Traces(study.results.traces))
+    of_prices = {name for name in row if "cost_usd" in name}
+    assert {k: v for k, v in alone.items() if k not in of_prices} == {
+        k: v for k, v in row.items() if k not in of_prices
+    }
 
 
 def test_a_model_that_is_not_known_yet_is_null_with_the_reason(gpu_raw: Raw, tmp_path: Path) -> None:

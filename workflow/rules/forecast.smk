@@ -18,5 +18,6 @@ rule forecast:
         version=FORECAST_VERSION,
         prices=STUDY.prices,
         margin=STUDY.config.protocol.skip_predicted_oom,
+        measured=len(STUDY.recorded),
     script:
         "../scripts/forecast.py"

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from finetune_study.errors import ModelError
-from finetune_study.forecast.layout import Layout
+from finetune_study.forecast.layout import CODE, Layout
 
 FUSED = "finetune_study_fused"
 """Name under which transformers knows our attention function."""
@@ -36,6 +36,8 @@ def make_config(settings: dict[str, Any]) -> Any:
         ModelError: for an architecture that transformers does not have, or settings that it refuses.
     """
     settings = dict(settings)
+    if CODE in settings:
+        return _with_own_code(settings[CODE][0])
     model_type = settings.pop("model_type", None)
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if not isinstance(model_type, str) or model_type not in known:
@@ -53,6 +55,24 @@ def make_config(settings: dict[str, Any]) -> Any:
         raise ModelError(
             "transformers refuses this configuration", where="model_config", given=one_line(error)
         ) from None
+    config.use_cache = False
+    return config
+
+
+OWN_CODE: dict[type, Any] = {}
+"""Model classes that came as a model's own code, by the class of their configuration."""
+
+
+def _with_own_code(folder: str) -> Any:
+    """The configuration of a model whose own code may be run."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        reference = config.auto_map["AutoModelForCausalLM"]
+        OWN_CODE[type(config)] = get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    except Exception as error:  # the code may raise what it likes
+        raise ModelError("The model's own code can't be used", where=folder, given=one_line(error)) from None
     config.use_cache = False
     return config
 
@@ -96,9 +116,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         attention = "eager"  # as transformers does it by itself where nothing is asked
     try:
         with _default_dtype(dtype), _no_initialisation():
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, trust_remote_code=False, dtype=dtype
-            )
+            model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
     except Exception as error:
         raise ModelError(
             "No causal language model can be made of this configuration",
@@ -112,6 +130,8 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
 def _class_of(config: Any) -> Any:
     mapping = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in OWN_CODE:
+        return OWN_CODE[type(config)]
     if type(config) not in mapping:
         raise ModelError(
             "The architecture is no causal language model of transformers",
@@ -217,21 +237,33 @@ def shorten(config: Any, layers: list[int]) -> Any:
 class _Dequantized(torch.autograd.Function):
     """A linear layer whose weight is made from its quantised form for every product, forward and backward.
 
-    bitsandbytes' MatMul4Bit and MatMul8bitLt do the same; of the weight nothing is saved but a reference.
+    bitsandbytes' MatMul4Bit and MatMul8bitLt do the same; of the weight nothing is saved but a reference. What comes
+    out has the format that the weight was quantised from (QuantState.dtype), and is copied where that is not the
+    input's.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, keeps_input: bool
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        keeps_input: bool,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
+        ctx.dtype = dtype
         ctx.kept = x if keeps_input else None
-        return torch.nn.functional.linear(x, torch.empty_like(weight).mul_(1).to(x.dtype), bias)
+        return torch.nn.functional.linear(x, _dequantized(weight, dtype, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        return gradient @ torch.empty_like(weight).mul_(1).to(gradient.dtype), None, None, None
+        return gradient @ _dequantized(weight, ctx.dtype, gradient.dtype), None, None, None, None
+
+
+def _dequantized(weight: torch.Tensor, stored: torch.dtype, wanted: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(weight, dtype=stored).mul_(1).to(wanted)
 
 
 class QuantizedLinear(torch.nn.Linear):
@@ -239,19 +271,23 @@ class QuantizedLinear(torch.nn.Linear):
 
     keeps_input = False
     """bitsandbytes/autograd/_functions.py: MatMul8bitLt keeps its input, MatMul4Bit did before version 0.44."""
+    quantized_from = torch.bfloat16
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.weight.dtype
-        return _Dequantized.apply(input.to(dtype), self.weight, self.bias, self.keeps_input).to(input.dtype)
+        return _Dequantized.apply(input.to(dtype), self.weight, self.bias, self.keeps_input, self.quantized_from).to(
+            input.dtype
+        )
 
 
-def quantize(model: Any, keeps_input: bool) -> None:
-    """Turns the layers' linear modules into quantised ones; the output layer stays, as in transformers."""
-    head = model.get_output_embeddings()
+def quantize(model: Any, layout: Layout) -> None:
+    """Turns linear modules into quantised ones; the output layer stays where the layout does not say otherwise."""
+    head = None if layout.quantized_head else model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             module.__class__ = QuantizedLinear
-            module.keeps_input = keeps_input
+            module.keeps_input = layout.keeps_input
+            module.quantized_from = getattr(torch, layout.quantized_from)
             module.weight.requires_grad_(False)
 
 
@@ -317,7 +353,7 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
     model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
     model.train()
     if layout.quantized:
-        quantize(model, layout.keeps_input)
+        quantize(model, layout)
     if layout.upcast:
         upcast(model)
     if layout.checkpoint_every:

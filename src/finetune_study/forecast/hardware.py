@@ -20,8 +20,8 @@ class Device(Section):
     device: Literal["cuda", "cpu"] = "cuda"
     gpu: str | None = None
     """Name as the driver reports it."""
-    memory_gib: PositiveFloat
-    """Memory that torch sees on one device."""
+    memory_gib: PositiveFloat | None = None
+    """Memory that torch sees on one device; null: not known, and so neither is what fits."""
     compute_capability: PositiveFloat | None = None
     """CUDA compute capability."""
     tflops: dict[str, PositiveFloat] = {}

@@ -10,7 +10,10 @@ from typing import Any, Literal
 Dtype = Literal["float32", "float16", "bfloat16"]
 BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-TRACE_VERSION = 6
+CODE = "_code"
+"""Key of a configuration whose model's own code may be run: its folder, and a digest of the code."""
+
+TRACE_VERSION = 7
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -43,6 +46,10 @@ class Layout:
     """How the frozen linear layers are stored."""
     keeps_input: bool = False
     """Quantised layers keep their input, though nothing needs it (bitsandbytes: in 8 bit, and before 0.44)."""
+    quantized_from: Dtype = "bfloat16"
+    """Number format that weights had when they were quantised; dequantised ones come in it."""
+    quantized_head: bool = False
+    """The output layer is quantised, too."""
     upcast: bool = False
     """What is not quantised is turned to fp32 (peft.prepare_model_for_kbit_training)."""
     loss: Literal["full", "hidden"] = "full"

@@ -137,7 +137,22 @@ class _States:
     def parameters(self) -> float:
         if self.recipe.sharding not in ("zero3", "fsdp"):
             return self.whole_bytes
-        return 0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards
+        second = 0.0
+        if self.recipe.secondary_shards > 1:  # 16-bit weights shared by a node (arXiv 2306.10209, section 3.2, hpZ)
+            second = self.all * BYTES[self.recipe.compute] / self.recipe.secondary_shards
+        return second + (0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards)
+
+    @property
+    def accumulated_gradients(self) -> float:
+        """Complete gradients between micro-batches.
+
+        FSDP does not scatter them before the last one, where the loop says `no_sync`, as transformers' Trainer does
+        (accelerate/accelerator.py, no_sync): they are whole. accelerate's `sync_each_batch` scatters them each time.
+        """
+        whole = self.recipe.sharding == "fsdp" and not self.recipe.techniques.get("fsdp", {}).get("sync_each_batch")
+        if whole and self.at.gradient_accumulation_steps > 1 and self.shards > 1 and self.held_gradients:
+            return self.trained * BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.compute]
+        return self.held_gradients
 
     @property
     def held_gradients(self) -> float:
@@ -249,11 +264,11 @@ class _States:
 
     @property
     def reducing(self) -> float:
-        """FSDP: a layer's gradients in fp32 on their way to their owners."""
+        """FSDP: a layer's gradients on their way to their owners, in fp32 unless all is in 16 bit."""
         if self.recipe.sharding != "fsdp" or self.shards == 1:
             return 0.0
         in_layers = sum(p.count(self.recipe.rank) for p in self.profile.parameters if p.trained and p.role == "layers")
-        return 4 * in_layers / self.profile.depth
+        return self.recipe.state_bytes * in_layers / self.profile.depth
 
 
 def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
@@ -276,7 +291,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     if recipe.has("optimizer_in_backward"):
         held = np.zeros_like(new)
     elif at.gradient_accumulation_steps > 1 or recipe.sharding == "zero3":
-        held = np.full_like(new, states.held_gradients)
+        held = np.full_like(new, states.accumulated_gradients)
     else:
         held = curves[GRADIENT] * (states.gradient_share if states.held_gradients else 0.0)
     workspace = 0.0
@@ -337,6 +352,9 @@ def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
     """Logits where the loss is computed in chunks; the trace then ends at the last hidden state."""
     tokens, vocabulary, width = at.batch * at.context, profile.vocabulary, BYTES[recipe.compute]
     head = vocabulary * profile.hidden_size
+    dequantized = float(head * width) if recipe.quantized_head else 0.0
+    if recipe.quantized_head and recipe.quantized_from != recipe.compute:
+        dequantized *= 2  # once in the format that it was quantised from, once in that of the product
     # A trained output layer gets a gradient from every chunk: one that is there and one that is added to it
     gradient = 0 if recipe.peft else 2 * head * width
     if recipe.has("liger"):
@@ -346,12 +364,14 @@ def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
         return float(-(-tokens // chunks) * vocabulary * width + tokens * profile.hidden_size * width + gradient / 2)
     if recipe.has("chunked_cross_entropy"):
         # The chunks' logits are kept together, each saves its log-softmax, one has a gradient; a compiler computes the
-        # log-softmax again
+        # log-softmax again. `upcast` turns a chunk to fp32 for the loss, "logits" all of them before it.
         chunks = max(1, recipe.setting("chunked_cross_entropy", "num_chunks", 8))
-        saved = 4 if recipe.techniques["chunked_cross_entropy"].get("upcast", True) else width
+        upcast = recipe.techniques["chunked_cross_entropy"].get("upcast", True)
+        kept = 4 if upcast == "logits" else width
+        saved = 4 if upcast else width
         if recipe.has("torch_compile"):
-            return float(tokens * vocabulary * width * (1 + 1 / chunks) + gradient)
-        return float(tokens * vocabulary * (width + saved + saved / chunks) + gradient)
+            return float(tokens * vocabulary * width * (1 + 1 / chunks) + gradient) + dequantized
+        return float(tokens * vocabulary * (kept + saved + saved / chunks) + gradient) + dequantized
     return 0.0
 
 

@@ -1,12 +1,13 @@
 """Rows in, rows out: what `finetune-study predict` answers to a line."""
 
-import contextlib
+import dataclasses
 import difflib
+import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+import subprocess
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib import resources
@@ -19,7 +20,7 @@ from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import memory, recipe
 from finetune_study.forecast import time as time_module
-from finetune_study.forecast.layout import Layout
+from finetune_study.forecast.layout import CODE, Layout
 from finetune_study.forecast.profile import Profile
 
 INPUT = (
@@ -90,10 +91,7 @@ class Traces:
         workers = min(len(os.sched_getaffinity(0)), len(missing) // TRACES_WORTH_A_PROCESS, _processes_in_memory())
         if self.folder is None or workers < 2:
             return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            for _ in pool.map(_trace_into, missing, [self.folder] * len(missing), chunksize=4):
-                pass
+        _trace_apart(missing, self.folder, workers)
 
     def _is_kept(self, layout: Layout) -> bool:
         path = self._path(layout)
@@ -135,10 +133,20 @@ def _processes_in_memory() -> int:
     return 1
 
 
-def _trace_into(layout: Layout, folder: Path) -> None:
-    """Traces one layout in a process of its own; what can't be traced is told when it is asked for."""
-    with contextlib.suppress(StudyError):
-        Traces(folder).get(layout)
+def _trace_apart(layouts: list[Layout], folder: Path, workers: int) -> None:
+    """Traces layouts in processes of their own; what can't be traced is told when it is asked for.
+
+    They are commands, since multiprocessing would run the caller's main script again, Snakemake's for example.
+    """
+    command = [sys.executable, "-m", "finetune_study.forecast.trace", str(folder)]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(workers)]
+    for number, process in enumerate(processes):
+        assert process.stdin is not None
+        for layout in layouts[number::workers]:
+            process.stdin.write(json.dumps(dataclasses.asdict(layout)) + "\n")
+        process.stdin.close()
+    for process in processes:
+        process.wait()
 
 
 @dataclass(frozen=True)
@@ -156,8 +164,12 @@ class Question:
     warnings: list[str] = field(default_factory=list)
 
 
-def read_question(row: Mapping[str, Any]) -> Question:
+def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Question:
     """Checks a row.
+
+    Args:
+        row: keys and values as they were given.
+        own_code: models, named as in the row, whose own code may be run.
 
     Raises:
         StudyError: for what is missing, unknown or impossible.
@@ -179,7 +191,7 @@ def read_question(row: Mapping[str, Any]) -> Question:
     resolved = recipe.resolve(
         row.get("techniques"), num_gpus=numbers["num_gpus"], device=device.device, has_bf16=device.has_bf16
     )
-    config = model_config(row)
+    config = model_config(row, own_code)
     warnings = list(resolved.warnings)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(longest, int) and numbers["sequence_length"] > longest:
@@ -201,7 +213,7 @@ def _whole(row: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def model_config(row: Mapping[str, Any]) -> dict[str, Any]:
+def model_config(row: Mapping[str, Any], own_code: Container[str] = ()) -> dict[str, Any]:
     """The model's configuration, from the row itself, a folder, or the known shapes.
 
     Raises:
@@ -213,7 +225,7 @@ def model_config(row: Mapping[str, Any]) -> dict[str, Any]:
             "Give either model_config or model", where="model_config, model", given="both" if model else "neither"
         )
     if given is None:
-        return _config_of(str(model))
+        return _config_of(str(model), str(model) in own_code)
     if not isinstance(given, Mapping):
         raise ConfigError(
             "The model's configuration is not an object", where="model_config", given=type(given).__name__
@@ -222,7 +234,7 @@ def model_config(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _config_of(model: str) -> dict[str, Any]:
+def _config_of(model: str, own_code: bool) -> dict[str, Any]:
     path = Path(model).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() and file.suffix == ".json":
@@ -232,6 +244,8 @@ def _config_of(model: str) -> dict[str, Any]:
             raise ModelError("The model's configuration can't be read", where=str(file), given=error) from None
         if not isinstance(found, dict):
             raise ModelError("The model's configuration is not an object", where=str(file), given=type(found).__name__)
+        if own_code and found.get("auto_map"):
+            return found | {CODE: [str(file.parent.absolute()), _digest(file.parent)]}
         return _check_code(found, str(file))
     known = architectures()
     by_tail = {name.rsplit("/", 1)[-1].lower(): name for name in known}
@@ -250,21 +264,34 @@ def _config_of(model: str) -> dict[str, Any]:
 
 
 def _check_code(config: dict[str, Any], where: str) -> dict[str, Any]:
-    if config.get("auto_map"):
+    if config.get("auto_map") or CODE in config:
         raise ModelError(
-            "The model brings code of its own, which is never run", where=where, given="auto_map",
-            allowed="an architecture of transformers", do="leave out auto_map if transformers knows its model_type",
+            "The model brings code of its own, which is not run unasked", where=where, given="auto_map",
+            allowed="an architecture of transformers, or a folder that is allowed by name",
+            do="leave out auto_map if transformers knows its model_type; or, if you trust the code, give the folder as "
+            "`model` and allow it: finetune-study predict --allow-code <folder>",
         )  # fmt: skip
     return config
 
 
-def answer(row: Mapping[str, Any], traces: Traces) -> dict[str, Any]:
+def _digest(folder: Path) -> str:
+    """Of a model's code: a trace of other code is another trace."""
+    texts = [path.name.encode() + path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def answer(row: Mapping[str, Any], traces: Traces, own_code: Container[str] = ()) -> dict[str, Any]:
     """The row with its predictions.
+
+    Args:
+        row: keys and values as they were given.
+        traces: where traces are kept.
+        own_code: models, named as in the row, whose own code may be run.
 
     Raises:
         StudyError: for a row that can't be answered.
     """
-    question = read_question(row)
+    question = read_question(row, own_code)
     profile = traces.get(question.recipe.layout(question.config, question.context))
     return dict(row) | outputs(question, profile)
 
@@ -296,7 +323,9 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         )
     # On a CPU what is measured and limited is the process, with all that it holds.
     outside = found.context if device.device == "cpu" else 0.0
-    margin = device.memory_gib - found.needed / memory.GIB
+    margin = None if device.memory_gib is None else device.memory_gib - found.needed / memory.GIB
+    if margin is None:
+        warnings.append("the hardware's memory is not known: whether it fits is not, either")
     positions = question.batch * question.context * question.accumulation * question.num_gpus
     return {
         "predicted_peak_memory_allocated_gib": (found.allocated + outside) / memory.GIB,
@@ -305,7 +334,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
             "by_category": memory.as_gib(found.categories),
             "by_phase": memory.as_gib(found.phases),
         },
-        "fits": margin >= 0,
+        "fits": None if margin is None else margin >= 0,
         "fits_word": _word(found, device.memory_gib),
         "margin_gib": margin,
         "predicted_step_time_seconds": took.seconds,
@@ -315,14 +344,16 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     }
 
 
-def _word(found: memory.Memory, available: float) -> str:
+def _word(found: memory.Memory, available: float | None) -> str | None:
     """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
+    if available is None:
+        return None
     if (found.reserved + found.context) / memory.GIB <= available:
         return "fits"
     return "tight" if found.needed / memory.GIB <= available else "does not fit"
 
 
-def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
+def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
     """JSON lines to JSON lines; a line that can't be answered comes back with `error`."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -332,7 +363,7 @@ def answer_lines(lines: Iterable[str], traces: Traces) -> Iterator[str]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
-            result = answer(row, traces)
+            result = answer(row, traces, own_code)
         except json.JSONDecodeError as error:
             result = {"line": number, "error": f"The line is not JSON: {error}"}
         except StudyError as error:

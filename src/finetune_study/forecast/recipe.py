@@ -91,13 +91,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "zero2": _ZERO,
     "zero3": (*_ZERO, "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
               "stage3_prefetch_bucket_size", "stage3_gather_16bit_weights_on_model_save", "sub_group_size"),
+    "fsdp": ("sync_each_batch",),
+    "zeropp": ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"),
     "bf16": ("dtype",), "fp16": ("dtype",),
     "chunked_cross_entropy": ("num_chunks", "upcast"),
     "sdpa": ("kernel",),
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-                     "load_in_8bit", "load_in_4bit", "prepare_model_for_kbit_training",
-                     "bitsandbytes_before_0_44")  # fmt: skip
+                     "load_in_8bit", "load_in_4bit", "llm_int8_skip_modules", "prepare_model_for_kbit_training",
+                     "quantized_from", "bitsandbytes_before_0_44")  # fmt: skip
 SETTINGS["adalora"] = (
     *SETTINGS["lora"],
     "init_r",
@@ -117,7 +119,9 @@ NOT_FOR_PEFT = (
     "bnb_4bit_compute_dtype",
     "load_in_8bit",
     "load_in_4bit",
+    "llm_int8_skip_modules",
     "prepare_model_for_kbit_training",
+    "quantized_from",
     "bitsandbytes_before_0_44",
     "init_lora_weights",
     "task_type",
@@ -208,6 +212,23 @@ class Recipe:
         return _number(self.techniques.get(name, {}), key, default, f"techniques.{name}")
 
     @property
+    def secondary_shards(self) -> int:
+        """ZeRO++: how many devices share a second copy of the weights; 1: there is none."""
+        return self.setting("zeropp", "zero_hpz_partition_size", 1) if self.has("zeropp") else 1
+
+    @property
+    def gathered_share(self) -> float:
+        """Of the bytes of the weights, what travels when they are gathered: ZeRO++ sends them in 8 bit."""
+        quantized = self.has("zeropp") and self.techniques["zeropp"].get("zero_quantized_weights", True)
+        return 1 / BYTES[self.compute] if quantized else 1.0
+
+    @property
+    def scattered_share(self) -> float:
+        """The same of gradients: in 4 bit."""
+        quantized = self.has("zeropp") and self.techniques["zeropp"].get("zero_quantized_gradients", True)
+        return 0.5 / BYTES[self.compute] if quantized else 1.0
+
+    @property
     def deepspeed(self) -> bool:
         return self.sharding in ("zero1", "zero2", "zero3")
 
@@ -216,6 +237,19 @@ class Recipe:
         if self.peft != "qlora":
             return None
         return "int8" if self.techniques["qlora"].get("load_in_8bit") else "nf4"
+
+    @property
+    def quantized_from(self) -> Dtype:
+        """Number format that quantised weights had before: that in which the model is loaded."""
+        asked = self.techniques.get("qlora", {}).get("quantized_from", self.weights)
+        if asked not in BYTES:
+            raise _wrong("techniques.qlora.quantized_from", asked, ", ".join(BYTES))
+        return asked if self.quantized else "bfloat16"
+
+    @property
+    def quantized_head(self) -> bool:
+        """transformers leaves the output layer as it is, unless an empty list says that nothing is left out."""
+        return self.quantized is not None and self.techniques["qlora"].get("llm_int8_skip_modules") == []
 
     @property
     def compute(self) -> Dtype:
@@ -249,6 +283,8 @@ class Recipe:
             adapters=self.adapters,
             quantized=self.quantized,
             keeps_input=self.quantized == "int8" or self._setting_of("qlora", "bitsandbytes_before_0_44", False),
+            quantized_from=self.quantized_from,
+            quantized_head=self.quantized_head,
             upcast=self._upcast(),
             loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
         )

@@ -10,8 +10,9 @@ from finetune_study.config import Hardware
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast import VERSION, predict, recipe
 from finetune_study.forecast import hardware as hardware_module
+from finetune_study.forecast import time as time_module
 from finetune_study.forecast.hardware import Device
-from finetune_study.paths import Results
+from finetune_study.paths import Results, RunPaths
 from finetune_study.record import Ending, Record, write_atomically, write_record
 from finetune_study.run import Run
 
@@ -55,19 +56,33 @@ of the run itself, the two before them those of a pass over the data."""
 def device_of(name: str, entry: Hardware) -> Device:
     """The predictor's device for a hardware entry: by the driver's name of the GPU, else by the entry's own, with the
     entry's price; what nobody knows of it stays null."""
-    known = hardware_module.shipped()
-    found = next((d for d in known.values() if entry.gpu is not None and d.gpu == entry.gpu), known.get(name))
-    if entry.device == "cpu" or found is None:
-        return Device(
-            name=name,
-            device=entry.device,
-            gpu=entry.gpu,
-            memory_gib=entry.memory_gib,
-            compute_capability=entry.compute_capability,
-            price_usd_per_gpu_hour=entry.price_usd_per_gpu_hour,
-        )
     price = entry.price_usd_per_gpu_hour
-    return found.model_copy(update={"name": name, **({} if price is None else {"price_usd_per_gpu_hour": price})})
+    found = _shipped(name, entry.device, entry.gpu)
+    if found is not None:
+        return found if price is None else found.model_copy(update={"price_usd_per_gpu_hour": price})
+    return Device(
+        name=name,
+        device=entry.device,
+        gpu=entry.gpu,
+        memory_gib=entry.memory_gib,
+        compute_capability=entry.compute_capability,
+        price_usd_per_gpu_hour=price,
+    )
+
+
+def device_of_run(run: Run) -> Device:
+    """The same from what a run itself knows: without a price, and without the memory of a GPU that is not shipped."""
+    it = run.hardware
+    found = _shipped(it.name, it.device, it.gpu)
+    return found or Device(name=it.name, device=it.device, gpu=it.gpu, memory_gib=it.memory_budget_gib)  # type: ignore[arg-type]
+
+
+def _shipped(name: str, device: str, gpu: str | None) -> Device | None:
+    if device == "cpu":
+        return None
+    known = hardware_module.shipped()
+    found = next((d for d in known.values() if gpu is not None and d.gpu == gpu), known.get(name))
+    return found and found.model_copy(update={"name": name})
 
 
 def config_of(run: Run, results: Results) -> dict[str, Any]:
@@ -120,23 +135,32 @@ def forecast(study: "Study", traces: predict.Traces) -> list[dict[str, Any]]:
     asked = [q for q in questions.values() if isinstance(q, predict.Question)]
     traces.prepare({q.recipe.layout(q.config, q.context) for q in asked})
     for run_id, question in questions.items():
-        rows.append(_row(study, run_id, question, traces))
-    return rows
+        rows.append(_row(study.run(run_id), _state(study, run_id), question, study.results, traces))
+    return _refined(rows, study.results)
+
+
+def row_of_run(run: Run, results: Results, traces: predict.Traces) -> dict[str, Any]:
+    """The row of one run that is to be trained, from its run.yaml alone."""
+    question: predict.Question | StudyError
+    try:
+        question = question_of(run, device_of_run(run), results)
+    except StudyError as error:
+        question = error
+    return _row(run, "to train", question, results, traces)
 
 
 def _row(
-    study: "Study", run_id: str, question: predict.Question | StudyError, traces: predict.Traces
+    run: Run, state: str, question: predict.Question | StudyError, results: Results, traces: predict.Traces
 ) -> dict[str, Any]:
-    run = study.run(run_id)
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
-        "run_id": run_id,
+        "run_id": run.run_id,
         "target": run.target,
         "hardware": run.hardware.name,
         "num_gpus": run.num_gpus,
         "sequence_length": run.sequence_length,
         "recipe": run.recipe,
         "repeat": run.repeat,
-        "state": _state(study, run_id),
+        "state": state,
     }
     if not micro_batch.is_searched(run):
         row |= {name: getattr(run, name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")}
@@ -144,7 +168,7 @@ def _row(
         if isinstance(question, StudyError):
             raise question
         profile = traces.get(question.recipe.layout(question.config, question.context))
-        calibration = read_calibration(study.results, run.hardware.name)
+        calibration = read_calibration(results, run.hardware.name)
         question = micro_batch.expected(run, question, profile)
         found = predict.outputs(question, profile, calibration)
     except StudyError as error:
@@ -176,10 +200,10 @@ def _row(
 
 
 def _state(study: "Study", run_id: str) -> str:
-    if run_id in study.recorded:
-        return "measured"
     if study.planned[run_id].unsupported:
         return "unsupported"
+    if run_id in study.recorded:
+        return "measured"
     return "given up" if run_id in study.given_up else "to train"
 
 
@@ -212,7 +236,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def write(study: "Study") -> list[dict[str, Any]]:
-    """Writes the forecast of the study, freezes the priors of runs that are to be trained, and gives those runs their
+    """Writes the forecast of the study, that of each run to be trained beside its run.yaml, and gives those runs their
     outcome that are not to be tried.
 
     Returns:
@@ -223,7 +247,7 @@ def write(study: "Study") -> list[dict[str, Any]]:
     skipped = [row["run_id"] for row in rows if row["state"] == "to train" and _is_hopeless(row, margin)]
     for row in rows:
         if row["state"] == "to train":
-            freeze(study.results, row)
+            keep(study.results.run(row["run_id"]), row)
     for run_id in skipped:
         row = next(r for r in rows if r["run_id"] == run_id)
         reason = (
@@ -257,13 +281,59 @@ def _still_skipped(study: "Study") -> list[str]:
     return [run_id for run_id in study.skipped if run_id in study.recorded]
 
 
-def freeze(results: Results, row: dict[str, Any]) -> None:
-    """Writes what is expected of a run before it is submitted; it stays as it is ever after."""
-    path = results.run(row["run_id"]).prior
-    if path.exists() or row["predicted_peak_memory_allocated_gib"] is None:
+def keep(paths: RunPaths, row: dict[str, Any]) -> None:
+    """Writes what is expected of a run; `prior.freeze` copies it when the run is submitted."""
+    if row["predicted_peak_memory_allocated_gib"] is None:
+        paths.forecast.unlink(missing_ok=True)  # an earlier one was of other code
         return
     kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
-    write_atomically(path, json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n")
+    text = json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n"
+    paths.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(paths.forecast, text)
+
+
+def _refined(rows: list[dict[str, Any]], results: Results) -> list[dict[str, Any]]:
+    """The rows with step times that runs which were measured already on the same hardware teach.
+
+    What is learnt is one factor for each hardware entry: the median of measured over predicted. It serves runs that are
+    to be trained; the rows of measured ones stay as the model alone says.
+    """
+    measured = _measured_seconds(results)
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        seconds = measured.get(row["run_id"])
+        if row["state"] == "measured" and seconds and row["predicted_step_time_seconds"]:
+            pairs.setdefault(row["hardware"], []).append((row["predicted_step_time_seconds"], seconds))
+    return [
+        _scaled(row, time_module.learn(pairs[row["hardware"]]), len(pairs[row["hardware"]]))
+        if row["state"] == "to train" and row["hardware"] in pairs and row["predicted_step_time_seconds"]
+        else row
+        for row in rows
+    ]
+
+
+def _scaled(row: dict[str, Any], factor: float, runs: int) -> dict[str, Any]:
+    times = ("predicted_step_time_seconds", "predicted_epoch_hours", "predicted_cost_usd_per_epoch")
+    scaled = {name: row[name] and row[name] * factor for name in times}
+    overhead = STARTUP_SECONDS * row["num_gpus"] / 3600
+    hours = overhead + (row["predicted_gpu_hours"] - overhead) * factor
+    cost = row["predicted_cost_usd"] and row["predicted_cost_usd"] * hours / row["predicted_gpu_hours"]
+    learnt = f"step time × {factor:.2f}, learnt from {runs} measured runs on this hardware"
+    return row | scaled | {
+        "predicted_tokens_per_second": row["predicted_tokens_per_second"] / factor,
+        "predicted_gpu_hours": hours,
+        "predicted_cost_usd": cost,
+        "warnings": "; ".join(filter(None, (row["warnings"], learnt))),
+    }  # fmt: skip
+
+
+def _measured_seconds(results: Results) -> dict[str, float]:
+    """Seconds of a step by run, from the table of outcomes as it was made last."""
+    try:
+        outcomes = pl.read_parquet(results.outcomes_parquet, columns=["run_id", "step_time_seconds_median"])
+    except (OSError, pl.exceptions.PolarsError):
+        return {}
+    return {run_id: seconds for run_id, seconds in outcomes.iter_rows() if seconds}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

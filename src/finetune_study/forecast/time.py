@@ -1,6 +1,7 @@
 """Time of an optimizer step: counted work against rates. What takes longest is what the step waits for."""
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from finetune_study.forecast.hardware import Device
@@ -86,6 +87,16 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
         measured.get("host") or HOST_GB_PER_S * 1e9,
         measured.get("launch") or LAUNCH_SECONDS,
     )
+
+
+def learn(pairs: Iterable[tuple[float, float]]) -> float:
+    """The factor between predicted and measured step times of one kind of hardware: the median, which one slow run does
+    not move.
+
+    Args:
+        pairs: predicted and measured seconds of a step.
+    """
+    return statistics.median(measured / predicted for predicted, measured in pairs)
 
 
 @dataclass(frozen=True)
@@ -185,9 +196,9 @@ def _shard_seconds(
     width = BYTES[recipe.compute]
     moved = 0.0
     if recipe.sharding in ("zero3", "fsdp"):
-        moved += gathers * everything * width
+        moved += gathers * everything * width * recipe.gathered_share
     if backward and recipe.sharding in ("zero2", "zero3", "fsdp"):
-        moved += trained * width
+        moved += trained * width * recipe.scattered_share
     return moved * _ring(at) / rates.link
 
 

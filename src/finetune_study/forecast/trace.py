@@ -18,9 +18,11 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -368,3 +370,17 @@ def _undominated(alive: Any, phases: Any) -> Any:
             kept.append(int(row))
     kept.sort()
     return alive[kept], phases[kept]
+
+
+def main(folder: Path) -> None:
+    """Traces the layouts that come as JSON lines into a folder; one that can't be traced is passed over."""
+    from finetune_study.forecast.predict import Traces
+
+    traces = Traces(folder)
+    for line in sys.stdin:
+        with contextlib.suppress(StudyError):
+            traces.get(Layout(**json.loads(line)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,75 @@
+"""How long predictions take and how much memory the predictor needs; prints one JSON object.
+
+    python benchmarks/predictor_speed.py
+
+Imports are apart: they are those of torch, transformers and peft. A process of its own, since peak memory never falls.
+"""
+
+import itertools
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune_study.forecast import predict
+
+MODELS = ("meta-llama/Llama-2-7b-hf", "tiiuae/falcon-180B", "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-9b")
+RECIPES: list[dict[str, Any]] = [
+    {"bf16": {}},
+    {"bf16": {}, "lora": {"r": 64}, "zero3": {}, "gradient_checkpointing": {}},
+    {"bf16": {}, "qlora": {"r": 64}},
+]
+BATCH = 10_000
+
+
+def row(model: str, techniques: Any, context: int = 512, batch: int = 1, gpus: int = 8) -> dict[str, Any]:
+    return {
+        "model": model, "hardware": "a100-80gb", "num_gpus": gpus, "sequence_length": context,
+        "per_device_train_batch_size": batch, "techniques": techniques,
+    }  # fmt: skip
+
+
+def timed(rows: list[dict[str, Any]], traces: predict.Traces) -> float:
+    lines = [json.dumps(one) for one in rows]
+    start = time.perf_counter()
+    answers = [json.loads(answer) for answer in predict.answer_lines(lines, traces)]
+    taken = time.perf_counter() - start
+    assert not any("error" in answer for answer in answers), answers[0]
+    return taken
+
+
+def main() -> None:
+    start = time.perf_counter()
+    import finetune_study.forecast.trace  # noqa: F401
+
+    imports = time.perf_counter() - start
+    cold: dict[str, float] = {}
+    from_memory: list[float] = []
+    from_disk: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        traces = predict.Traces(Path(folder))
+        for model, recipe in itertools.product(MODELS, RECIPES):
+            one = row(model, recipe)
+            cold[f"{model} {'+'.join(recipe)}"] = timed([one], traces)
+            from_memory.append(timed([one], traces))
+            from_disk.append(timed([one], predict.Traces(Path(folder))))
+        shapes = itertools.cycle(itertools.product(RECIPES, (128, 512, 4096), (1, 2, 8), (1, 2, 8)))
+        rows = [row(MODELS[0], *shape) for shape in itertools.islice(shapes, BATCH)]
+        batch = timed(rows, predict.Traces(Path(folder)))
+    found = {
+        "import_seconds": imports,
+        "cold_seconds": cold,
+        "cold_seconds_worst": max(cold.values()),
+        "cached_seconds_worst": max(from_memory),
+        "cached_on_disk_seconds_worst": max(from_disk),
+        "batch_rows": BATCH,
+        "batch_seconds": batch,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

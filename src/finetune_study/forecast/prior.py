@@ -1,0 +1,55 @@
+"""prior.json of a run: what was predicted of it before it was submitted, frozen then.
+
+A forecast stands in runs/<run_id>/forecast.json and may change as long as the run waits: a calibration, or runs that
+were measured meanwhile, refine it. When the run is submitted, it is copied to prior.json, which nothing changes any
+more and the error is counted against. The copying is done by who submits (before_submit), or else by the run's own
+supervisor (launch) before it starts anything: no edge of the workflow, no job of its own, and no import of torch.
+"""
+
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from finetune_study import run as run_module
+from finetune_study.errors import StudyError
+from finetune_study.paths import Results, RunPaths
+from finetune_study.record import write_atomically
+
+SECONDS = 60.0
+"""What a submission waits at most for predictions of runs that nobody has forecast; the others go without a prior."""
+
+
+def freeze(paths: RunPaths) -> None:
+    """Makes the present forecast of a run its prior, unless it has one.
+
+    A run that was measured before gets none: what is forecast of it now may have been learnt from it.
+    """
+    if paths.prior.exists() or paths.record.exists() or paths.superseded.exists():
+        return
+    with suppress(FileNotFoundError):
+        write_atomically(paths.prior, paths.forecast.read_text(encoding="utf-8"))
+
+
+def freeze_all(run_ids: Iterable[str], results: Results, seconds: float = SECONDS) -> None:
+    """The same for runs that are submitted now; what nobody forecast is predicted, as far as time allows."""
+    missing = []
+    for run_id in run_ids:
+        paths = results.run(run_id)
+        freeze(paths)
+        if not paths.prior.exists() and not paths.superseded.exists():
+            missing.append(run_id)
+    if missing:
+        _predict(missing, results, time.monotonic() + seconds)
+
+
+def _predict(run_ids: list[str], results: Results, until: float) -> None:
+    from finetune_study.forecast import predict, study  # these import torch, once traces are missing
+
+    traces = predict.Traces(results.traces)
+    for run_id in run_ids:
+        if time.monotonic() > until:
+            return
+        paths = results.run(run_id)
+        with suppress(StudyError, OSError):  # a run that can't be read says so in its own log
+            study.keep(paths, study.row_of_run(run_module.load(paths.run_yaml), results, traces))
+            freeze(paths)
