@@ -11,6 +11,7 @@ from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.record import write_atomically
 from finetune_study.report import costs, figures, page, summary, tables
+from finetune_study.report import pair as pair_module
 from finetune_study.table import Row
 
 
@@ -35,7 +36,7 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
     rows = comparisons.to_dicts()
     recommendations = recommend.recommend(comparisons)
     defaults = recommend.defaults(recommendations)
-    pairs = figures.pairs(config, rows, recommendations)
+    pairs = pair_module.pairs(config, rows, recommendations)
     return page.Contents(
         config=config,
         cells=cells,
