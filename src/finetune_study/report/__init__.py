@@ -53,6 +53,33 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
     )
 
 
+def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, folder: Path) -> list[Path]:
+    """Writes the figures of a target on some hardware, of a study with too many pairs to draw them all.
+
+    Args:
+        config: the study.
+        cells: one row per planned run (`cells.SCHEMA`).
+        target: of the study.
+        hardware: of the study.
+        folder: where to.
+
+    Returns:
+        The files.
+
+    Raises:
+        StudyError: when the study has no such pair.
+    """
+    comparisons = table.compare(cells, table.baseline_of(config))
+    every = {
+        (pair.target, pair.hardware): pair
+        for pair in pair_module.pairs(config, comparisons.to_dicts(), recommend.recommend(comparisons))
+    }
+    if (target, hardware) not in every:
+        raise recommend.no_such_pair(target, hardware, every)
+    drawn = figures.of_pair(every[target, hardware])
+    return figures.write(drawn, [figure.svg() for figure in drawn], folder)
+
+
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:
     path = config.report.earlier_outcomes
     return None if path is None else changes.compare(rows, changes.read(Path(path).expanduser()), path)

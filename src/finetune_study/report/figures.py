@@ -20,17 +20,30 @@ OF_A_PAIR = (feasibility, recipes, pareto, context, gpus, long_context)
 
 def draw(all_pairs: list[Pair]) -> list[Figure]:
     """Every figure, in the order of the page."""
-    made = (maker(pair) for pair in pair_module.drawn(all_pairs) for maker in OF_A_PAIR)
-    return [*(figure for figure in made if figure is not None), *very_large(all_pairs)]
+    return [*(figure for pair in pair_module.drawn(all_pairs) for figure in of_pair(pair)), *very_large(all_pairs)]
+
+
+def of_pair(pair: Pair) -> list[Figure]:
+    """Every figure of a target on some hardware."""
+    return [figure for maker in OF_A_PAIR if (figure := maker(pair)) is not None]
 
 
 def save(figures: Sequence[Figure], svgs: Sequence[str], folder: Path) -> None:
     """Writes each figure as .svg and .png, and removes those of an earlier study."""
-    folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("*.svg"), *folder.glob("*.png")):
         stale.unlink()
+    write(figures, svgs, folder)
+
+
+def write(figures: Sequence[Figure], svgs: Sequence[str], folder: Path) -> list[Path]:
+    """Writes each figure as .svg and .png; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
     for figure, svg in zip(figures, svgs, strict=True):
         # A file of its own has no page to link into, and no page's colours.
         alone = re.sub(r"</?a\b[^>]*>", "", svg)
-        (folder / f"{figure.name}.svg").write_text(alone, encoding="utf-8")
-        (folder / f"{figure.name}.png").write_bytes(vl_convert.svg_to_png(alone, scale=PNG_SCALE))
+        svg_file, png_file = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
+        svg_file.write_text(alone, encoding="utf-8")
+        png_file.write_bytes(vl_convert.svg_to_png(alone, scale=PNG_SCALE))
+        files += [svg_file, png_file]
+    return files

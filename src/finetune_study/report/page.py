@@ -18,7 +18,7 @@ from finetune_study.changes import Earlier
 from finetune_study.claims import Claim, Walk
 from finetune_study.config import Config
 from finetune_study.recommend import MIN_NODES, MIN_REPEATS, VERDICTS, Default, Elsewhere, Recommendation
-from finetune_study.report import embedded, grammar, tables
+from finetune_study.report import costs, embedded, grammar, tables
 from finetune_study.report import pair as pair_module
 from finetune_study.report.answer import QUESTION, answer
 from finetune_study.report.grammar import Figure
@@ -135,8 +135,9 @@ def render(contents: Contents) -> str:
         hardware=[*dict.fromkeys(pair.hardware for pair in contents.pairs)],
         comparisons=contents.comparisons,
         baseline=table.baseline_of(config),
-        spent=show(float(cells["gpu_hours"].sum())),
+        spent=costs.spent(cells),
         costs=contents.costs,
+        billed=any(one["billing_unit_hours"] is not None for one in contents.costs),
         claims=contents.claims,
         support=claims.SUPPORT,
         walks=contents.walks,

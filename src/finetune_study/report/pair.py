@@ -8,8 +8,8 @@ from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.table import Row, completed_everywhere
 
-MAX_PAIRS = 40
-"""Pairs of target and hardware that are drawn, those with most runs first; all others are in the tables."""
+MAX_PAIRS = 24
+"""Pairs of target and hardware that are drawn, those with most runs first; `finetune-study figures` draws any other."""
 
 Devices = tuple[int, int]
 """How many devices, and the nodes that they are on."""
