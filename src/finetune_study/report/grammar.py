@@ -101,6 +101,8 @@ def log_axis(ends: tuple[float, float], title: str) -> Spec:
         ticks = [v for v in (float(f"{s}e{p}") for p in powers for s in step) if low <= v <= high]
         if len(ticks) >= 3:
             break
+    if len(ticks) < 2:  # too short for round numbers
+        ticks = [float(f"{low * (high / low) ** share:.3g}") for share in (0.1, 0.5, 0.9)]
     return {
         "title": title,
         "scale": {"type": "log", "nice": False, "domain": [low, high]},

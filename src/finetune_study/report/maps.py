@@ -24,7 +24,7 @@ from finetune_study.report.pair import MAX_PAIRS, Pair
 from finetune_study.report.tables import STATES, how_it_failed
 from finetune_study.table import Row, count, devices, show
 
-MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 8
+MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 14
 """Of a cell, pixels; a longer text is cut, and whole on hovering."""
 
 

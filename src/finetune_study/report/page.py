@@ -111,7 +111,6 @@ def render(contents: Contents) -> str:
     template = _templates().from_string((package / TEMPLATE).read_text(encoding="utf-8"))
     script = (package / SCRIPT).read_text(encoding="utf-8")
     config, cells = contents.config, contents.cells
-    missing = cells.filter(pl.col("state").is_in([FAILED, NOT_RUN]))
     return template.render(
         title=config.report.title,
         notice=config.report.notice,
@@ -144,7 +143,8 @@ def render(contents: Contents) -> str:
         earlier=contents.earlier,
         data=Markup(embedded.embed(cells)),  # base64
         run_ids=frozenset(cells["run_id"]),
-        missing=missing.to_dicts(),
+        failed=cells.filter(pl.col("state") == FAILED).to_dicts(),
+        not_run=cells.filter(pl.col("state") == NOT_RUN).to_dicts(),
         what_happened=tables.what_happened,
         config=config,
         environments=_environments(cells),
