@@ -11,6 +11,7 @@
 #   runs/<run_id>/prior.json        the same when it was submitted; never changed
 #   runs/<run_id>/record.json       how it ended, and what was seen (failure.json: no outcome, tried again)
 #   outcomes.parquet, outcomes.csv  one row per run
+#   accounting.json                 what SLURM's accounting says of the runs' jobs
 #   comparisons.parquet             spread over repeats, against the baseline recipe
 #   recommendations.json            which recipe, where, and how sure
 #   report/index.html               the page; beside it summary.md, figures/, tables/

@@ -4,7 +4,11 @@
 
 One process takes outcomes.parquet (100,000 rows of benchmarks/synthetic.py, which is not timed) through the plan,
 comparisons, recommendations, figures, tables and the page, as the rules `aggregate` and `report` do. Measured: wall
-time of each part, seconds, and the largest resident size of that process, GiB. The ratio is to the limits.
+time of each part, seconds, and the largest resident size of that process, GiB. The ratio is to the limits. The plan is
+no part of the total: every call of the workflow makes it, whatever it is asked for.
+
+Then the page is opened in a browser, from its file: until its table stands, a sort and a search over all runs, and the
+frames while it is scrolled from its top to its end.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +28,17 @@ from typing import Any
 
 import polars as pl
 import synthetic
+from playwright import sync_api
 
 from finetune_study import cells, outcome, plan, recommend, report
 from finetune_study import config as config_module
+from finetune_study.measure import environment
 from finetune_study.paths import Results
 from finetune_study.record import Record
 
 LIMIT_SECONDS, LIMIT_GIB = 60.0, 3.0
+MACHINE = ("commit", "commit_has_local_changes", "lock_sha256", "processor", "processor_cores", "host_memory_bytes")
+"""What a result says of where it was measured."""
 RUNS_PER_TARGET = 1596
 """Of the synthetic study, at three repeats, on average over its shapes."""
 
@@ -68,10 +77,91 @@ def measure(folder: Path) -> dict[str, Any]:
         "runs": len(planned),
         "outcomes": frame["status"].is_not_null().sum(),
         "seconds": parts,
-        "total_seconds": round(sum(parts.values()), 2),
+        "total_seconds": round(sum(value for name, value in parts.items() if name != "plan"), 2),
         "max_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
         "page_mib": round(results.report.stat().st_size / 2**20, 2),
     }
+
+
+SCROLL = """async () => {
+    const frames = [];
+    let last = performance.now();
+    for (let y = 0; y < document.documentElement.scrollHeight; y += 200) {
+        scrollTo(0, y);
+        const now = await new Promise(requestAnimationFrame);
+        frames.push(now - last);
+        last = now;
+    }
+    frames.sort((a, b) => a - b);
+    const at = (share) => frames[Math.floor(share * (frames.length - 1))];
+    return { frames: frames.length, median: at(0.5), p95: at(0.95), longest: at(1) };
+}"""
+"""Two hundred pixels a frame, about as fast as a wheel is turned; milliseconds."""
+
+
+def browse(page_file: Path) -> dict[str, Any]:
+    """The page in headless Chromium: seconds until it can be used, of a sort and of a search; frames, ms."""
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = launched.new_page(viewport={"width": 1280, "height": 1000})
+        found: dict[str, Any] = {"browser": launched.version}
+
+        def timed(name: str, work: Callable[[], Any]) -> None:
+            start = time.perf_counter()
+            work()
+            found[f"{name}_seconds"] = round(time.perf_counter() - start, 2)
+
+        def opened() -> None:
+            page.goto(f"file://{page_file}")
+            page.wait_for_selector("html[data-ready]", timeout=120_000)
+
+        timed("open", opened)
+        timed("sort", lambda: page.get_by_role("button", name="Step time s, median").click())
+        timed("search", lambda: page.fill("#find", "zero3-lora-gc-flash"))
+        found["scroll_ms"] = {name: round(value, 1) for name, value in page.evaluate(SCROLL).items()}
+        found["elements"] = page.evaluate("document.querySelectorAll('*').length")
+        found["heap_mib"] = round(page.evaluate("performance.memory.usedJSHeapSize") / 2**20, 1)
+        launched.close()
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The same for a reader."""
+    seconds, page, machine = found["seconds"], found["page"], found["machine"]
+    scroll = page["scroll_ms"]
+    rows = {
+        "aggregate (comparisons, recommendations)": f"{seconds['aggregate']} s",
+        "read the outcomes": f"{seconds['cells']} s",
+        "report (figures, tables, page)": f"{seconds['report']} s",
+        "**in all, of 60 s**": f"**{found['total_seconds']} s**, {found['share_of_60_seconds']:.0%}",
+        "largest resident size, of 3 GiB": f"{found['max_rss_gib']} GiB, {found['share_of_3_gib']:.0%}",
+        "plan, not in the total": f"{seconds['plan']} s",
+        "the page": f"{found['page_mib']} MiB, {page['elements']:,} elements, {page['heap_mib']} MiB of heap",
+        "opened, with its table of runs": f"{page['open_seconds']} s",
+        "all runs sorted; searched": f"{page['sort_seconds']} s; {page['search_seconds']} s",
+        f"frames while scrolling ({scroll['frames']})": f"{scroll['median']} ms median, {scroll['p95']} ms at 95 %, "
+        f"{scroll['longest']} ms longest",
+    }
+    facts = {
+        "command": found["command"],
+        "date": found["date"],
+        **{name: machine[name] for name in ("commit", "lock_sha256", "processor", "processor_cores")},
+        "memory_gib": round(machine["host_memory_bytes"] / 2**30, 1),
+        "load_before": found["load_before"],
+        "python": platform.python_version(),
+        "polars": pl.__version__,
+        "chromium": page["browser"],
+        "repeated": "once",
+    }
+    lines = [f"# Report of {found['outcomes']:,} synthetic outcomes ({found['runs']:,} runs)", ""]
+    lines += ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
+    lines += [*(f"- {name}: {value}" for name, value in facts.items()), ""]
+    lines += [
+        "The outcomes are drawn by a generator: nothing here says anything about a model or a GPU. Not shown: how long it",
+        "takes to read the records into outcomes.parquet, which is a rule of its own.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -92,17 +182,19 @@ def main() -> None:
         frame.write_parquet(Results(folder).outcomes_parquet)
         del frame
         command = [sys.executable, __file__, "--measure", str(folder)]
+        load = os.getloadavg()[0]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found["page"] = browse(Results(folder).report.absolute())
     found |= {
         "share_of_60_seconds": round(found["total_seconds"] / LIMIT_SECONDS, 3),
         "share_of_3_gib": round(found["max_rss_gib"] / LIMIT_GIB, 3),
-        "command": " ".join(sys.argv), "date": datetime.date.today().isoformat(), "cores": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(), "python": platform.python_version(),
-        "polars": pl.__version__, "load_before": os.getloadavg()[0],
+        "command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(),
+        "machine": {name: value for name, value in environment.describe("cpu").items() if name in MACHINE}, "load_before": round(load, 2),
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     if given.write:
         (given.write / f"report-{found['date']}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (given.write / f"report-{found['date']}.md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from finetune_study import accounting
 from finetune_study import config as config_module
 from finetune_study.config import Config
 from finetune_study.measure.peaks import peak_tflops
@@ -85,6 +86,8 @@ HARDWARE: dict[str, dict[str, Any]] = {
 }
 LINK_GBPS = {"a100-80gb": 200e9, "v100-32gb": 60e9}
 """Rate of a collective, bytes a second."""
+BILLING_UNITS = {"a100-80gb": 64, "v100-32gb": 24}
+"""Of SLURM, for one GPU."""
 HOST_GBPS, HOST_GIB = 12e9, 1000.0
 """Between host and device, bytes a second; memory of a node, GiB."""
 KERNELS_GIB, FRAGMENTATION = 1.1, 1.05
@@ -354,15 +357,19 @@ def write(folder: Path, repeats: int = 3, seed: int = 0, *, complete: bool = Fal
     config = config_module.parse(raw)
     write_atomically(folder / "config.yaml", yaml.safe_dump(raw, sort_keys=False))
     results, draw = Results(folder / "results"), random.Random(seed + 1)
+    billing: dict[str, int] = {}
     for planned, document in records(config, seed, complete=complete):
         paths = results.run(planned.run.run_id)
         paths.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(document, Record):
             write_record(paths, document)
+            if document.slurm_job_id:
+                billing[document.slurm_job_id] = BILLING_UNITS[planned.run.hardware.name] * planned.run.num_gpus
         elif document is not None:
             write_failure(paths, document)
         guess = {name: round(value * math.exp(draw.gauss(0, 0.05)), 3) for name, value in prior(planned.run).items()}
         paths.prior.write_text(json.dumps(guess))
+    write_atomically(results.accounting, json.dumps({"format": accounting.FORMAT, "billing_units": billing}))
     return config
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from finetune_study import techniques as registry
 from finetune_study.ratio import ratio
 from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, repeats, show
 
@@ -456,8 +457,18 @@ _LADDER: tuple[tuple[str, frozenset[str]], ...] = (
     ("Quantized weights (costs throughput: only where it must be)", frozenset({"qlora"})),
 )
 """What each rung adds to save memory of weights, gradients and optimizer states, from the fastest on."""
-_STATES = {"lora", "qlora", "zero1", "zero2", "zero3", "offload_optimizer"}
-_ACTIVATIONS = {"gradient_checkpointing", "flash_attention_2", "flash_attention_3"}
+_ANY_OTHER = "Anything else that was tried and fits"
+"""The last rung: techniques that the ladder does not name."""
+
+
+def _of_kinds(*kinds: str) -> frozenset[str]:
+    return frozenset(name for name, technique in registry.ALL.items() if technique.kind in kinds)
+
+
+_STATES = _of_kinds("peft", "sharding", "communication", "offload", "parameter offload") - {"ddp"}
+_ACTIVATIONS = _of_kinds("activations", "activation offload") | {
+    name for name in registry.ALL if name.startswith("flash_attention")
+}
 
 
 def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float) -> Walk:
@@ -484,6 +495,11 @@ def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float) -> Walk:
         if fits:
             chosen = answer
             break
+    if chosen is None:
+        fitting = [row for row in short if completed_everywhere(row) and row["step_time_seconds_median"] is not None]
+        chosen = min(fitting, key=lambda row: row["step_time_seconds_median"], default=None)
+        if chosen is not None:
+            first.append(Step(_ANY_OTHER, chosen, _room(chosen, limit), True))
     second = _activations(here, contexts, chosen, limit) if chosen is not None else []
     return Walk(here[0]["target"], here[0]["hardware"], num_gpus, nodes, first, second)
 

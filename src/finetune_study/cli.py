@@ -126,6 +126,24 @@ def export(
 
 
 @app.command()
+def figures(
+    target: Annotated[str, typer.Argument(help="An entry under `models`.")],
+    hardware: Annotated[str, typer.Argument(help="An entry under `hardware`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("figures"),
+    config: ConfigFile = CONFIG,
+    results: ResultsFolder = RESULTS,
+) -> None:
+    """Draw the report's figures of one target on one hardware entry as SVG and PNG, from what runs there are."""
+    from finetune_study.cells import cells
+    from finetune_study.report import draw_pair
+
+    study = _open(config, results)
+    frame = cells(list(study.planned.values()), study.results, study.config.hardware)
+    for path in draw_pair(study.config, frame, target, hardware, output):
+        print(path)
+
+
+@app.command()
 def compare(
     now: Annotated[Path, typer.Argument(help="outcomes.parquet of a study.")],
     earlier: Annotated[Path, typer.Argument(help="outcomes.parquet of an earlier one.")],

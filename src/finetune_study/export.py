@@ -11,11 +11,12 @@ import polars as pl
 
 from finetune_study import micro_batch, slurm, table, train
 from finetune_study.errors import StudyError
-from finetune_study.recommend import Recommendation, defaults, recommend
+from finetune_study.recommend import Recommendation, defaults, no_such_pair, recommend
 from finetune_study.record import write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
 from finetune_study.table import show
+from finetune_study.techniques.base import Technique
 
 MEASURING = (
     "output_dir",
@@ -37,6 +38,10 @@ FULL_TRAINING: dict[str, Any] = {
     "report_to": [],
 }
 """In their place: one epoch, with checkpoints to go on from."""
+HOOKS = ("wrap", "optimizer", "callbacks")
+"""Of a technique, with which it acts by code."""
+IN_SCRIPT = frozenset({"gradient_checkpointing"})
+"""Techniques whose code the exported train.py has, too."""
 MARGIN = 1.5
 """Of the job's time over the promised hours: loading, checkpoints, a slower node."""
 MIN_MINUTES = 60
@@ -68,11 +73,7 @@ def choose(
     every = recommend(table.compare(cells, table.baseline_of(study.config)))
     pairs = {(one.target, one.hardware): one.recommendation for one in defaults(every)}
     if (target, hardware) not in pairs:
-        raise StudyError(
-            "The study has no such target on such hardware",
-            given=f"{target} on {hardware}",
-            allowed="; ".join(f"{name} on {kind}" for name, kind in pairs) or "nothing: its grid is empty",
-        )
+        raise no_such_pair(target, hardware, pairs)
     default = pairs[target, hardware]
     wanted = (
         num_gpus or default.num_gpus,
@@ -118,16 +119,16 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             do=f"measure more: {'; '.join(one.settled_by[:5]) or one.reason}",
         )
     run = study.run(best.run_ids[0])
+    _check(run)
     found = best.per_device_train_batch_size
     settled = micro_batch.at(run, found) if micro_batch.is_searched(run) and found else run
     arguments = train.arguments_of(settled, "output")
     deepspeed = arguments.pop("deepspeed", None)
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
-    lora = run.parsed_techniques.get("lora")
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,
         "deepspeed.json": deepspeed,
-        "peft.json": None if lora is None else {"task_type": "CAUSAL_LM", **lora.model_dump(mode="json")},
+        "peft.json": _peft(run) or None,
         "recipe.json": _about(run, one),
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
@@ -140,6 +141,39 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
             written.append(folder / name)
     return written
+
+
+def _check(run: Run) -> None:
+    """What works by code of this project, and not by settings of a library, can't be written down as settings."""
+    code = [
+        technique.name
+        for technique in run.parsed_techniques.values()
+        if technique.name not in IN_SCRIPT
+        and any(
+            getattr(type(technique), hook, None) is not getattr(Technique, hook, None)
+            for hook in HOOKS
+            if not (hook == "wrap" and technique.kind == "peft")
+        )
+    ]
+    if code:
+        raise StudyError(
+            "The recipe can't be exported: a part of it is code of this project, not a setting of a library",
+            given=f"{run.recipe}: {', '.join(code)}",
+            do="export another recipe, for example a tied one at other settings of --num-gpus or --sequence-length",
+        )
+
+
+def _peft(run: Run) -> list[dict[str, Any]]:
+    """Each peft method of a run as peft's own `PeftConfig` holds it."""
+    return [
+        {
+            "peft_type": getattr(technique, "method", technique.name.upper()),
+            "task_type": "CAUSAL_LM",
+            **(technique.peft_settings(run) if hasattr(technique, "peft_settings") else technique.model_dump()),
+        }
+        for technique in run.parsed_techniques.values()
+        if technique.kind == "peft"
+    ]
 
 
 def _about(run: Run, one: Recommendation) -> dict[str, Any]:
@@ -160,6 +194,9 @@ def _about(run: Run, one: Recommendation) -> dict[str, Any]:
         "nodes": run.nodes,
         "effective_batch_size": run.training.effective_batch_size,
         "load_arguments": load,
+        "prepare_model_for_kbit_training": any(
+            getattr(technique, "prepare_model_for_kbit_training", False) for technique in run.parsed_techniques.values()
+        ),
         "step_seconds": best.step_time_seconds_median if best else None,
         "peak_memory_gib": best.peak_memory_gib_median if best else None,
         "epoch_hours_of_the_study": best.epoch_hours_median if best else None,
@@ -204,7 +241,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
     words = {
         "training_arguments.json": "fields of transformers' TrainingArguments",
         "deepspeed.json": "DeepSpeed's configuration",
-        "peft.json": "fields of peft's LoraConfig",
+        "peft.json": "peft's methods, each with the fields of its PeftConfig",
         "recipe.json": "what was measured, and how the model is loaded",
     }
     lines = [

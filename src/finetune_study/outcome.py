@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from finetune_study import micro_batch
+from finetune_study import accounting, micro_batch
 from finetune_study.config import Hardware
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
@@ -114,6 +114,10 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "commit": (pl.String, "Commit of this project."),
     "started_at": (pl.String, "Start, ISO 8601, UTC."),
     "slurm_job_id": (pl.String, "SLURM job, where there was one."),
+    "billing_units": (
+        pl.Int64,
+        "SLURM's billing units of what the job was given, by its accounting; in an hour it costs so many unit-hours.",
+    ),
     "attempt": (pl.Int64, "Which try it was."),
     "command": (pl.String, "Repeats the run."),
     "settings": (pl.String, "Everything that defines the run, as JSON: the contents of its run.yaml."),
@@ -160,12 +164,19 @@ def write(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware
         run_ids: runs of the plan.
         hardware: entries of the config, for their prices.
     """
-    outcomes = collect(results, run_ids, hardware)
+    outcomes = with_billing(collect(results, run_ids, hardware), results)
     results.root.mkdir(parents=True, exist_ok=True)
     outcomes.write_parquet(results.outcomes_parquet)
     lists = [name for name, dtype in SCHEMA.items() if isinstance(dtype, pl.List)]
     as_text = [pl.col(n).map_elements(lambda v: json.dumps(list(v)), return_dtype=pl.String) for n in lists]
     outcomes.with_columns(as_text).write_csv(results.outcomes_csv)
+
+
+def with_billing(outcomes: pl.DataFrame, results: Results) -> pl.DataFrame:
+    """The outcomes with what SLURM's accounting says of their jobs, as far as it says anything."""
+    units = accounting.billing_units(outcomes["slurm_job_id"].drop_nulls(), results.accounting)
+    known = pl.col("slurm_job_id").replace_strict([*units], [*units.values()], default=None, return_dtype=pl.Int64)
+    return outcomes.with_columns(billing_units=known)
 
 
 def _prior(path: Path) -> dict[str, float | None]:

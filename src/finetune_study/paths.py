@@ -128,6 +128,11 @@ class Results:
         return self.root / "doctor"
 
     @property
+    def accounting(self) -> Path:
+        """What SLURM's accounting said of the runs' jobs, which it forgets after a while."""
+        return self.root / "accounting.json"
+
+    @property
     def forecast(self) -> Path:
         """What every run is expected to need, with the bill."""
         return self.root / "forecast.json"

@@ -10,6 +10,7 @@ import polars as pl
 from finetune_study import table
 from finetune_study.cells import FAILED, NOT_RUN, of_outcomes
 from finetune_study.config import Config
+from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
 from finetune_study.ratio import Repeat, ratio
@@ -197,6 +198,15 @@ def defaults(recommendations: list[Recommendation]) -> list[Default]:
     for one in recommendations:
         groups.setdefault((one.target, one.hardware), []).append(one)
     return [_default(group) for group in groups.values()]
+
+
+def no_such_pair(target: str, hardware: str, pairs: Iterable[tuple[str, str]]) -> StudyError:
+    """What to raise where a study has no such target on such hardware, but these."""
+    return StudyError(
+        "The study has no such target on such hardware",
+        given=f"{target} on {hardware}",
+        allowed="; ".join(f"{name} on {kind}" for name, kind in pairs) or "nothing: its grid is empty",
+    )
 
 
 def _default(group: list[Recommendation]) -> Default:

@@ -61,6 +61,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "peak_device_used_gib_median": (pl.Float64, "Median over the repeats, GiB."),
     "epoch_hours_median": (pl.Float64, "Hours of one pass over the training data, median over the repeats."),
     "cost_usd_per_epoch_median": (pl.Float64, "US dollars of one pass over the training data, at the config's price."),
+    "billing_units_median": (pl.Float64, "SLURM's billing units of a run's job, median over the repeats."),
     "gpu_hours": (pl.Float64, "GPU-hours that all repeats took, whatever became of them."),
     "predicted_peak_memory_gib": (pl.Float64, "Forecast of the peak memory before the runs, GiB."),
     "predicted_step_time_seconds": (pl.Float64, "Forecast of the step time before the runs, seconds."),
@@ -81,7 +82,7 @@ _MEASURES = [
 
 _MEDIANS = (
     "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
-    "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch",
+    "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
 )  # fmt: skip
 
 

@@ -152,6 +152,18 @@ def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
     )
 
 
+def test_the_tree_ends_in_what_fits_though_the_ladder_does_not_name_it(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {"full": {}, "odd": {"zero1": {}, "lora": {}}}
+    config = study(recipes, [256])
+    records = [
+        handmade.completed(one.run, 1.0) if one.run.recipe == "odd" else handmade.out_of_memory(one.run)
+        for one in handmade.planned(config)
+    ]
+    walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
+    last = walk.first[-1]
+    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._ANY_OTHER, "odd", True)
+
+
 def test_nodes_are_never_mixed(tmp_path: Path) -> None:
     """On one node alone ZeRO-2 is measured, on two alone ZeRO-3: that is no comparison."""
     recipes: dict[str, Any] = {"two": {"zero2": {}}, "three": {"zero3": {}}}

@@ -12,6 +12,7 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.recommend import Recommendation
 from finetune_study.study import Study
+from finetune_study.techniques.sharding import Zero2
 from tests.unit import handmade
 
 GPU = {
@@ -104,6 +105,34 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
     ).stdout.split("|")  # fmt: skip
     assert said[-6:-1] == ["train.py", "--data", "my data.jsonl", "--output", "here and there"]
     assert said[said.index("--rdzv-endpoint") + 1] == "node-1:21234"
+
+
+def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
+    study, frame = opened(tmp_path)
+    one = exporter.choose(study, frame, "tiny", "a100", 4, None)
+    lora = one.model_copy(update={"recipe": "lora"})
+    exporter.export(study, lora, tmp_path / "export")
+    (method,) = json.loads((tmp_path / "export" / "peft.json").read_text())
+    assert (method["peft_type"], method["task_type"], method["r"]) == ("LORA", "CAUSAL_LM", 8)
+    arguments = json.loads((tmp_path / "export" / "training_arguments.json").read_text())
+    assert (arguments["num_train_epochs"], arguments["learning_rate"]) == (1, 4e-4)
+    assert "max_steps" not in arguments
+
+
+def test_what_is_code_and_no_setting_is_not_exported_as_if_it_were_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Zero2, "wrap", lambda self, model: model, raising=False)
+    asked = handmade.study(
+        hardware={"a100": GPU}, recipes={"zero2": ["zero2"]}, grid=[BLOCK | {"recipes": ["zero2"], "num_gpus": 4}],
+        training={"effective_batch_size": 8},
+    )  # fmt: skip
+    planned = {one.run.run_id: one for one in handmade.planned(asked)}
+    results = handmade.write(tmp_path, *(handmade.completed(one.run, 1.0) for one in planned.values()))
+    one = exporter.choose(Study(asked, results, planned), handmade.frame(asked, tmp_path), "tiny", "a100", None, None)
+    with pytest.raises(StudyError, match="can't be exported") as error:
+        exporter.export(Study(asked, results, planned), one, tmp_path / "export")
+    assert "zero2: zero2" in str(error.value)
 
 
 def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import altair
 import pytest
 
 from finetune_study import report
@@ -71,6 +72,15 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
 def test_the_specification_of_a_figure(gathered: page.Contents, kind: str) -> None:
     (figure,) = (figure for figure, _ in gathered.figures if figure.kind == kind)
     same(f"{kind}.vl.json", json.dumps(figure.spec, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def test_every_specification_is_valid_vega_lite(gathered: page.Contents) -> None:
+    """By the schema that Altair carries; the converter itself is silent about a key that it does not know."""
+    assert {figure.kind for figure, _ in gathered.figures} >= {"feasibility", "recipes", "pareto", "context", "gpus"}
+    for figure, _ in gathered.figures:
+        altair.Chart.from_dict(figure.spec)
+    with pytest.raises(Exception, match="colour"):
+        altair.Chart.from_dict(gathered.figures[0][0].spec | {"colour": "red"})
 
 
 def test_the_summary_to_paste(gathered: page.Contents) -> None:

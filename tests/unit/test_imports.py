@@ -12,13 +12,13 @@ WORKFLOW = ("snakemake", "submitit", "snakemake_executor_plugin_submitit")
 @pytest.mark.parametrize(
     ("modules", "strangers"),
     [
-        ("launch, allocation, places, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "altair")),
+        ("launch, allocation, places, after_kill, before_submit, implied", (*TORCH, *WORKFLOW, "polars", "vl_convert")),
         ("train, model, data, variables, measure.steps, measure.memory, measure.flops, measure.environment", WORKFLOW),
         ("report, table, recommend, cells, outcome, ratio, claims, changes, status, export", (*TORCH, *WORKFLOW)),
-        ("doctor.node, doctor.command", (*TORCH, *WORKFLOW, "polars", "altair")),
-        ("forecast.predict, forecast.study, forecast.hardware", (*TORCH, *WORKFLOW, "altair")),
+        ("doctor.node, doctor.command", (*TORCH, *WORKFLOW, "polars", "vl_convert")),
+        ("forecast.predict, forecast.study, forecast.hardware", (*TORCH, *WORKFLOW, "vl_convert")),
         ("forecast.trace", ("deepspeed", "datasets", *WORKFLOW)),
-        ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "altair")),
+        ("config, plan, study, slurm, software, techniques", (*TORCH, *WORKFLOW, "vl_convert")),
     ],
 )
 def test_modules_do_not_know(modules: str, strangers: tuple[str, ...]) -> None:

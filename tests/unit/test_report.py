@@ -13,7 +13,7 @@ from finetune_study import outcome, recommend, record, report, table
 from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import figures, page, tables
+from finetune_study.report import figures, grammar, page, pair, scaling, tables, tradeoff
 from finetune_study.report.tables import STATES
 from tests.unit import handmade
 
@@ -148,9 +148,9 @@ def test_files_of_figures_and_tables(tmp_path: Path) -> None:
     assert written == {"runs", "comparisons", "recommendations", "costs", "claims"}
 
 
-def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, figures.Figure]:
+def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, grammar.Figure]:
     compared = handmade.compared(study, root, *documents)
-    pairs = figures.pairs(study, compared.to_dicts(), recommend.recommend(compared))
+    pairs = pair.pairs(study, compared.to_dicts(), recommend.recommend(compared))
     return {figure.kind: figure for figure in figures.draw(pairs)}
 
 
@@ -192,18 +192,18 @@ def test_the_pareto_front_by_hand() -> None:
         {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory}
         for name, time, memory in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 1.0), ("e", None, 1.0))
     ]
-    assert [row["recipe"] for row in figures.pareto_front(rows)] == ["a", "b", "d"]
+    assert [row["recipe"] for row in tradeoff.pareto_front(rows)] == ["a", "b", "d"]
 
 
 def test_the_exponent_of_a_power_law() -> None:
-    assert figures.exponent([(x, 3 * x**1.5) for x in (256, 512, 1024)]) == pytest.approx(1.5)
-    assert figures.exponent([(256, 1.0), (512, 2.0)]) is None
+    assert scaling.exponent([(x, 3 * x**1.5) for x in (256, 512, 1024)]) == pytest.approx(1.5)
+    assert scaling.exponent([(256, 1.0), (512, 2.0)]) is None
 
 
 def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
     inline = page.for_page(drawn(STUDY, tmp_path, *mixed())["recipes"].svg())
     assert "var(--share1)" in inline
-    for colour in (figures.INK, figures.MUTED, figures.LINE, figures.BAR, figures.MEMORY, figures.PAPER):
+    for colour in (grammar.INK, grammar.MUTED, grammar.LINE, grammar.BAR, grammar.MEMORY, grammar.PAPER):
         assert colour not in inline
 
 
@@ -220,7 +220,7 @@ def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
 )
 def test_labels_of_a_figure(states: list[str], value: float | None, expected: str) -> None:
     row: dict[str, Any] = {"states": states, "num_completed": states.count("completed"), "not_compared": None}
-    assert figures.label(row, value, "s") == expected
+    assert grammar.label(row, value, "s") == expected
 
 
 def test_differing_software_is_warned_of(tmp_path: Path) -> None:

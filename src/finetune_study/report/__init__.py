@@ -11,6 +11,7 @@ from finetune_study.config import Config
 from finetune_study.paths import Results
 from finetune_study.record import write_atomically
 from finetune_study.report import costs, figures, page, summary, tables
+from finetune_study.report import pair as pair_module
 from finetune_study.table import Row
 
 
@@ -35,7 +36,7 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
     rows = comparisons.to_dicts()
     recommendations = recommend.recommend(comparisons)
     defaults = recommend.defaults(recommendations)
-    pairs = figures.pairs(config, rows, recommendations)
+    pairs = pair_module.pairs(config, rows, recommendations)
     return page.Contents(
         config=config,
         cells=cells,
@@ -50,6 +51,33 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
         costs=costs.costs(config, defaults, rows),
         earlier=_earlier(config, rows),
     )
+
+
+def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, folder: Path) -> list[Path]:
+    """Writes the figures of a target on some hardware, of a study with too many pairs to draw them all.
+
+    Args:
+        config: the study.
+        cells: one row per planned run (`cells.SCHEMA`).
+        target: of the study.
+        hardware: of the study.
+        folder: where to.
+
+    Returns:
+        The files.
+
+    Raises:
+        StudyError: when the study has no such pair.
+    """
+    comparisons = table.compare(cells, table.baseline_of(config))
+    every = {
+        (pair.target, pair.hardware): pair
+        for pair in pair_module.pairs(config, comparisons.to_dicts(), recommend.recommend(comparisons))
+    }
+    if (target, hardware) not in every:
+        raise recommend.no_such_pair(target, hardware, every)
+    drawn = figures.of_pair(every[target, hardware])
+    return figures.write(drawn, [figure.svg() for figure in drawn], folder)
 
 
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:

@@ -35,7 +35,7 @@ def _default(defaults: list[Default]) -> str:
     first = "The fastest recipe that fits" + ("" if len(sure) == len(named) else ", as far as the runs can tell,")
     nothing = [one for one in defaults if one.recommendation.verdict == "nothing_fits"]
     beside = f"; nothing tried fits {joined(_where(one) for one in nothing[:3])}{_more(nothing[3:])}" if nothing else ""
-    return f"{first} is {joined(parts)}{f', and others in {rest} more cases' if rest else ''}{beside}."
+    return f"{first} is {'; '.join(parts)}{f'; and others in {rest} more cases' if rest else ''}{beside}."
 
 
 def _where(one: Default) -> str:

@@ -1,11 +1,13 @@
-"""What a recipe costs: GPU-hours always, dollars where there is a price, energy where it was measured."""
+"""What a recipe costs: GPU-hours always, dollars, billing units and energy where they are known."""
 
 from collections.abc import Iterable
 from typing import Any
 
+import polars as pl
+
 from finetune_study.config import Config
 from finetune_study.recommend import Default
-from finetune_study.table import Row, completed_everywhere
+from finetune_study.table import Row, completed_everywhere, show
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600
@@ -42,12 +44,25 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
     return found
 
 
+def spent(cells: pl.DataFrame) -> str:
+    """What all tries of the study took, in words.
+
+    Args:
+        cells: one row per planned run (`cells.SCHEMA`).
+    """
+    parts = [f"{show(float(cells['gpu_hours'].sum()))} GPU-hours"]
+    billed = (cells["billing_units"] * cells["duration_seconds"] / SECONDS_PER_HOUR).sum()
+    parts += [f"{show(float(billed))} billing unit-hours"] if billed else []
+    return " and ".join(parts)
+
+
 def _gpu_hours(row: Row) -> float:
     return float(row["epoch_hours_median"] * row["num_gpus"])
 
 
 def _cost(config: Config, choice: str, row: Row) -> dict[str, Any]:
     price = config.hardware[row["hardware"]].price_usd_per_gpu_hour
+    units = row["billing_units_median"]
     seconds, energy = row["step_time_seconds_median"], row["energy_joules_per_step_median"]
     tokens_per_hour = row["tokens_per_second_per_gpu_median"] * SECONDS_PER_HOUR
     steps = row["epoch_hours_median"] * SECONDS_PER_HOUR / seconds
@@ -57,6 +72,7 @@ def _cost(config: Config, choice: str, row: Row) -> dict[str, Any]:
         "run_id": row["run_ids"][0],
         "hours": row["epoch_hours_median"],
         "gpu_hours": _gpu_hours(row),
+        "billing_unit_hours": None if units is None else units * row["epoch_hours_median"],
         "usd": None if price is None else price * _gpu_hours(row),
         "usd_per_million_tokens": None if price is None else price / tokens_per_hour * 1e6,
         "kwh": None if energy is None else energy * steps / JOULES_PER_KWH,

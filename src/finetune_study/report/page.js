@@ -46,6 +46,18 @@ function pick() {
 }
 for (const one of Object.values(picked)) one.addEventListener("change", pick);
 
+// On a phone rows become blocks, in which each value says what it is.
+for (const table of document.querySelectorAll("table.stack")) {
+  const titles = [...table.querySelectorAll("thead th")].map((heading) => [...heading.childNodes].map((n) => n.textContent).join(", "));
+  for (const row of [...table.tBodies].flatMap((body) => [...body.rows])) {
+    if (row.cells.length !== titles.length) continue;
+    [...row.cells].forEach((cell, i) => { if (i) cell.dataset.label = titles[i]; });
+  }
+}
+
+// On paper nothing can be opened.
+addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details[data-print]")) part.open = true; });
+
 const PAGE = 50;
 
 async function unpack(text) {

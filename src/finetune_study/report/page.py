@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -16,10 +17,12 @@ from finetune_study.cells import COLUMNS, FAILED, NOT_RUN
 from finetune_study.changes import Earlier
 from finetune_study.claims import Claim, Walk
 from finetune_study.config import Config
-from finetune_study.recommend import MIN_NODES, MIN_REPEATS, VERDICTS, Default, Recommendation
-from finetune_study.report import embedded, figures, tables
+from finetune_study.recommend import MIN_NODES, MIN_REPEATS, VERDICTS, Default, Elsewhere, Recommendation
+from finetune_study.report import costs, embedded, grammar, tables
+from finetune_study.report import pair as pair_module
 from finetune_study.report.answer import QUESTION, answer
-from finetune_study.report.figures import Figure, Pair
+from finetune_study.report.grammar import Figure
+from finetune_study.report.pair import Pair
 from finetune_study.table import SETTING, Row, show
 
 TEMPLATE = "page.html.j2"
@@ -29,15 +32,15 @@ MAX_ROWS = 200
 """Rows of a table that is written out; the whole is a file."""
 
 _PAGE_COLOURS = {
-    figures.INK: "var(--ink)",
-    figures.MUTED: "var(--muted)",
-    figures.LINE: "var(--line)",
-    figures.BAR: "var(--bar)",
-    figures.MEMORY: "var(--memory)",
-    figures.PAPER: "var(--paper)",
-    **{colour: f"var(--fill-{tone})" for tone, colour in figures.FILLS.items()},
-    **{colour: f"var(--s{number})" for number, colour in enumerate(figures.SERIES, start=1)},
-    **{colour: f"var(--share{number})" for number, colour in enumerate(figures.SHARES.values(), start=1)},
+    grammar.INK: "var(--ink)",
+    grammar.MUTED: "var(--muted)",
+    grammar.LINE: "var(--line)",
+    grammar.BAR: "var(--bar)",
+    grammar.MEMORY: "var(--memory)",
+    grammar.PAPER: "var(--paper)",
+    **{colour: f"var(--fill-{tone})" for tone, colour in grammar.FILLS.items()},
+    **{colour: f"var(--s{number})" for number, colour in enumerate(grammar.SERIES, start=1)},
+    **{colour: f"var(--share{number})" for number, colour in enumerate(grammar.SHARES.values(), start=1)},
 }
 _COLOUR = re.compile("|".join(_PAGE_COLOURS))
 _ENVIRONMENT = [
@@ -75,13 +78,39 @@ class Contents:
     earlier: Earlier | None
 
 
+@dataclass(frozen=True)
+class Beyond:
+    """What to use where a default does not fit."""
+
+    default: Default
+
+    @property
+    def saved(self) -> list[Elsewhere]:
+        return [other for other in self.default.elsewhere if other.recipe]
+
+    @property
+    def instead(self) -> list[tuple[str, int]]:
+        """Recipes that do fit, and in how many settings."""
+        return Counter(str(other.recipe) for other in self.saved).most_common()
+
+    @property
+    def lost(self) -> list[tuple[str, str, list[int]]]:
+        """Where none is named: how many devices, why, and the contexts."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for other in self.default.elsewhere:
+            if not other.recipe:
+                found.setdefault((table.count(other.num_gpus, other.nodes), other.verdict), []).append(
+                    other.sequence_length
+                )
+        return [(*key, contexts) for key, contexts in found.items()]
+
+
 def render(contents: Contents) -> str:
     """The page as HTML; every text that comes from a run, a name or a log is escaped."""
     package = resources.files(__package__)
     template = _templates().from_string((package / TEMPLATE).read_text(encoding="utf-8"))
     script = (package / SCRIPT).read_text(encoding="utf-8")
     config, cells = contents.config, contents.cells
-    missing = cells.filter(pl.col("state").is_in([FAILED, NOT_RUN]))
     return template.render(
         title=config.report.title,
         notice=config.report.notice,
@@ -92,7 +121,7 @@ def render(contents: Contents) -> str:
         states=tables.STATES,
         counts=tables.counts(cells["state"]),
         defaults=contents.defaults,
-        beyond=[(one, other) for one in contents.defaults for other in one.elsewhere],
+        beyond=[Beyond(one) for one in contents.defaults if one.elsewhere],
         recommendations=contents.recommendations,
         verdicts=VERDICTS,
         min_repeats=MIN_REPEATS,
@@ -100,20 +129,22 @@ def render(contents: Contents) -> str:
         max_rows=MAX_ROWS,
         figures=[(figure, Markup(for_page(svg))) for figure, svg in contents.figures],  # Vega escapes what it writes
         num_pairs=len(contents.pairs),
-        num_drawn=len(figures.drawn_pairs(contents.pairs)),
+        num_drawn=len(pair_module.drawn(contents.pairs)),
         targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
         hardware=[*dict.fromkeys(pair.hardware for pair in contents.pairs)],
         comparisons=contents.comparisons,
         baseline=table.baseline_of(config),
-        spent=show(float(cells["gpu_hours"].sum())),
+        spent=costs.spent(cells),
         costs=contents.costs,
+        billed=any(one["billing_unit_hours"] is not None for one in contents.costs),
         claims=contents.claims,
         support=claims.SUPPORT,
         walks=contents.walks,
         earlier=contents.earlier,
         data=Markup(embedded.embed(cells)),  # base64
         run_ids=frozenset(cells["run_id"]),
-        missing=missing.to_dicts(),
+        failed=cells.filter(pl.col("state") == FAILED).to_dicts(),
+        not_run=cells.filter(pl.col("state") == NOT_RUN).to_dicts(),
         what_happened=tables.what_happened,
         config=config,
         environments=_environments(cells),

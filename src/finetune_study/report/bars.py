@@ -1,0 +1,164 @@
+"""Memory and time of each recipe, predicted beside measured."""
+
+from typing import Any
+
+from finetune_study.report.grammar import (
+    BAR,
+    IN_TONE,
+    INK,
+    MEMORY,
+    MUTED,
+    PAPER,
+    SAYS,
+    SHARES,
+    Figure,
+    Spec,
+    axis,
+    brief,
+    field,
+    figure,
+    layer,
+    limit_rule,
+    run_link,
+    tip,
+)
+from finetune_study.report.pair import Pair
+from finetune_study.table import TIMES, Row, count, show
+
+MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 270, 190, 24, 13
+"""Of the panels, of a row and of its bar, pixels."""
+LABEL_ROOM = 1.3
+"""A panel is wider than its longest bar by this, for the number beside it."""
+PREDICTED = {
+    "type": "point",
+    "shape": "diamond",
+    "filled": True,
+    "size": 55,
+    "color": INK,
+    "stroke": PAPER,
+    "opacity": 1,
+}
+LABEL = {"type": "text", "align": "left", "dx": 5}
+
+
+def recipes(pair: Pair) -> Figure | None:
+    """Peak memory, broken down, and step time of each recipe, on most devices at the shortest context."""
+    rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
+    slowest = _slowest(rows)
+    marks = [_mark(pair, row, slowest) for row in rows]
+    there = {mark["recipe"] for mark in marks}
+    order = [name for name in pair.recipes if name in there]
+    shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in _shares(row)]
+    largest = max([pair.limit, *(mark["memory_end"] for mark in marks)])
+    chart = {
+        "hconcat": [_memory(order, shares, largest), _time(order, slowest)],
+        "spacing": 14,
+        "resolve": {"scale": {"color": "shared"}},
+    }
+    columns = sorted({row["peak_memory_column"] for row in rows if row["peak_memory_column"]})
+    predicted = any(mark["predicted_memory"] or mark["predicted_time"] for mark in marks)
+    return figure(
+        "recipes",
+        pair,
+        chart,
+        f"Memory and time per recipe: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}",
+        {"marks": marks, "shares": shares, "limit": [{"limit": pair.limit}]},
+        f"{' and '.join(columns)}{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
+        + (" Diamonds: predicted before the run." if predicted else ""),
+    )
+
+
+def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> Spec:
+    y = field("recipe", "N", sort=order, title=None, axis=axis())
+    x = field(
+        "low",
+        title="Peak memory per device (GiB)",
+        axis=axis(tickCount=5),
+        scale={"domain": [0, largest * LABEL_ROOM], "nice": False},
+    )
+    parted = len({share["share"] for share in shares}) > 1
+    colour = field(
+        "share",
+        "N",
+        title=None,
+        scale={"domain": [*SHARES], "range": [*SHARES.values()]},
+        legend={"orient": "top", "direction": "horizontal"} if parted else None,
+    )
+    empty = {"type": "bar", "filled": False, "stroke": MEMORY, "strokeDash": [2, 2], "height": THICK}
+    layers = [
+        layer("shares", {"type": "bar", "height": THICK}, y=y, x=x, x2={"field": "high"}, color=colour, **SAYS),
+        layer("marks", empty, y=y, x=field("ran_out"), **SAYS),
+        limit_rule("x"),
+        layer("marks", PREDICTED, y=y, x=field("predicted_memory"), **SAYS),
+        layer("marks", LABEL, y=y, x=field("label_at"), text=field("memory_label", "N"), color=IN_TONE),
+    ]
+    return {"layer": layers, "width": MEMORY_WIDTH, "height": {"step": STEP}}
+
+
+def _time(order: list[str], slowest: float) -> Spec:
+    y = field("recipe", "N", sort=order, title=None, axis=None)
+    x = field(
+        "time",
+        title="Time of an optimizer step (s)",
+        axis=axis(tickCount=5),
+        scale={"domain": [0, slowest * LABEL_ROOM], "nice": False},
+    )
+    spread = {"type": "rule", "color": INK, "strokeWidth": 1.5}
+    layers = [
+        layer("marks", {"type": "bar", "color": BAR, "height": THICK}, y=y, x=x, **SAYS),
+        layer("marks", spread, y=y, x=field("time_low"), x2={"field": "time_high"}),
+        layer("marks", PREDICTED, y=y, x=field("predicted_time"), **SAYS),
+        layer("marks", LABEL, y=y, x=field("time_end"), text=field("time_label", "N")),
+    ]
+    return {"layer": layers, "width": TIME_WIDTH, "height": {"step": STEP}}
+
+
+def _slowest(rows: list[Row]) -> float:
+    """The longest step time, measured, or predicted of what was measured; where nothing was, predicted."""
+    done = [row for row in rows if row["step_time_seconds_median"] is not None]
+    ends = [row["step_time_seconds_max"] for row in done]
+    ends += [row["predicted_step_time_seconds"] or 0.0 for row in done or rows]
+    return max(ends, default=0.0) or 1.0
+
+
+def _mark(pair: Pair, row: Row, slowest: float) -> dict[str, Any]:
+    memory, seconds = row["peak_memory_gib_median"], row["step_time_seconds_median"]
+    several = row["num_completed"] > 1
+    ran_out = memory is None and any("oom" in state for state in row["states"])
+    predicted = _within(row["predicted_peak_memory_gib"], pair.limit)
+    predicted_time = _within(row["predicted_step_time_seconds"], slowest)
+    end = max([share["high"] for share in _shares(row)] + [predicted or 0, pair.limit if ran_out else 0])
+    return {
+        "recipe": row["recipe"],
+        "memory_end": end,
+        "ran_out": pair.limit if ran_out else None,
+        "predicted_memory": predicted,
+        "memory_label": brief(row, memory, "GiB"),
+        "label_at": end if memory is not None else 0,
+        "time": seconds,
+        "time_low": row["step_time_seconds_min"] if several else None,
+        "time_high": row["step_time_seconds_max"] if several else None,
+        "time_end": max(row["step_time_seconds_max"] or 0, predicted_time or 0),
+        "predicted_time": predicted_time,
+        "time_label": show(seconds, "s"),
+        "tone": None if memory is not None else MEMORY if ran_out else MUTED,
+        "tip": tip(row),
+        "link": run_link(row),
+    }
+
+
+def _within(value: float | None, limit: float) -> float | None:
+    return value if value is not None and value <= limit else None
+
+
+def _shares(row: Row) -> list[dict[str, Any]]:
+    """Peak memory in its parts, each from `low` to `high` GiB; the peaks of the parts may lie at different moments."""
+    ends = [row["peak_memory_gib_median"]]
+    if row["peak_memory_column"] == "peak_memory_allocated_gib":
+        ends += [row["peak_memory_reserved_gib_median"], row["peak_device_used_gib_median"]]
+    parts, low = [], 0.0
+    for name, end in zip(SHARES, ends, strict=False):
+        if end is not None and end > low:
+            parts.append({"share": name, "low": low, "high": end})
+            low = end
+    return parts

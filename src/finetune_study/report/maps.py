@@ -1,0 +1,157 @@
+"""Maps: what fits where, and which mix a model needs."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from finetune_study.recommend import Recommendation
+from finetune_study.report.grammar import (
+    MUTED,
+    PAPER,
+    SAYS,
+    TONES,
+    Figure,
+    Spec,
+    axis,
+    field,
+    figure,
+    layer,
+    only,
+    run_link,
+    tip,
+    width_of,
+)
+from finetune_study.report.pair import MAX_PAIRS, Pair
+from finetune_study.report.tables import STATES, how_it_failed
+from finetune_study.table import Row, count, devices, show
+
+MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 14
+"""Of a cell, pixels; a longer text is cut, and whole on hovering."""
+
+
+def feasibility(pair: Pair) -> Figure | None:
+    """Context against GPUs: the fastest recipe that fits, or how it fails."""
+    cells = [_cell(one) for one in pair.recommendations]
+    contexts = sorted({one.sequence_length for one in pair.recommendations})
+    places = sorted({(one.num_gpus, one.nodes) for one in pair.recommendations}, reverse=True)
+    chart = _map(
+        cells,
+        x=field("context", "O", sort=contexts, title="Context (tokens)"),
+        y=field(
+            "gpus",
+            "O",
+            sort=[_count(*place) for place in places],
+            title="GPUs" if pair.device == "cuda" else "Processes",
+        ),
+        columns=len(contexts),
+        height=44 * max(1, len(places)),
+    )
+    return figure("feasibility", pair, chart, f"What fits: {pair.where}", {"cells": cells})
+
+
+def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -> Spec:
+    """Cells of two lines, `first` and `second`, wide enough for what they say."""
+    widths = [max(width_of(one["first"], bold=True), width_of(one["second"])) for one in cells]
+    width = max(MIN_WIDTH, min(MAX_WIDTH, max(widths, default=0) + PADDING))
+    place = {
+        "x": x | {"axis": axis(orient="top", labelAngle=0, labelLimit=width)},
+        "y": y | {"axis": axis()},
+    }
+    text = {"type": "text", "limit": width - 4}
+    first = text | {"fontWeight": "bold"}
+    return {
+        "layer": [
+            layer(
+                "cells",
+                {"type": "rect", "stroke": PAPER, "strokeWidth": 3},
+                **place,
+                **SAYS,
+                color=field("tone", "N", scale=TONES, legend=None),
+            ),
+            only("datum.second", layer("cells", first | {"dy": -8}, **place, text=field("first", "N"))),
+            only("!datum.second", layer("cells", first, **place, text=field("first", "N"))),
+            layer("cells", text | {"dy": 7, "fontSize": 10.5, "color": MUTED}, **place, text=field("second", "N")),
+        ],
+        "width": round(max(1, columns) * width),
+        "height": height,
+    }
+
+
+def _count(num_gpus: int, nodes: int) -> int | str:
+    return num_gpus if nodes == 1 else count(num_gpus, nodes)
+
+
+def _cell(one: Recommendation) -> dict[str, Any]:
+    here = {"context": one.sequence_length, "gpus": _count(one.num_gpus, one.nodes)}
+    places = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}: "
+    best = one.best
+    if best is not None:
+        sure = {"tie": "≈ ", "too_few_data": "? "}.get(one.verdict, "")
+        numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
+        micro = best.per_device_train_batch_size or 1
+        return here | {
+            "tone": "good",
+            "first": sure + best.recipe,
+            "second": ", ".join(filter(None, [*numbers, f"b{micro}" if micro > 1 else ""])),
+            "tip": places + one.reason,
+            "link": run_link(best.model_dump()),
+        }
+    state, words = how_it_failed([state for e in one.evidence for state in e.states])
+    first = one.evidence[0] if one.evidence else None
+    return here | {
+        "tone": STATES[state].tone,
+        "first": f"{STATES[state].symbol} {STATES[state].words}",
+        "second": words,
+        "tip": places + one.reason,
+        "link": run_link(first.model_dump()) if first else "#runs",
+    }
+
+
+def very_large(all_pairs: list[Pair]) -> list[Figure]:
+    """Recipes against models, from the smallest to the largest, on most GPUs at the shortest context."""
+    # Where nothing fits, no run has counted a model's weights; another kind of hardware may have.
+    sizes: dict[str, int] = {}
+    for pair in all_pairs:
+        sizes[pair.target] = max([sizes.get(pair.target, 0), *(row["total_parameters"] or 0 for row in pair.rows)])
+    figures = []
+    for hardware in dict.fromkeys(pair.hardware for pair in all_pairs):
+        found = sorted((pair for pair in all_pairs if pair.hardware == hardware), key=lambda pair: sizes[pair.target])
+        if len(found) > 1:
+            figures.append(_models(hardware, found[-MAX_PAIRS:]))
+    return figures
+
+
+def _models(hardware: str, found: list[Pair]) -> Figure:
+    cells = [
+        _size_cell(pair, row)
+        for pair in found
+        for row in pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
+    ]
+    rows = _planned(found[0].recipes, cells)
+    chart = _map(
+        cells,
+        x=field("target", "N", sort=[pair.target for pair in found], title=None),
+        y=field("recipe", "N", sort=rows, title=None),
+        columns=len(found),
+        height=36 * len(rows),
+    )
+    places = {pair.most_devices for pair in found}
+    there = devices(hardware, *found[0].most_devices) if len(places) == 1 else f"{hardware}, most devices"
+    return figure("models", found[0], chart, f"Which mix a model needs: {there}", {"cells": cells}, whole=True)
+
+
+def _planned(recipes: Iterable[str], cells: list[dict[str, Any]]) -> list[str]:
+    there = {cell["recipe"] for cell in cells}
+    return [name for name in recipes if name in there]
+
+
+def _size_cell(pair: Pair, row: Row) -> dict[str, Any]:
+    common = {"target": pair.target, "recipe": row["recipe"], "tip": tip(row), "link": run_link(row)}
+    if row["step_time_seconds_median"] is not None:
+        seconds, memory = show(row["step_time_seconds_median"], "s"), show(row["peak_memory_gib_median"], "GiB")
+        return common | {"tone": "good", "first": seconds, "second": memory}
+    state, counts = how_it_failed(row["states"])
+    return common | {
+        "tone": STATES[state].tone,
+        "first": f"{STATES[state].symbol} {STATES[state].words}",
+        "second": counts,
+    }
