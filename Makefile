@@ -7,14 +7,15 @@
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
-#                PART=report measures how long the report of 100,000 runs takes
+#                PART=report measures how long the report of 100,000 runs takes, PART=overhead what our instruments cost
 #   make synthetic
 #                the report of a synthetic study, to look at every figure: build/synthetic/results/report/index.html
 #   make slurm-up, make slurm-down
 #                a real SLURM on this host, for tests (Debian, root); refuses where there is another one
 #   make lock    choose versions anew, from pyproject.toml
 #   make gpu-env GPU_ENV=<folder> TORCH_INDEX=<url>
-#                an environment for training on GPUs, with the same versions and the CUDA build of torch of that index
+#                an environment for training on GPUs, with the same versions and the CUDA build of torch of that index;
+#                FLASH_ATTN=<version> compiles flash-attn for it, once (CUDA's nvcc is needed)
 #
 # Where the package index offers torch's CUDA build first, give the index of torch's CPU builds to save several GB:
 #   make demo TORCH_INDEX=<url>
@@ -30,6 +31,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(or $(shell sed -n "s/^\(torch==.*\)/\1/p" $(LOCK)),torch==2.13.0)
 TORCH_FROM := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 GPU_ENV ?= .venv-gpu
+FLASH_ATTN ?=
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
@@ -99,6 +101,7 @@ $(GPU_ENV)/finetune-study.lock: $(LOCK) pyproject.toml
 	@$(PYTHON) -m venv $(GPU_ENV)
 	@$(GPU_PYTHON) -m pip install --quiet $(TORCH_FROM) $(TORCH)
 	@$(GPU_PYTHON) -m pip install --quiet --use-pep517 --constraint $(LOCK) --editable '.[training]'
+	@test -z "$(FLASH_ATTN)" || $(GPU_PYTHON) -m pip install --quiet --no-build-isolation flash-attn==$(FLASH_ATTN)
 	@cp $(LOCK) $@
 	@$(GPU_PYTHON) -c 'import torch; print("make: torch", torch.__version__, "for CUDA", torch.version.cuda)'
 

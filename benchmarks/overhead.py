@@ -24,10 +24,11 @@ from typing import Any
 
 from finetune_study import config, data, facts, model_source, plan, record
 from finetune_study import run as run_module
+from finetune_study.export import MEASURING
 from finetune_study.measure import environment
 from finetune_study.paths import Results
 from finetune_study.run import Run
-from finetune_study.train import MEASURING, arguments_of
+from finetune_study.train import arguments_of
 from finetune_study.variables import passed_on, set_for
 
 AIM_TIME, AIM_MEMORY = 1.02, 1.05

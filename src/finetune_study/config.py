@@ -55,8 +55,16 @@ def _check_folder(path: str) -> str:
     return path
 
 
+def _check_micro_batch(value: object) -> object:
+    """One message for both kinds of value."""
+    if value != "max" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{value!r} is no micro-batch: give a number of sequences from 1, or `max`")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_check_name)]
 Folder = Annotated[str, AfterValidator(_check_folder)]
+MicroBatch = Annotated[PositiveInt | Literal["max"], BeforeValidator(_check_micro_batch)]
 Recipe = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_recipe)]
 
 
@@ -317,9 +325,7 @@ class GridBlock(Section):
     """Machines that the devices of a run are on, equally many on each. More than one needs SLURM."""
     sequence_length: Annotated[list[PositiveInt], BeforeValidator(_as_list), Field(min_length=1)]
     """Context length in tokens; every sequence has exactly this length."""
-    per_device_train_batch_size: Annotated[
-        list[PositiveInt | Literal["max"]], BeforeValidator(_as_list), Field(min_length=1)
-    ] = [1]
+    per_device_train_batch_size: Annotated[list[MicroBatch], BeforeValidator(_as_list), Field(min_length=1)] = [1]
     """Micro-batch: sequences per device and forward pass. `max` is the largest that fits: each run finds it by short
     runs in its own job, guided by the forecast, among the sizes that make up the effective batch."""
 

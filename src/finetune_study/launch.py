@@ -11,11 +11,9 @@ import argparse
 import dataclasses
 import datetime
 import fcntl
-import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -72,9 +70,6 @@ PROGRESS_SECONDS = 20.0
 
 ENDS_SECONDS = 30.0
 """How long other nodes may take to kill their ranks and say so."""
-
-FORECAST_SECONDS = 120.0
-"""Tracing a model takes seconds; devices are held meanwhile."""
 
 LOST_SECONDS = 1.0
 """By so much the news that a node's launcher is gone may be behind what the peers of its ranks say of it."""
@@ -189,7 +184,9 @@ class Launch:
 
     def _search(self, log: TextIO, chosen: dict[str, str]) -> Verdict:
         """Trains at the largest micro-batch that fits; it runs out of memory when none does."""
-        search = Search(micro_batch.sizes(self.run), self._forecast(chosen))
+        environment = variables.passed_on(os.environ) | chosen
+        said = micro_batch.ask(self.run_yaml, self.results, self.asked.memory_gib, self.paths.scratch, environment)
+        search = Search(micro_batch.sizes(self.run), *said)
         refused: list[tuple[Ending, dict[int, End]]] = []
         while (size := search.next_size or search.chosen) is not None:
             is_short = search.next_size is not None
@@ -215,36 +212,6 @@ class Launch:
         """The run ended in a short run: what that measured is not the run's."""
         self.ends = {}
         return dataclasses.replace(verdict, cause=verdict.cause and f"short run at micro-batch {size}: {verdict.cause}")
-
-    def _forecast(self, chosen: dict[str, str]) -> dict[int, str]:
-        """What the forecast says of each micro-batch; nothing where it can't say."""
-        memory = [] if self.asked.memory_gib is None else ["--memory-gib", str(self.asked.memory_gib)]
-        output = self.paths.scratch / "forecast.txt"
-        with output.open("w", encoding="utf-8") as stream:
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "finetune_study.micro_batch", str(self.run_yaml)),
-                    *("--results", str(self.results.root), *memory),
-                ],
-                env=variables.passed_on(os.environ) | chosen | {"CUDA_VISIBLE_DEVICES": ""},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                preexec_fn=ranks.prepare_child,
-            )
-            try:
-                until = time.monotonic() + FORECAST_SECONDS
-                while process.poll() is None and time.monotonic() < until:
-                    signals.sleep(until - time.monotonic())
-            finally:
-                process.kill()
-                process.wait()
-        lines = ranks.tail(output, LOG_TAIL_LINES)
-        try:
-            return {int(size): str(word) for size, word in json.loads(lines[-1]).items()}
-        except (IndexError, ValueError, AttributeError):
-            self.about.environment["no_forecast"] = "\n".join(lines[-5:]) or f"none after {FORECAST_SECONDS:g} s"
-            return {}
 
     def _train(self, run_yaml: Path, log: TextIO, chosen: dict[str, str], *, memory_snapshot: bool) -> Verdict:
         """One training by processes of its own."""

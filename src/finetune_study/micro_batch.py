@@ -19,15 +19,20 @@ prints the forecast's word for each size as JSON; launch calls it.
 
 import argparse
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from finetune_study import run as run_module
+from finetune_study import signals
 from finetune_study.config import Hardware
 from finetune_study.errors import RunFailedError, StudyError
 from finetune_study.paths import Results
+from finetune_study.ranks import LOG_TAIL_LINES, prepare_child, tail
 from finetune_study.record import Ending
 from finetune_study.run import Run
 
@@ -39,6 +44,9 @@ MAX = "max"
 
 FACT = "micro_batch"
 """In the environment of a record: what was tried, and what was chosen."""
+
+FORECAST_SECONDS = 120.0
+"""Tracing a model takes seconds; devices are held meanwhile."""
 
 SHORT_STEPS = 2
 """Optimizer states appear in the first step; the second one needs them beside its activations."""
@@ -115,6 +123,8 @@ class Search:
     """The smallest first."""
     forecast: Mapping[int, str] = field(default_factory=dict)
     """`fits`, `tight` or `does not fit` by size; empty where nothing could be predicted."""
+    no_forecast: str | None = None
+    """Why nothing could."""
     tried: list[Try] = field(default_factory=list)
 
     @property
@@ -161,6 +171,7 @@ class Search:
         return {
             "sizes": self.sizes,
             "forecast": {str(size): word for size, word in self.forecast.items()},
+            "no_forecast": self.no_forecast,
             "tried": [asdict(one) for one in self.tried],
             "chosen": self.chosen,
         }
@@ -229,6 +240,50 @@ def predict_words(run: Run, results: Results, memory_gib: float | None) -> dict[
     question = forecast_study.question_of(at(run, 1), device, results)
     profile = predict.Traces(results.traces).get(question.recipe.layout(question.config, question.context))
     return words(run, question, profile)
+
+
+def ask(
+    run_yaml: Path, results: Results, memory_gib: float | None, scratch: Path, environment: Mapping[str, str]
+) -> tuple[dict[int, str], str | None]:
+    """The same, from a process of its own: the supervisor stays small, and ends it when it is asked to end itself.
+
+    Args:
+        run_yaml: the run.
+        results: the study's.
+        memory_gib: of a device, where somebody said it.
+        scratch: takes what the process prints.
+        environment: its variables.
+
+    Returns:
+        The words, and where there are none, why.
+
+    Raises:
+        StoppedError: when a signal asks for the end.
+    """
+    memory = [] if memory_gib is None else ["--memory-gib", str(memory_gib)]
+    command = [sys.executable, "-m", "finetune_study.micro_batch", str(run_yaml), "--results", str(results.root)]
+    printed = scratch / "forecast.txt"
+    with printed.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            [*command, *memory],
+            env={**environment, "CUDA_VISIBLE_DEVICES": ""},  # it traces on fake tensors
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            preexec_fn=prepare_child,
+        )
+        try:
+            until = time.monotonic() + FORECAST_SECONDS
+            while process.poll() is None and time.monotonic() < until:
+                signals.sleep(until - time.monotonic())
+        finally:
+            process.kill()
+            process.wait()
+    lines = tail(printed, LOG_TAIL_LINES)
+    try:
+        return {int(size): str(word) for size, word in json.loads(lines[-1]).items()}, None
+    except (IndexError, ValueError, AttributeError):
+        return {}, "\n".join(lines) or f"none after {FORECAST_SECONDS:g} s"
 
 
 def main() -> None:

@@ -117,6 +117,10 @@ class Results:
     def data(self, key: str) -> Path:
         return self.root / "prepared" / "data" / key
 
+    def op(self, hardware: str, op: str) -> Path:
+        """Says that DeepSpeed's compiled op is in the cache of a hardware entry."""
+        return self.root / "prepared" / "ops" / hardware / f"{op}.json"
+
     @property
     def cache(self) -> Path:
         """Downloads, caches and compiled ops, where the config names no other folder; may be deleted."""

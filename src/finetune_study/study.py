@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_study import compiled, implied, places, record, slurm, software
 from finetune_study import config as config_module
-from finetune_study import implied, places, record, slurm, software
 from finetune_study import plan as plan_module
 from finetune_study import run as run_module
 from finetune_study.allocation import Asked
@@ -245,6 +245,20 @@ class Study:
             if name not in largest or planned.run.num_gpus > self.run(largest[name]).num_gpus:
                 largest[name] = run_id
         return largest
+
+    @cached_property
+    def ops(self) -> dict[tuple[str, str], str]:
+        """By hardware entry and op that DeepSpeed compiles for a run to train there: of those runs the smallest."""
+        found: dict[tuple[str, str], str] = {}
+        for run_id in sorted(self.pending, key=lambda one: self.run(one).num_gpus):
+            for op in compiled.ops_of(self.run(run_id)):
+                found.setdefault((self.run(run_id).hardware.name, op), run_id)
+        return found
+
+    def ops_of(self, run_id: str) -> list[Path]:
+        """What says that the ops of a run are built."""
+        run = self.run(run_id)
+        return [self.results.op(run.hardware.name, op) for op in compiled.ops_of(run)]
 
     @property
     def _first_outdated(self) -> list[str]:

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune_study import implied, micro_batch, outcome, plan, record, table
+from finetune_study import implied, micro_batch, outcome, plan, record, study, table
 from finetune_study import run as run_module
 from finetune_study.after_kill import after_kill
 from finetune_study.errors import ConfigError
+from finetune_study.forecast import predict
+from finetune_study.forecast import study as forecast_study
 from finetune_study.implied import Kin, Rung
 from finetune_study.micro_batch import Search, Try
 from finetune_study.paths import Results
@@ -67,9 +69,12 @@ def test_a_short_run_accumulates_if_the_run_does() -> None:
 
 
 def test_anything_but_max_and_numbers_is_refused() -> None:
-    for wrong in ("auto", 0, -1, 1.5):
-        with pytest.raises(ConfigError, match="per_device_train_batch_size"):
-            runs(per_device_train_batch_size=wrong)
+    for wrong in ("auto", 0, -1, 1.5, True, None):
+        with pytest.raises(
+            ConfigError, match="is no micro-batch: give a number of sequences from 1, or `max`"
+        ) as caught:
+            runs(per_device_train_batch_size=[1, wrong])
+        assert "has 1 problem" in str(caught.value)
 
 
 # --- the search ------------------------------------------------------------------------------------------------------
@@ -253,3 +258,22 @@ SHAPE = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 384, "tie_word_embeddings": True,
 }  # fmt: skip
+
+
+def test_what_is_predicted_of_a_run_is_that_of_the_size_it_is_expected_to_find(tmp_path: Path) -> None:
+    raw = {
+        "models": {"tiny": {"weights": "random", "architecture": SHAPE}},
+        "hardware": {"cpu": {"device": "cpu", "memory_gib": 0.35}},
+        "recipes": {"eager": {"eager": {}}},
+        "grid": [GRID | {"sequence_length": 512, "recipes": "eager", "per_device_train_batch_size": ["max", 1, 4, 16]}],
+        "training": {"effective_batch_size": 16},
+    }
+    found = study.open_study(raw, Results(tmp_path))
+    searched, *fixed = forecast_study.forecast(found, predict.Traces())
+    by_size = {row["per_device_train_batch_size"]: row for row in fixed}
+    size = searched["per_device_train_batch_size"]
+    assert size * searched["gradient_accumulation_steps"] == 16
+    assert (searched["fits"], by_size[16]["fits"]) == ("fits", "does not fit")
+    peak = "predicted_peak_memory_allocated_gib"
+    assert by_size[1][peak] <= searched[peak] < by_size[16][peak]
+    assert size not in by_size or searched[peak] == by_size[size][peak]

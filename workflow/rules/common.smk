@@ -33,11 +33,42 @@ def get_data_of_run(wildcards):
 
 
 def get_prepared(wildcards):
-    """Models and data of all runs that are to be trained."""
+    """Models, data and compiled ops of all runs that are to be trained."""
     runs = [STUDY.run(run_id) for run_id in STUDY.pending]
     folders = {RESULTS.model(run.model_key) for run in runs}
     folders |= {RESULTS.data(run.data_key) for run in runs}
-    return sorted(folder / "manifest.json" for folder in folders)
+    manifests = sorted(folder / "manifest.json" for folder in folders)
+    return [*manifests, *(RESULTS.op(hardware, op) for hardware, op in STUDY.ops)]
+
+
+def get_ops_of_run(wildcards):
+    return STUDY.ops_of(wildcards.run_id)
+
+
+def run_that_needs(wildcards):
+    """A run for which the op of a hardware entry is built: it says what is asked of SLURM."""
+    return STUDY.ops[wildcards.hardware, wildcards.op]
+
+
+def get_run_file_of_op(wildcards):
+    return RESULTS.run(run_that_needs(wildcards)).run_yaml
+
+
+def get_interpreter_of_op(wildcards):
+    return STUDY.python(run_that_needs(wildcards), sys.executable)
+
+
+def get_places_of_op(wildcards):
+    return STUDY.places(run_that_needs(wildcards))
+
+
+def op_resource(name):
+    """What building an op asks of SLURM: what the smallest run that needs it does, on one node."""
+
+    def get(wildcards):
+        return STUDY.slurm_resources(run_that_needs(wildcards))[name]
+
+    return get
 
 
 def get_tokenizer_of_data(wildcards):

@@ -10,6 +10,7 @@ rule finetune:
         plan=get_plan,
         model=ancient(get_model_of_run),
         data=ancient(get_data_of_run),
+        ops=ancient(get_ops_of_run),
         request=get_request,
     output:
         # update(): a record that came by another way since the start is not deleted, and launch leaves it as it is.
@@ -18,10 +19,10 @@ rule finetune:
         RESULTS.run("{run_id}").log,
     wildcard_constraints:
         run_id=STUDY.pending_pattern,
+    priority: get_priority
     conda:
         "../../envs/training.yaml"
     threads: get_threads
-    priority: get_priority
     # Read where jobs are submitted; each comes from the run's hardware entry (src/finetune_study/slurm.py).
     resources:
         job_name=slurm_resource("job_name"),

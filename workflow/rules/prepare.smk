@@ -33,6 +33,37 @@ rule prepare_data:
         "../scripts/prepare_data.py"
 
 
+# On a node of the hardware entry: an op depends on its processor and on the software there.
+rule prepare_op:
+    input:
+        plan=ancient(RESULTS.plan),
+    output:
+        RESULTS.op("{hardware}", "{op}"),
+    log:
+        "logs/prepare_op/{hardware}-{op}.log",
+    priority: 10
+    conda:
+        "../../envs/training.yaml"
+    resources:
+        slurm_partition=op_resource("slurm_partition"),
+        slurm_account=op_resource("slurm_account"),
+        qos=op_resource("qos"),
+        constraint=op_resource("constraint"),
+        nodes=1,
+        gres=op_resource("gres"),
+        cpus_per_task=op_resource("cpus_per_task"),
+        mem=op_resource("mem"),
+        runtime=30,
+        slurm_extra=op_resource("slurm_extra"),
+    params:
+        interpreter=get_interpreter_of_op,
+        run=get_run_file_of_op,
+        places=get_places_of_op,
+    shell:
+        "{params.interpreter} -m finetune_study.compiled {params.run:q} {wildcards.op:q} {output:q} {params.places}"
+        " > {log:q} 2>&1"
+
+
 rule prepare:
     input:
         RESULTS.plan,
