@@ -59,7 +59,7 @@ class Case:
 
 
 LOOKED_AT = {
-    "litgpt": "FSDP's whole gradients between micro-batches; bitsandbytes' kept inputs and second copies",
+    "litgpt": "FSDP's whole gradients between micro-batches; bitsandbytes' kept inputs, second copies, held graphs",
     "torchtune": "chunked losses, compilers, activation offload",
     "kempnerforge": "FSDP",
     "mosaicml": "when gradients are scattered; which cards reach which share of their rate",
@@ -153,6 +153,7 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
             techniques[name]["bitsandbytes_before_0_44"] = True  # 2024-04 to 2024-09
             # Fabric: plugins/precision/bitsandbytes.py quantises every linear layer, from torch.half
             techniques[name] |= {"llm_int8_skip_modules": [], "quantized_from": "float16"}
+            techniques[name]["loop_holds_loss"] = True  # litgpt/finetune/lora.py, fit: `loss` until it is assigned anew
             techniques["paged_adamw"] = {}
     if row["sharding"]:
         techniques["fsdp"] = {}
@@ -753,9 +754,6 @@ def markdown(document: dict[str, Any]) -> str:
 
 LIMITS = """## What is not modelled, and where it is wrong
 
-- **Old bitsandbytes in LitGPT's loop.** Before 0.44 a 4-bit layer keeps its input on the node of the graph, where
-  backward does not release it, and the loop holds the last loss, with that graph, until the next forward has ended: its
-  QLoRA rows hold those inputs twice, and are predicted a tenth too low. Trainer lets go of the loss before.
 - **Varying lengths.** A trace has one length. Where sequences are padded to the longest of their batch, the allocator
   holds blocks of many sizes; `lengths_vary` counts them twice, which is too much for some tables and
   too little for others.
