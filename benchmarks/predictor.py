@@ -613,7 +613,7 @@ def speed() -> dict[str, Any]:
 
 
 def of_study(folder: Path) -> list[dict[str, Any]]:
-    """Predicted and measured peak memory of each completed run of a study, GiB; what was frozen before it ran counts."""
+    """Predicted and measured peak memory of each completed run of a study, GiB; what was frozen counts."""
     results, traces = Results(folder), predict.Traces()
     found = []
     for path in sorted(results.runs.glob("*/record.json")):
