@@ -25,6 +25,8 @@ SIDE = {"cuda": 8192, "cpu": 1024}
 BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Size of what is copied and gathered."""
 LAUNCHES = 2000
+CPU_WEIGHTS = 2**24
+"""Their states are far larger than any cache."""
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -47,7 +49,7 @@ def _wait(device: str) -> None:
 
 
 def rates(device: str) -> dict[str, float]:
-    """Rates of one device: operations or bytes per second; `launch` in seconds."""
+    """Rates of one device: operations, bytes or weights per second; `launch` in seconds."""
     found: dict[str, float] = {}
     for name, dtype in FORMATS.items():
         if device == "cuda" or name != "fp16":  # transformers does not train in fp16 on a CPU
@@ -64,6 +66,7 @@ def rates(device: str) -> dict[str, float]:
     found["launch"] = best_seconds(launches, device) / LAUNCHES
     on_host = torch.zeros(BYTES["cpu"] // 4, pin_memory=device == "cuda")
     found["host"] = 2 * BYTES["cpu"] / best_seconds(lambda: on_host.add_(1), "cpu")
+    found["cpu_optimizer"] = _cpu_optimizer_rate()
     if device == "cuda":
         there = torch.empty_like(on_host, device=device)
         down = best_seconds(lambda: there.copy_(on_host, non_blocking=True), device)
@@ -76,6 +79,14 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     side = SIDE[device]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / best_seconds(lambda: matrix @ matrix, device)
+
+
+def _cpu_optimizer_rate() -> float:
+    """Weights that AdamW updates on the host in a second, on all its cores: what offloaded optimizers wait for."""
+    weights = torch.zeros(CPU_WEIGHTS, requires_grad=True)
+    weights.grad = torch.zeros_like(weights)
+    optimizer = torch.optim.AdamW([weights], fused=True)
+    return CPU_WEIGHTS / best_seconds(optimizer.step, "cpu")
 
 
 def _attention_rate(device: str, dtype: torch.dtype) -> float:

@@ -1,6 +1,7 @@
 """The executor asks the study which runs are worth a job, as `--profile slurm` has it."""
 
 import copy
+import json
 
 import pytest
 
@@ -30,10 +31,13 @@ def test_harder_runs_wait_for_the_easier_one_and_take_no_job(place: Workplace) -
     }
     witness = place.record("_s64_").parent.name
     assert len(jobs_of(place, witness)) == 1
+    prior = json.loads((place.record("_s64_").parent / "prior.json").read_text())  # nobody had asked for a forecast
+    assert prior["predicted_peak_memory_allocated_gib"] > 0
     for word in ("_s96_", "_s128_"):
         path = place.record(word)
         assert record.read_record(path).ending.witness == witness
         assert jobs_of(place, path.parent.name) == []
+        assert not (path.parent / "prior.json").exists()
         assert f"{path.parent.name}: resolved by before_submit, not run" in answer.stdout
     again = submit(place)
     assert "Nothing to be done" in again.stdout, again.stdout

@@ -357,6 +357,19 @@ def test_weights_quantised_from_another_format_are_copied_once_more() -> None:
     assert copied - plain == pytest.approx(2 * 256 * (1 << 16) / 2**30, rel=0.1)  # the largest layer's weight
 
 
+def test_inputs_that_old_quantised_layers_keep_are_there_twice_where_the_loop_holds_its_loss() -> None:
+    def activations(**qlora: Any) -> float:
+        asked = row(techniques={"qlora": {"r": 8, **qlora}}, per_device_train_batch_size=16)
+        return float(predict.answer(asked, TRACES)["predicted_memory_gib"]["by_phase"]["forward"])
+
+    plain, kept = activations(), activations(bitsandbytes_before_0_44=True)
+    held = activations(bitsandbytes_before_0_44=True, loop_holds_loss=True)
+    assert activations(loop_holds_loss=True) == pytest.approx(plain, rel=0.01)  # the graph alone holds no tensors
+    # Norms in fp32 give each of the seven products a 16-bit input of its own, the last one twice as wide
+    inputs = SMALL["num_hidden_layers"] * 16 * 256 * 2 * (6 * SMALL["hidden_size"] + 512) / 2**30
+    assert held - kept == pytest.approx(inputs, rel=0.1)
+
+
 def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:
     def ask(zeropp: Any) -> dict[str, Any]:
         far = {"name": "a100-80gb", "link_gb_per_s": 0.01}

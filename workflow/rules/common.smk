@@ -149,7 +149,8 @@ def get_calibration_device(wildcards):
 
 
 def get_calibration_gpus(wildcards):
-    return STUDY.run(STUDY.largest_runs[wildcards.hardware]).num_gpus
+    """Devices of one node, whose link is measured; between nodes the data sheet counts."""
+    return STUDY.run(STUDY.largest_runs[wildcards.hardware]).gpus_per_node
 
 
 def get_calibrations(wildcards):

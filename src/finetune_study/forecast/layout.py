@@ -50,6 +50,8 @@ class Layout:
     """Number format that weights had when they were quantised; dequantised ones come in it."""
     quantized_head: bool = False
     """The output layer is quantised, too."""
+    holds_loss: bool = False
+    """The loop holds the last loss, and with it the nodes of its graph, until the next forward has ended."""
     upcast: bool = False
     """What is not quantised is turned to fp32 (peft.prepare_model_for_kbit_training)."""
     loss: Literal["full", "hidden"] = "full"

@@ -20,6 +20,7 @@ from finetune_study.forecast.profile import (
     TEMPORARY,
     Parameters,
     Profile,
+    value,
 )
 from finetune_study.forecast.recipe import OPTIMIZERS, Recipe
 
@@ -53,8 +54,16 @@ CPU_RUNTIME_BYTES = 0.1 * GIB
 """On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
 library's, and not seen apart."""
 
+CPU_HEAP_BLOCK_BYTES = 32 * 2**20
+"""glibc takes smaller blocks from its heap (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX), which stays as large as it
+ever was; larger ones are mapped, and given back when they are freed."""
+CPU_HEAP_COPIES = 2
+"""Before glibc 2.38 an aligned block, as torch asks for, does not fit a freed block of its own size (sourceware bug
+14581), so that a pass takes its activations' room once more."""
+
 STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed keeps as many gathered weights (runtime/zero/config.py); they are not given back before the step."""
+"""DeepSpeed gathers so many weights ahead, a prefetch bucket with every module (runtime/zero/config.py;
+partitioned_param_coordinator.py, fetch_sub_module)."""
 STAGE3_SUB_GROUP_SIZE = 1_000_000_000
 """Elements whose gradients are turned to fp32 at once in a step of stage 3 (runtime/zero/config.py)."""
 DDP_COPIES_OF_GRADIENTS = 1
@@ -205,31 +214,41 @@ class _States:
         return total
 
     @property
+    def step_gradients(self) -> float:
+        """Gradients that wait while the optimizer steps; ZeRO-1 gives back those of others' weights before."""
+        return self.held_gradients / (self.shards if self.recipe.sharding == "zero1" else 1)
+
+    @property
     def step_transient(self) -> float:
         """What the optimizer's step takes for a moment."""
         if self.recipe.has("offload_optimizer"):
             return 0.0
-        kind, width = self.optimizer, self.recipe.state_bytes
-        largest = sum(c * self.recipe.rank ** m[2] for m, c in self.profile.largest_trained.items())
         local = self.trained / self.shards
+        if not self.recipe.master:
+            return self._update_transient(local)
+        # 16-bit gradients of the shard, or of a sub-group of it, are laid out flat and turned to fp32 ones; then they
+        # are given back (stage_1_and_2.py, step; stage3.py, _prepare_fp32_grad_for_sub_group)
+        at_once = min(local, STAGE3_SUB_GROUP_SIZE) if self.recipe.sharding == "zero3" else local
+        width = self.gradient_bytes_full / self.trained
+        converting = width + (4 if width != 4 else 0)
+        return max(converting * at_once, (4 - width) * at_once + self._update_transient(at_once))
+
+    def _update_transient(self, local: float) -> float:
+        """What the optimizer itself takes to update so many weights."""
+        kind, width = self.optimizer, self.recipe.state_bytes
+        largest = value(self.profile.largest_trained, 1, 1, self.recipe.rank)
         if self.shards > 1 or self.recipe.master:
             largest = min(largest, local) if self.recipe.sharding == "fsdp" else local
-        upcast = 0.0
-        if self.recipe.master:  # 16-bit gradients of the shard become fp32 ones before the step
-            upcast = 4 * (min(local, STAGE3_SUB_GROUP_SIZE) if self.recipe.sharding == "zero3" else local)
         transient = kind.transient
         if self.at.device == "cpu" and transient == "copy":
             transient = "tensor"  # foreach kernels are for GPUs (torch/optim/optimizer.py)
         if self.recipe.has("optimizer_in_backward"):
             transient = "tensor" if transient == "copy" else transient
-        taken: float
         if kind.factored:
-            taken = 3 * 4 * largest  # fp32 gradient, its square, the update (transformers' Adafactor)
-        elif kind.muon:
-            taken = 3 * 2 * largest  # X, X·Xᵀ and their product in bf16 (Newton–Schulz)
-        else:
-            taken = {"copy": width * local, "tensor": width * largest, "none": 0.0}[transient]
-        return upcast + taken
+            return 3 * 4 * largest  # fp32 gradient, its square, the update (transformers' Adafactor)
+        if kind.muon:
+            return 3 * 2 * largest  # X, X·Xᵀ and their product in bf16 (Newton–Schulz)
+        return {"copy": width * local, "tensor": width * largest, "none": 0.0}[transient]
 
     @property
     def buckets(self) -> float:
@@ -300,10 +319,18 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     backward = profile.backward
     moving = states.buckets + states.gathered + np.where(backward, states.reducing, 0.0)
     fixed = states.parameters + states.optimizer_states + workspace
-    total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving
+    heap, most_on_heap = np.zeros_like(activations), 0.0
+    if at.device == "cpu":
+        mapped = at.batch * at.context * profile.vocabulary * BYTES[recipe.compute] >= CPU_HEAP_BLOCK_BYTES
+        on_heap = activations if mapped else activations + logits
+        most_on_heap = CPU_HEAP_COPIES * float(on_heap.max())
+        heap = most_on_heap - on_heap
+    total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving + heap
     peak = int(total.argmax())
-    kept_gathered = states.gathered if recipe.sharding == "zero3" else 0.0
-    step = fixed + states.held_gradients + states.step_transient + states.buckets + kept_gathered
+    # ZeRO gives back gathered weights before the step (stage3.py, step: _partition_all_parameters), stages 1 and 2
+    # their buckets, too (stage_1_and_2.py, _release_ipg_buffers).
+    step_buckets = 0.0 if recipe.sharding in ("zero1", "zero2") else states.buckets
+    step = fixed + states.step_gradients + states.step_transient + step_buckets + most_on_heap
     phases = {
         "load": states.parameters,
         "forward": float(total[~backward].max(initial=0.0)),
@@ -318,18 +345,18 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     }
     if step >= total[peak]:
         categories |= {
-            "gradients": states.held_gradients,
+            "gradients": states.step_gradients,
             "activations": 0.0,
             "logits": 0.0,
-            "temporary": states.step_transient + workspace,
-            "communication": states.buckets + kept_gathered,
+            "temporary": states.step_transient + workspace + most_on_heap,
+            "communication": step_buckets,
         }
     else:
         categories |= {
             "gradients": float(held[peak] + new[peak]),
             "activations": float(activations[peak]),
             "logits": float(logits[peak]),
-            "temporary": float(curves[TEMPORARY][peak]) + workspace,
+            "temporary": float(curves[TEMPORARY][peak] + heap[peak]) + workspace,
             "communication": float(np.broadcast_to(moving, total.shape)[peak]),
         }
     allocated = max(step, float(total[peak]))

@@ -99,7 +99,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
                      "load_in_8bit", "load_in_4bit", "llm_int8_skip_modules", "prepare_model_for_kbit_training",
-                     "quantized_from", "bitsandbytes_before_0_44")  # fmt: skip
+                     "quantized_from", "bitsandbytes_before_0_44", "loop_holds_loss")  # fmt: skip
 SETTINGS["adalora"] = (
     *SETTINGS["lora"],
     "init_r",
@@ -123,6 +123,7 @@ NOT_FOR_PEFT = (
     "prepare_model_for_kbit_training",
     "quantized_from",
     "bitsandbytes_before_0_44",
+    "loop_holds_loss",
     "init_lora_weights",
     "task_type",
     "inference_mode",
@@ -285,6 +286,7 @@ class Recipe:
             keeps_input=self.quantized == "int8" or self._setting_of("qlora", "bitsandbytes_before_0_44", False),
             quantized_from=self.quantized_from,
             quantized_head=self.quantized_head,
+            holds_loss=self._setting_of("qlora", "loop_holds_loss", False),
             upcast=self._upcast(),
             loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
         )

@@ -79,6 +79,8 @@ class Storage:
     """A compiler would not compute it again."""
     after_layers: bool
     died: int | None = None
+    left: bool = False
+    """An earlier step left it behind."""
     accumulated: int | None = None
     """When it became, or was added to, the gradient of a parameter."""
 
@@ -103,6 +105,15 @@ class Tape(TorchDispatchMode):
     def know(self, tensor: torch.Tensor) -> None:
         """A tensor that was there before the step: parameters, inputs."""
         self._alive[tensor.untyped_storage()._cdata] = -1
+
+    def begin_anew(self) -> None:
+        """Time begins again: of what happened so far only what is still there counts."""
+        for storage in self.storages:
+            storage.left = storage.died is None
+            storage.born, storage.died, storage.accumulated = 0, None if storage.left else 0, None
+        self.now, self.layer, self.forward, self.after_layers = 0, OWN_OF_NO_LAYER, True, False
+        for log in (self.layer_of_time, self.turn_of_time, self.work, self.kernels):
+            log.clear()
 
     def tick(self) -> None:
         self.now += 1

@@ -55,6 +55,8 @@ class Rates:
     """Bytes per second of the host's memory."""
     launch: float = LAUNCH_SECONDS
     """Seconds for an operation to be started."""
+    cpu_optimizer: float | None = None
+    """Weights that the host's optimizer updates in a second, for all of its devices; None: it is bound by memory."""
 
 
 def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | None = None) -> Rates | None:
@@ -82,10 +84,12 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
         matmul,
         attention,
         memory,
-        measured.get("link") or (link * 1e9 * LINK_EFFICIENCY if link else None),
+        (measured.get("link") if num_gpus <= device.gpus_per_node else None)
+        or (link * 1e9 * LINK_EFFICIENCY if link else None),
         measured.get("pcie") or (device.pcie_gb_per_s * 1e9 * LINK_EFFICIENCY if device.pcie_gb_per_s else None),
         measured.get("host") or HOST_GB_PER_S * 1e9,
         measured.get("launch") or LAUNCH_SECONDS,
+        measured.get("cpu_optimizer"),
     )
 
 
@@ -226,7 +230,8 @@ def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts
     seconds = 0.0
     if recipe.has("offload_optimizer"):
         gpus_of_host = min(at.num_gpus, 8)
-        host = OPTIMIZER_BYTES["none"] * local / (rates.host / gpus_of_host)
+        of_host = rates.cpu_optimizer or rates.host / OPTIMIZER_BYTES["none"]
+        host = local * gpus_of_host / of_host
         pcie = 2 * local * BYTES[recipe.compute] / rates.pcie if rates.pcie else 0.0
         parts["CPU optimizer"] += host
         parts["PCIe"] += pcie

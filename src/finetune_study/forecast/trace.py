@@ -179,13 +179,25 @@ class _Tracer:
             )
             if self.layout.attention == "math":
                 manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
-                loss = self._loss(model, ids)
-            tape.end_of_forward, tape.forward = tape.now, False
-            # As loss.backward() does, which would leave the function mode out while checkpoints recompute.
-            engine = torch.autograd.Variable._execution_engine
-            engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+            held: list[torch.Tensor] = []
+            if self.layout.holds_loss:
+                held.append(self._run(model, tape, ids, held))
+                model.zero_grad()
+                tape.begin_anew()
+            self._run(model, tape, ids, held)
             tape.tick()
+
+    def _run(self, model: Any, tape: Tape, ids: torch.Tensor, held: list[torch.Tensor]) -> torch.Tensor:
+        """Forward and backward; what is held of an earlier step is let go in between."""
+        autocast = self.layout.autocast
+        with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
+            loss = self._loss(model, ids)
+        tape.end_of_forward, tape.forward = tape.now, False
+        held.clear()
+        # As loss.backward() does, which would leave the function mode out while checkpoints recompute.
+        engine = torch.autograd.Variable._execution_engine
+        engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+        return loss
 
     def _loss(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
         if self.layout.loss == "full":
@@ -233,6 +245,8 @@ class _Tracer:
         vocabulary = self.config.get_text_config().vocab_size
         if storage.after_layers and monomial[1] and coefficient % vocabulary == 0:
             return LOGITS
+        if storage.left:
+            return SAVED
         if storage.in_forward and (storage.died is None or storage.died > end_of_forward):
             return SAVED if storage.kept else POINTWISE
         return TEMPORARY
@@ -344,7 +358,7 @@ class _Tracer:
 def _stays(storage: Storage, end_of_forward: int) -> bool:
     """Whether a layer leaves it behind: saved for backward, or a gradient; else it is handed to the next layer."""
     saved = storage.in_forward and (storage.died is None or storage.died > end_of_forward)
-    return saved or storage.accumulated is not None
+    return saved or storage.left or storage.accumulated is not None
 
 
 def _add(polynomial: dict[Monomial, float], term: tuple[float, Monomial], times: int) -> None:
