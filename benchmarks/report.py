@@ -54,7 +54,11 @@ def outcomes(num_runs: int) -> tuple[dict[str, Any], pl.DataFrame]:
         for one in documents
         if isinstance(one, Record)
     ]
-    return raw, pl.DataFrame(rows, schema=outcome.SCHEMA)
+    frame = pl.DataFrame(rows, schema=outcome.SCHEMA)
+    tail = pl.format(
+        "{}: synthetic\n" + "torch.OutOfMemoryError: CUDA out of memory (synthetic)\n" * 8, pl.col("run_id")
+    )
+    return raw, frame.with_columns(log_tail=pl.when(pl.col("oom_phase").is_not_null()).then(tail))
 
 
 def measure(folder: Path) -> dict[str, Any]:

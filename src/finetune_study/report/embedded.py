@@ -24,8 +24,10 @@ SETTINGS = (
 """Parts of a run's settings: each takes few values over a study, so that each is stored once."""
 DIGITS = 6
 """Significant digits of a number in the page; the files have them all."""
-_LEFT_OUT = {"settings", "command", "status"}
-"""Parts of it are stored, it follows from the run_id, it is in `state`."""
+_LEFT_OUT = {"settings", "status"}
+"""Parts of it are stored, it is in `state`."""
+RUN_ID = "RUN_ID"
+"""Stands for it in the commands, which are then few."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def embed(cells: pl.DataFrame) -> str:
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
     """
+    commands = [command.replace(run_id, RUN_ID) for command, run_id in cells.select("command", "run_id").iter_rows()]
+    cells = cells.with_columns(command=pl.Series(commands, dtype=pl.String))
     columns = {
         name: _column(cells[name]) for name in cells.columns if name not in _LEFT_OUT and _has_values(cells[name])
     }
