@@ -54,7 +54,11 @@ def outcomes(num_runs: int) -> tuple[dict[str, Any], pl.DataFrame]:
         for one in documents
         if isinstance(one, Record)
     ]
-    return raw, pl.DataFrame(rows, schema=outcome.SCHEMA)
+    frame = pl.DataFrame(rows, schema=outcome.SCHEMA)
+    tail = pl.format(
+        "{}: synthetic\n" + "torch.OutOfMemoryError: CUDA out of memory (synthetic)\n" * 8, pl.col("run_id")
+    )
+    return raw, frame.with_columns(log_tail=pl.when(pl.col("oom_phase").is_not_null()).then(tail))
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -157,8 +161,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["| what | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
     lines += [*(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [
-        "The outcomes are drawn by a generator: nothing here says anything about a model or a GPU. Not shown: how long it",
-        "takes to read the records into outcomes.parquet, which is a rule of its own.",
+        "The outcomes are drawn by a generator: nothing here says anything about a model or a GPU. Not shown: how long",
+        "it takes to read the records into outcomes.parquet, which is a rule of its own.",
         "",
     ]
     return "\n".join(lines)
@@ -189,7 +193,8 @@ def main() -> None:
         "share_of_60_seconds": round(found["total_seconds"] / LIMIT_SECONDS, 3),
         "share_of_3_gib": round(found["max_rss_gib"] / LIMIT_GIB, 3),
         "command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat(),
-        "machine": {name: value for name, value in environment.describe("cpu").items() if name in MACHINE}, "load_before": round(load, 2),
+        "machine": {name: value for name, value in environment.describe("cpu").items() if name in MACHINE},
+        "load_before": round(load, 2),
     }  # fmt: skip
     print(json.dumps(found, indent=1))
     if given.write:

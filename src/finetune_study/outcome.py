@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from finetune_study import accounting, micro_batch
+from finetune_study import accounting, micro_batch, ranks
 from finetune_study.config import Hardware
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
@@ -21,6 +21,8 @@ METRICS_VERSION = 3
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
+LOG_TAIL_LINES, LOG_TAIL_LETTERS = 10, 1000
+"""Of a log in the report: there may be 100,000 of them in one page."""
 
 COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "run_id": (pl.String, "Name of the run."),
@@ -119,6 +121,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
         "SLURM's billing units of what the job was given, by its accounting; in an hour it costs so many unit-hours.",
     ),
     "attempt": (pl.Int64, "Which try it was."),
+    "log_tail": (pl.String, "The last lines of the log of a run that was tried and did not complete."),
     "command": (pl.String, "Repeats the run."),
     "settings": (pl.String, "Everything that defines the run, as JSON: the contents of its run.yaml."),
 }
@@ -153,7 +156,13 @@ def read_row(results: Results, run_id: str, hardware: dict[str, Hardware]) -> di
         return None
     record = read_record(paths.record)
     entry = hardware.get(record.run.hardware.name)
-    return row(record, price=entry.price_usd_per_gpu_hour if entry else None, prior=_prior(paths.prior))
+    values = row(record, price=entry.price_usd_per_gpu_hour if entry else None, prior=_prior(paths.prior))
+    return values | {"log_tail": None if record.ending.status == "completed" else _log_tail(paths.log)}
+
+
+def _log_tail(log: Path) -> str | None:
+    """What a reader of the report sees of a log; None where there is none."""
+    return "\n".join(ranks.tail(log, LOG_TAIL_LINES))[-LOG_TAIL_LETTERS:] or None
 
 
 def write(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware]) -> None:

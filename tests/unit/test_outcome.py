@@ -231,3 +231,19 @@ def test_prior_stands_beside_what_was_measured() -> None:
     assert row["predicted_memory_error_percent"] == pytest.approx(100 * (0.5 / measured - 1))
     assert row["predicted_step_time_error_percent"] == pytest.approx(100 * (3.0 / row["step_time_seconds_median"] - 1))
     assert outcome.row(record)["predicted_memory_error_percent"] is None
+
+
+def test_the_last_lines_of_a_log_are_kept_where_a_run_did_not_complete(tmp_path: Path) -> None:
+    config = handmade.study()
+    runs = handmade.runs(config)
+    full, lora = runs["full", 1], runs["lora", 1]
+    results = handmade.write(tmp_path, handmade.out_of_memory(full), handmade.completed(lora, 1.0))
+    for run in (full, lora):
+        results.run(run.run_id).log.write_bytes(
+            b"x" * 5000 + b"\n\xff line\n" + b"".join(b"%d\n" % n for n in range(9))
+        )
+    rows = {
+        row["run_id"]: row["log_tail"] for row in outcome.collect(results, [full.run_id, lora.run_id], {}).to_dicts()
+    }
+    assert rows[lora.run_id] is None
+    assert rows[full.run_id].splitlines() == ["\N{REPLACEMENT CHARACTER} line", *map(str, range(9))]

@@ -29,6 +29,8 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synthetic")
     config = synthetic.write(folder, repeats=3)
     results, planned = Results(folder / "results"), plan.plan(config)
+    for one in planned:
+        results.run(one.run.run_id).log.write_text("synthetic: the allocator has nothing left\n")
     outcome.write(results, [one.run.run_id for one in planned], config.hardware)
     frame = cells.of_outcomes(planned, results)
     first = frame["run_id"] == frame.filter(frame["state"] == "failed")["run_id"][0]
@@ -134,6 +136,17 @@ def test_a_cell_of_the_map_says_its_numbers_and_leads_to_its_run(opened: Opened)
     assert not page.locator("#panel").is_visible()
 
 
+def test_a_run_that_ran_out_of_memory_says_how(opened: Opened) -> None:
+    page = opened.page
+    page.select_option("select[data-filter=state]", "device_oom")
+    page.locator("#rows a").first.click()
+    text = page.locator("#panel").inner_text()
+    for name in ("oom_phase", "oom_step", "oom_requested_gib", "oom_held_gib", "slurm_job_id", "software_sha256"):
+        assert name in text
+    assert "synthetic: the allocator" in text
+    page.keyboard.press("Escape")
+
+
 def test_html_in_a_log_is_shown(opened: Opened) -> None:
     page = opened.page
     page.select_option("select[data-filter=state]", "failed")
@@ -147,7 +160,7 @@ def test_one_model_at_a_time(opened: Opened) -> None:
     page = opened.page
     page.select_option("#pick-target", "llama2-13b")
     page.select_option("#pick-hardware", "v100-32gb")
-    shown = opened.texts("figure:not([hidden]) figcaption b")
+    shown = page.locator("figure:not([hidden]) figcaption b").all_text_contents()
     assert any("llama2-13b" in title for title in shown)
     assert all("llama2-13b on v100-32gb" in title or "Which mix" in title for title in shown)
 

@@ -391,6 +391,13 @@ def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:
     assert "<b>tiny</b> on cpu × 4 on 2 nodes" in page
 
 
+def test_a_run_on_several_nodes_is_repeated_on_several(tmp_path: Path) -> None:
+    page, _ = over_nodes((2, 1), (2, 2), root=tmp_path)
+    alone, together = sorted({*column(embedded_runs(page), "command")}, key=len)
+    assert alone == "python -m finetune_study.launch results/runs/RUN_ID/run.yaml"
+    assert together == f"srun --nodes=2 --ntasks=2 --ntasks-per-node=1 {alone}"
+
+
 def test_nothing_speaks_of_nodes_where_each_run_is_on_one(tmp_path: Path) -> None:
     page, contents = over_nodes((1, 1), (2, 1), root=tmp_path)
     assert not re.search(r"on \d+ nodes", page.partition("<script")[0])

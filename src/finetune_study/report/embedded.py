@@ -10,6 +10,7 @@ import polars as pl
 
 from finetune_study import cells as cells_module
 from finetune_study.report.tables import STATES
+from finetune_study.table import CONFIGURATION
 
 SETTINGS = (
     "model",
@@ -23,8 +24,10 @@ SETTINGS = (
 """Parts of a run's settings: each takes few values over a study, so that each is stored once."""
 DIGITS = 6
 """Significant digits of a number in the page; the files have them all."""
-_LEFT_OUT = {"settings", "command", "status"}
-"""Parts of it are stored, it follows from the run_id, it is in `state`."""
+_LEFT_OUT = {"settings", "status"}
+"""Parts of it are stored, it is in `state`."""
+RUN_ID = "RUN_ID"
+"""Stands for it in the commands, which are then few."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ def embed(cells: pl.DataFrame) -> str:
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
     """
+    commands = [command.replace(run_id, RUN_ID) for command, run_id in cells.select("command", "run_id").iter_rows()]
+    cells = cells.with_columns(command=pl.Series(commands, dtype=pl.String))
     columns = {
         name: _column(cells[name]) for name in cells.columns if name not in _LEFT_OUT and _has_values(cells[name])
     }
     shown = [one for one in TABLE if one.name in columns and (one.name != "nodes" or (cells["nodes"] > 1).any())]
-    parts = {name: cells["settings"].str.json_path_match(f"$.{name}") for name in SETTINGS}
+    parts = _parts(cells)
     document = {
         "count": cells.height,
         "columns": columns,
@@ -88,6 +93,18 @@ def embed(cells: pl.DataFrame) -> str:
     }
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=5, mtime=0)).decode()
+
+
+def _parts(cells: pl.DataFrame) -> dict[str, pl.Series]:
+    """Each part of the settings; taken apart once for all repeats, which have them in common."""
+    texts = cells.group_by(CONFIGURATION).agg(pl.col("settings").first())
+    texts = texts.with_columns(
+        pl.col("settings").str.json_path_match(f"$.{name}").alias(f"_{name}") for name in SETTINGS
+    )
+    joined = cells.select(CONFIGURATION).join(
+        texts, on=CONFIGURATION, how="left", nulls_equal=True, maintain_order="left"
+    )
+    return {name: joined[f"_{name}"] for name in SETTINGS}
 
 
 def _has_values(series: pl.Series) -> bool:

@@ -184,7 +184,7 @@ function start(study) {
     "Where and with what": ["host", "gpu_name", "slurm_job_id", "started_at", "duration_seconds", "gpu_hours", "torch_version",
       "transformers_version", "deepspeed_version", "software_sha256", "lock_sha256", "commit", "model_source", "data_sha256"],
   };
-  const apart = new Set(["run_id", "state", "failure_log_tail", ...Object.values(groups).flat()]);
+  const apart = new Set(["run_id", "state", "failure_log_tail", "log_tail", "command", ...Object.values(groups).flat()]);
   const list = (one) => (Array.isArray(one) ? one.map(number).join(", ") : shown(one));
   const lines = (names, i) => names.filter((name) => value(name, i) !== null)
     .map((name) => [name, list(value(name, i)), study.meanings[name]]);
@@ -195,9 +195,9 @@ function start(study) {
     const close = element("button", "Close", { type: "button", class: "close" });
     close.addEventListener("click", () => panel.close());
     const title = element("h2", run_id, { id: "panel-title" });
-    const command = `python -m finetune_study.launch results/runs/${run_id}/run.yaml`;
+    const command = value("command", i).replaceAll("RUN_ID", run_id);
     const parts = settings.map(([name, read]) => [name, read(i)]).filter(([, text]) => text !== null);
-    const tail = value("failure_log_tail", i);
+    const tail = value("failure_log_tail", i) ?? value("log_tail", i);
     panel.replaceChildren(close, title, badge(value("state", i)),
       element("h3", "Repeat it"), element("pre", command),
       ...facts("How it ended", lines(groups["How it ended"], i)),

@@ -1,0 +1,64 @@
+"""The report by Snakemake's own means, of a study whose records are made by hand: nothing is trained."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_study import config as config_module
+from finetune_study.paths import Results
+from finetune_study.plan import plan
+from finetune_study.record import write_record
+from tests.unit import handmade
+from tests.workflow.workplace import Workplace
+
+
+@pytest.fixture
+def reported(fresh: Workplace) -> Workplace:
+    """Two recipes at two contexts, all with an outcome."""
+    raw = fresh.read()
+    raw["grid"][0]["sequence_length"] = [64, 128]
+    fresh.write(raw)
+    results = Results(fresh.results)
+    for number, planned in enumerate(plan(config_module.parse(raw)), start=1):
+        write_record(results.run(planned.run.run_id), handmade.completed(planned.run, float(number)))
+    answer = fresh.snakemake()
+    assert answer.returncode == 0, answer.stdout
+    return fresh
+
+
+def variable(page: str, name: str) -> Any:
+    """What the page of Snakemake's report sets a variable of its script to."""
+    return json.JSONDecoder().raw_decode(page, page.index(f"var {name} = {{") + len(f"var {name} = "))[0]
+
+
+def test_snakemakes_report_has_captions_categories_and_labels(reported: Workplace) -> None:
+    answer = reported.snakemake("--report", "report.zip")
+    assert answer.returncode == 0, answer.stdout
+    with zipfile.ZipFile(reported.folder / "report.zip") as report:
+        page = report.read("report/report.html").decode()
+    found, categories = variable(page, "results"), variable(page, "categories")
+    names = {
+        category: {Path(file).name for files in parts.values() for file in files}
+        for category, parts in categories.items()
+    }
+    assert names["Report"] == {"index.html", "summary.md"}
+    kinds = ("feasibility", "recipes", "pareto", "context")
+    assert {*categories["Figures"]} == {*kinds}
+    assert names["Figures"] == {f"{kind}_tiny_cpu.svg" for kind in kinds}
+    assert names["Tables"] == {"runs.csv", "comparisons.csv", "recommendations.csv", "costs.csv", "claims.csv"}
+    context = found["results/report/figures/context_tiny_cpu.svg"]
+    assert context["labels"] == {"figure": "context", "of": "tiny_cpu"}
+    assert "Memory and time against the context" in context["caption"]
+    assert "Every planned run" in found["results/report/tables/runs.csv"]["caption"]
+    assert all(one["caption"].strip() for one in found.values())
+
+
+def test_two_studies_are_compared(reported: Workplace) -> None:
+    (reported.results / "outcomes.parquet").rename(reported.folder / "earlier.parquet")
+    answer = reported.snakemake("compare", "--config", "earlier=earlier.parquet")
+    assert answer.returncode == 0, answer.stdout
+    assert "4 of 4 configurations are in both" in (reported.folder / "logs" / "compare.log").read_text()
+    assert (reported.results / "changes.csv").read_text().count("tiny") == 4
