@@ -73,7 +73,7 @@ def test_where_a_technique_runs(name: str) -> None:
 
 def test_a_gpu_of_unknown_capability_is_tried() -> None:
     unknown = Hardware(memory_gib=80)
-    for name in OF_HARDWARE.keys() - {"flash_attention_2", "flash_attention_3", "flash_attention_4"}:
+    for name in OF_HARDWARE.keys() - {"optimizer_in_backward"}:
         assert techniques.why_not(techniques.complete(alone(name), unknown, 2), unknown) is None
 
 
@@ -85,7 +85,8 @@ def test_exclusions_hold_in_both_orders(name: str) -> None:
                 found = why_not({**alone(first), **alone(second)}, "H100")
             except ConfigError as error:  # what one of them needs is of the other's kind
                 found = str(error)
-            assert found == reason or "contradict" in str(found)
+            of_default = techniques.ALL["optimizer_in_backward"].excludes["ddp"]  # where neither names a sharding
+            assert found in (reason, of_default) or "contradict" in str(found)
 
 
 def test_methods_that_peft_trains_together() -> None:
