@@ -1,7 +1,14 @@
 # Each target sets up what it needs by itself. The environment is .venv, installed from envs/local.lock.
 #
 #   make demo    run the demo study on this machine and print its table
-#   make test    run the whole suite
+#   make test    run the suite
+#   make test-all
+#                run the suite and every pair of techniques (about half an hour more)
+#   make techniques-ran
+#                every pair of techniques on the CPU, written down for docs/techniques.md
+#   make gpu-check
+#                on a machine with a GPU: the tests of tests/gpu and a small measured matrix, into benchmarks/results/gpu;
+#                it takes .venv-gpu where there is one, else PYTHON with whatever packages that has
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
@@ -31,7 +38,7 @@ GPU_ENV ?= .venv-gpu
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test check bench synthetic slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test test-all techniques-ran gpu-check check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -50,6 +57,21 @@ demo: env
 test: env
 	@$(BIN)/python -m pytest
 
+test-all: env
+	@$(BIN)/python -m pytest -m ''
+
+techniques-ran: env
+	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
+	@$(BIN)/finetune-study techniques-docs
+
+GPU_PYTHON_FOR_CHECK := $(or $(wildcard $(GPU_ENV)/bin/python),$(PYTHON))
+gpu-check:
+	@PYTHONPATH=src:. $(techniques-ran: env
+	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
+	@$(BIN)/finetune-study techniques-docs
+
+GPU_PYTHON_FOR_CHECK) -m tests.gpu.check --write benchmarks/results/gpu
+
 check: env
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -58,6 +80,7 @@ check: env
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint
 	@$(BIN)/finetune-study config-docs --check
+	@$(BIN)/finetune-study techniques-docs --check
 
 PART ?= driver
 bench: env $(if $(filter driver pending,$(PART)),slurm-up)
@@ -78,6 +101,7 @@ format: env
 	@$(BIN)/ruff format .
 	@$(BIN)/snakefmt Snakefile workflow
 	@$(BIN)/finetune-study config-docs
+	@$(BIN)/finetune-study techniques-docs
 
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -1,10 +1,18 @@
 """Every technique, and every pair of them, runs on a CPU or is excluded with a reason.
 
+What ran is written to the file that the variable TECHNIQUES_RAN names (`make techniques-ran`), for docs/techniques.md.
+
 torchao's optimizers compile their step, for a minute in each run; here they run it uncompiled, and
 tests/training/test_optimizers.py has them compiled.
 """
 
+import datetime
+import importlib.metadata
+import json
 import math
+import os
+import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +37,40 @@ class Trained:
         self.lab = lab
         self.pools = {size: Pool(size, lab.run(num_gpus=size), folder / f"pool{size}.log") for size in (1, 2)}
         self._answers: dict[str, Answer] = {}
+        self._ran: dict[Case, dict[str, object]] = {}
+
+    def tell(self, case: Case, answer: Answer) -> None:
+        """Notes how a case ended, for `write`."""
+        self._ran[case] = {
+            "techniques": list(case.recipe),
+            "num_gpus": case.num_gpus,
+            "ended": "completed" if answer.error is None else answer.error,
+            "losses": [step["loss"] for step in answer.ranks[0].get("steps", [])],
+            "optimizer_class": answer.ranks[0].get("optimizer_class"),
+            "attention_kernel": answer.ranks[0].get("attention_kernel"),
+        }
+
+    def write(self, path: Path) -> None:
+        """What ran here, in the form of benchmarks/README.md."""
+        versions = {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "torchao")
+        }
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        about = {
+            "device": "CPU",
+            "command": "make techniques-ran",
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "versions": versions,
+            "what": f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on one or two ranks",
+            "shows": "that these run, and their losses; no times, no memory",
+        }
+        text = json.dumps(about | {"technique_runs": list(self._ran.values())}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
     def __call__(self, case: Case, num_gpus: int) -> Answer:
         planned = self.lab.plan(case.recipe, **(case.settings(self.lab) | {"num_gpus": num_gpus}))
@@ -46,6 +88,8 @@ def trained(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trai
     yield trained
     for pool in trained.pools.values():
         pool.stop()
+    if path := os.environ.get("TECHNIQUES_RAN"):
+        trained.write(Path(path))
 
 
 def check(case: Case, lab: Lab, trained: Trained) -> None:
@@ -55,6 +99,7 @@ def check(case: Case, lab: Lab, trained: Trained) -> None:
         assert len(planned) > 20, "a reason says something"
         return
     answer = trained(case, case.num_gpus)
+    trained.tell(case, answer)
     assert answer.error is None, answer.trace
     stepped = [step["loss"] for step in answer.ranks[0]["steps"] if step["stepped"]]
     assert len(stepped) == STEPS
