@@ -8,7 +8,7 @@
 #                every pair of techniques on the CPU, written down for docs/techniques.md
 #   make gpu-check
 #                on a machine with a GPU: the tests of tests/gpu and a small measured matrix, into benchmarks/results/gpu;
-#                it takes .venv-gpu where there is one, else PYTHON with whatever packages that has
+#                it takes .venv-gpu where there is one, else PYTHON with whatever packages that has; MINUTES=20 of matrix
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
@@ -64,13 +64,13 @@ techniques-ran: env
 	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
 	@$(BIN)/finetune-study techniques-docs
 
-GPU_PYTHON_FOR_CHECK := $(or $(wildcard $(GPU_ENV)/bin/python),$(PYTHON))
+CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))
+MINUTES ?= 20
 gpu-check:
-	@PYTHONPATH=src:. $(techniques-ran: env
-	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
-	@$(BIN)/finetune-study techniques-docs
-
-GPU_PYTHON_FOR_CHECK) -m tests.gpu.check --write benchmarks/results/gpu
+	@mkdir -p build
+	@TECHNIQUES_RAN=build/techniques-gpu.json PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu; status=$$?; \
+	 test -f build/techniques-gpu.json || { echo "make: no GPU was tried"; exit $$status; }; \
+	 PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --write benchmarks/results/gpu --ran build/techniques-gpu.json --minutes $(MINUTES) && exit $$status
 
 check: env
 	@$(BIN)/ruff format --check .

@@ -1,13 +1,22 @@
 """Every pair of techniques on a CPU: how it would be run there, or why it is not."""
 
+import datetime
+import importlib.metadata
 import itertools
+import json
+import os
+import platform
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune_study import techniques
 from finetune_study.errors import ConfigError
 from finetune_study.run import Run
+from finetune_study.techniques.precision import is_deepspeed
 from tests.training.lab import EFFECTIVE_BATCH, Lab
+from tests.training.pool import Answer, Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "fp8": {"emulate": True},  # there are no fp8 units
@@ -87,3 +96,66 @@ def singles() -> list[Case]:
 def pairs() -> list[Case]:
     """Each pair of techniques, whatever their kind."""
     return [Case(names) for names in itertools.combinations(techniques.ALL, 2)]
+
+
+VERSIONS = (
+    "torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "torchao", "liger-kernel", "flash-attn",
+)  # fmt: skip
+"""Packages whose versions are stored with what ran."""
+
+
+class Trained:
+    """Answers of the pools, each run trained once."""
+
+    def __init__(self, lab: Lab, folder: Path) -> None:
+        self.lab, self._folder = lab, folder
+        self._pools: dict[tuple[int, bool], Pool] = {}
+        self._answers: dict[str, Answer] = {}
+        self._ran: dict[Case, dict[str, object]] = {}
+
+    def _pool(self, run: Run) -> Pool:
+        key = (run.num_gpus, run.num_gpus > 1 or is_deepspeed(run.parsed_techniques))
+        if key not in self._pools:
+            log = self._folder / f"{key[0]}-{key[1]}.log"
+            self._pools[key] = Pool(*key, self.lab.run(num_gpus=run.num_gpus), log)
+        return self._pools[key]
+
+    def tell(self, case: Case, answer: Answer, num_gpus: int) -> None:
+        """Notes how a case ended, for `write`."""
+        self._ran[case] = {
+            "techniques": list(case.recipe),
+            "num_gpus": num_gpus,
+            "ended": "completed" if answer.error is None else answer.error,
+            "losses": [step["loss"] for step in answer.ranks[0].get("steps", [])],
+            **{name: answer.ranks[0].get(name) for name in ("optimizer_class", "attention_kernel", "compute_dtype")},
+        }
+
+    def stop(self) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+    def write(self, path: Path, **about_it: str) -> None:
+        """What ran here, in the form of benchmarks/README.md."""
+        installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+        versions = {name: installed.get(name) for name in VERSIONS}
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        about = about_it | {
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+            "versions": versions,
+            "shows": "that these run, and their losses; no times, no memory",
+        }
+        text = json.dumps(about | {"technique_runs": list(self._ran.values())}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
+
+    def __call__(self, case: Case, num_gpus: int) -> Answer:
+        planned = self.lab.plan(case.recipe, **(case.settings(self.lab) | {"num_gpus": num_gpus}))
+        assert planned.unsupported is None
+        run = planned.run
+        if run.run_id not in self._answers:
+            paths, is_compiled = self.lab.prepare(run), "torch_compile" in case.names
+            self._answers[run.run_id] = self._pool(run).train(run, paths, self.lab.results, is_compiled)
+        return self._answers[run.run_id]

@@ -46,16 +46,17 @@ class Answer:
 
 
 class Pool:
-    """As many ranks as devices; one alone has no process group, as in a run of one device."""
+    """As many ranks as devices."""
 
-    def __init__(self, size: int, run: Run, log: Path) -> None:
+    def __init__(self, size: int, is_distributed: bool, run: Run, log: Path) -> None:
         """
         Args:
             size: ranks.
+            is_distributed: they have a process group; a run of one device has none, unless DeepSpeed asks for one.
             run: any run of the hardware that all runs are for.
             log: takes what the ranks print.
         """
-        self.size, self._run, self._log = size, run, log
+        self.size, self._is_distributed, self._run, self._log = size, is_distributed, run, log
         self._ranks: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "Pool":
@@ -106,7 +107,7 @@ class Pool:
         master = ("127.0.0.1", free_port())
         with self._log.open("a", encoding="utf-8") as log:
             for number in range(self.size):
-                place = variables.for_rank(number, self.size, self.size, master) if self.size > 1 else {}
+                place = variables.for_rank(number, self.size, self.size, master) if self._is_distributed else {}
                 self._ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "tests.training.pool"],

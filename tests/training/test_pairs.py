@@ -6,13 +6,8 @@ torchao's optimizers compile their step, for a minute in each run; here they run
 tests/training/test_optimizers.py has them compiled.
 """
 
-import datetime
-import importlib.metadata
-import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +16,7 @@ import pytest
 from finetune_study import techniques
 from finetune_study.run import Run
 from tests.training.lab import STEPS, Lab
-from tests.training.pairs import ROUNDING, Case, pairs, singles
-from tests.training.pool import Answer, Pool
+from tests.training.pairs import ROUNDING, Case, Trained, pairs, singles
 
 FP32_TOLERANCE = 1e-4
 """Relative: the same sums in another order."""
@@ -30,66 +24,14 @@ ROUNDED_TOLERANCE = 2e-2
 """Relative: 8 bits of mantissa, and DeepSpeed rounds elsewhere than autocast does."""
 
 
-class Trained:
-    """Answers of the pools, each run trained once."""
-
-    def __init__(self, lab: Lab, folder: Path) -> None:
-        self.lab = lab
-        self.pools = {size: Pool(size, lab.run(num_gpus=size), folder / f"pool{size}.log") for size in (1, 2)}
-        self._answers: dict[str, Answer] = {}
-        self._ran: dict[Case, dict[str, object]] = {}
-
-    def tell(self, case: Case, answer: Answer) -> None:
-        """Notes how a case ended, for `write`."""
-        self._ran[case] = {
-            "techniques": list(case.recipe),
-            "num_gpus": case.num_gpus,
-            "ended": "completed" if answer.error is None else answer.error,
-            "losses": [step["loss"] for step in answer.ranks[0].get("steps", [])],
-            "optimizer_class": answer.ranks[0].get("optimizer_class"),
-            "attention_kernel": answer.ranks[0].get("attention_kernel"),
-        }
-
-    def write(self, path: Path) -> None:
-        """What ran here, in the form of benchmarks/README.md."""
-        versions = {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "torchao")
-        }
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "device": "CPU",
-            "command": "make techniques-ran",
-            "date": datetime.date.today().isoformat(),
-            "commit": commit,
-            "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "versions": versions,
-            "what": f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on one or two ranks",
-            "shows": "that these run, and their losses; no times, no memory",
-        }
-        text = json.dumps(about | {"technique_runs": list(self._ran.values())}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
-
-    def __call__(self, case: Case, num_gpus: int) -> Answer:
-        planned = self.lab.plan(case.recipe, **(case.settings(self.lab) | {"num_gpus": num_gpus}))
-        assert planned.unsupported is None
-        run = planned.run
-        if run.run_id not in self._answers:
-            pool, is_compiled = self.pools[num_gpus], "torch_compile" in case.names
-            self._answers[run.run_id] = pool.train(run, self.lab.prepare(run), self.lab.results, is_compiled)
-        return self._answers[run.run_id]
-
-
 @pytest.fixture(scope="session")
 def trained(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     trained = Trained(lab, tmp_path_factory.mktemp("pools"))
     yield trained
-    for pool in trained.pools.values():
-        pool.stop()
+    trained.stop()
     if path := os.environ.get("TECHNIQUES_RAN"):
-        trained.write(Path(path))
+        about = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on one or two ranks"
+        trained.write(Path(path), device="CPU", command="make techniques-ran", what=about)
 
 
 def check(case: Case, lab: Lab, trained: Trained) -> None:
@@ -99,7 +41,7 @@ def check(case: Case, lab: Lab, trained: Trained) -> None:
         assert len(planned) > 20, "a reason says something"
         return
     answer = trained(case, case.num_gpus)
-    trained.tell(case, answer)
+    trained.tell(case, answer, case.num_gpus)
     assert answer.error is None, answer.trace
     stepped = [step["loss"] for step in answer.ranks[0]["steps"] if step["stepped"]]
     assert len(stepped) == STEPS
