@@ -16,6 +16,7 @@ from finetune_study.record import write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
 from finetune_study.table import show
+from finetune_study.techniques.peft_method import PeftMethod
 
 MEASURING = (
     "output_dir",
@@ -121,11 +122,11 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     arguments = train.arguments_of(run, "output")
     deepspeed = arguments.pop("deepspeed", None)
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
-    lora = run.parsed_techniques.get("lora")
+    _check_exported(run)
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,
         "deepspeed.json": deepspeed,
-        "peft.json": None if lora is None else {"task_type": "CAUSAL_LM", **lora.model_dump(mode="json")},
+        "peft.json": _peft(run),
         "recipe.json": _about(run, one),
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
@@ -138,6 +139,34 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
             written.append(folder / name)
     return written
+
+
+def _check_exported(run: Run) -> None:
+    """
+    Raises:
+        StudyError: where the exported script could not do what was measured.
+    """
+    own = [name for name, technique in run.parsed_techniques.items() if not technique.is_exported()]
+    if len(_methods(run)) > 1:  # peft does not save its mixed model
+        own += [method.name for method in _methods(run)]
+    if own:
+        raise StudyError(
+            "The script that would be exported can't do what was measured",
+            where=f"recipe {run.recipe}",
+            given=f"{', '.join(own)}: applied by finetune-study itself",
+            do="train with finetune-study's own loop, or choose a recipe that is tied with it",
+        )
+
+
+def _methods(run: Run) -> list[PeftMethod]:
+    return [technique for technique in run.parsed_techniques.values() if isinstance(technique, PeftMethod)]
+
+
+def _peft(run: Run) -> dict[str, Any] | None:
+    """Fields of the `PeftConfig` of the method."""
+    for method in _methods(run):
+        return {"peft_type": method.method, "task_type": "CAUSAL_LM", **method.peft_settings(run)}
+    return None
 
 
 def _about(run: Run, one: Recommendation) -> dict[str, Any]:
@@ -202,7 +231,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
     words = {
         "training_arguments.json": "fields of transformers' TrainingArguments",
         "deepspeed.json": "DeepSpeed's configuration",
-        "peft.json": "fields of peft's LoraConfig",
+        "peft.json": "fields of peft's `PeftConfig`",
         "recipe.json": "what was measured, and how the model is loaded",
     }
     lines = [

@@ -68,6 +68,18 @@ def _seeded_initialisation(seed: int) -> Iterator[None]:
         transformers.set_seed(seed)
 
 
+def count_weights(model: Any) -> tuple[int, int]:
+    """Trained weights and all weights, of sharded and of quantised layers too."""
+
+    def count(parameter: torch.nn.Parameter) -> int:
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        # bitsandbytes packs two weights into a byte; peft counts so as well.
+        return size * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else size
+
+    counts = [(count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in counts if trained), sum(size for size, _ in counts)
+
+
 def compute_dtype_probe(model: Any, tell: Any) -> None:
     """Calls `tell` with the number format of the first linear layer's output in the first forward pass."""
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))

@@ -157,15 +157,13 @@ class Rank:
         model = model_module.load(self.run, results.model(self.run.model_key))
         for technique in self.run.parsed_techniques.values():
             model = technique.wrap(model, self.run)
-        parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        trained, total = model_module.count_weights(model)
         self.facts.tell(
-            total_parameters=sum(size for size, _ in parameters),
-            trainable_parameters=sum(size for size, trained in parameters if trained),
+            total_parameters=total,
+            trainable_parameters=trained,
             attention_implementation=model.config._attn_implementation,
         )
-        self.say(
-            f"model loaded: {sum(s for s, t in parameters if t):,} of {sum(s for s, _ in parameters):,} weights trained"
-        )
+        self.say(f"model loaded: {trained:,} of {total:,} weights trained")
         return model
 
     def _fit(self, arguments: Any, model: Any, results: Results) -> None:

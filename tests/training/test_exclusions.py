@@ -1,4 +1,4 @@
-"""What a module says against a technique is what happens: the exclusion is passed by, and the library's word is seen."""
+"""What a module says against a technique is what happens: the exclusion is passed by, and its error seen."""
 
 import re
 from typing import Any

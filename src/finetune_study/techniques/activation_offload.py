@@ -31,6 +31,9 @@ class ActivationOffload(Technique):
             )
         return None
 
+    def is_exported(self) -> bool:
+        return False
+
     def wrap(self, model: Any, run: "Run") -> Any:
         import torch
 

@@ -43,6 +43,9 @@ class Adalora(PeftMethod):
     target_modules: TargetModules = "all-linear"
     """Names of the layers that get an update, or `all-linear`: all but the output layer."""
 
+    def is_exported(self) -> bool:
+        return False
+
     def peft_settings(self, run: "Run") -> dict[str, Any]:
         return self.model_dump() | {"total_step": run.num_steps}
 
@@ -145,6 +148,9 @@ class AdaptionPrompt(PeftMethod):
     """Trained tokens of a layer."""
     adapter_layers: PositiveInt | None = None
     """How many layers from the last on; null: all."""
+
+    def is_exported(self) -> bool:
+        return False
 
     def wrap(self, model: Any, run: "Run") -> Any:
         import peft

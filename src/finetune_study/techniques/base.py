@@ -70,6 +70,10 @@ class Technique(Section):
         """What has to be importable where it runs, by the names of imports."""
         return self.packages
 
+    def is_exported(self) -> bool:
+        """Whether the exported train.py, which knows transformers, peft and DeepSpeed alone, can do it."""
+        return True
+
     def load_arguments(self, recipe: "Recipe") -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` and `from_config`, as JSON would hold them; dtypes are names."""
         return {}

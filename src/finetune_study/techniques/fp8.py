@@ -38,6 +38,9 @@ class Fp8(Technique):
             return f"fp8 needs compute capability {FP8_COMPUTE_CAPABILITY}; this GPU has {capability}: use bf16 or fp16"
         return None
 
+    def is_exported(self) -> bool:
+        return False
+
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"}
 

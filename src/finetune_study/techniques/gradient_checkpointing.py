@@ -38,6 +38,9 @@ class GradientCheckpointing(Technique):
             )
         return None
 
+    def is_exported(self) -> bool:
+        return self.every == 1
+
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         kwargs = {"use_reentrant": self.use_reentrant}
         return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}

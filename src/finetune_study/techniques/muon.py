@@ -32,6 +32,9 @@ class Muon(Technique):
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
     """How the rate depends on a matrix's shape; `match_rms_adamw` lets AdamW's learning rate be used."""
 
+    def is_exported(self) -> bool:
+        return False
+
     def optimizer(self, run: "Run", arguments: Any) -> tuple[Any, dict[str, Any]]:
         rates = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
         return lambda: muon_with_adamw, {**self.model_dump(), **rates}

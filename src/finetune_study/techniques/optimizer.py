@@ -7,14 +7,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from finetune_study.techniques.base import Kind, Recipe, Technique
 
 
-class _Optimizer(Technique):
+class Optimizer(Technique):
+    """An optimizer that transformers has a name for."""
+
     kind: ClassVar[Kind] = "optimizer"
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"optim": self.name, **self.model_dump()}
 
 
-class _Adam(_Optimizer):
+class _Adam(Optimizer):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -87,7 +89,7 @@ class PagedAdamw8bit(_Bitsandbytes):
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
 
 
-class Adafactor(_Optimizer):
+class Adafactor(Optimizer):
     """transformers' Adafactor: of the second moment sums of rows and columns alone, and no first moment."""
 
     name: ClassVar[str] = "adafactor"

@@ -39,6 +39,9 @@ class OptimizerInBackward(Technique):
             )
         return None
 
+    def is_exported(self) -> bool:
+        return False
+
     def optimizer(self, run: "Run", arguments: Any) -> tuple[Any, dict[str, Any]]:
         from transformers import Trainer
 
