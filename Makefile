@@ -3,7 +3,12 @@
 #   make demo    run the demo study on this machine and print its table
 #   make test    run the suite, but for what takes many minutes
 #   make test-all
-#                run all of it
+#                run all of it, every pair of techniques too (about half an hour more)
+#   make techniques-ran
+#                every pair of techniques on the CPU, written down for docs/techniques.md
+#   make gpu-check
+#                on a machine with a GPU: the tests of tests/gpu and a small measured matrix, into benchmarks/results/gpu;
+#                it takes .venv-gpu where there is one, else PYTHON with whatever packages that has; MINUTES=20 of matrix
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
@@ -35,7 +40,7 @@ FLASH_ATTN ?=
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test test-all check bench synthetic slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test test-all techniques-ran gpu-check check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -55,7 +60,19 @@ test: env
 	@$(BIN)/python -m pytest
 
 test-all: env
-	@$(BIN)/python -m pytest -m "exhaustive or not exhaustive"
+	@$(BIN)/python -m pytest -m ''
+
+techniques-ran: env
+	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
+	@$(BIN)/finetune-study techniques-docs
+
+CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))
+MINUTES ?= 20
+gpu-check:
+	@mkdir -p build
+	@TECHNIQUES_RAN=build/techniques-gpu.json PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu; status=$$?; \
+	 test -f build/techniques-gpu.json || { echo "make: no GPU was tried"; exit $$status; }; \
+	 PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --write benchmarks/results/gpu --ran build/techniques-gpu.json --minutes $(MINUTES) && exit $$status
 
 check: env
 	@$(BIN)/ruff format --check .
@@ -65,6 +82,7 @@ check: env
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(BIN)/snakemake --lint
 	@$(BIN)/finetune-study config-docs --check
+	@$(BIN)/finetune-study techniques-docs --check
 
 PART ?= driver
 bench: env $(if $(filter driver pending,$(PART)),slurm-up)
@@ -85,6 +103,7 @@ format: env
 	@$(BIN)/ruff format .
 	@$(BIN)/snakefmt Snakefile workflow
 	@$(BIN)/finetune-study config-docs
+	@$(BIN)/finetune-study techniques-docs
 
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -269,6 +269,18 @@ def config_docs(
     generator.generate(folder, check=check)
 
 
+@app.command()
+def techniques_docs(
+    page: Annotated[Path, typer.Argument(help="Where the page goes.")] = Path("docs/techniques.md"),
+    results: Annotated[Path, typer.Option(help="Stored results.")] = Path("benchmarks/results"),
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail where the page is out of step.")] = False,
+) -> None:
+    """Generate docs/techniques.md from the techniques and from what was really run."""
+    from finetune_study import techniques_docs as generator
+
+    generator.generate(page, results, check=check)
+
+
 def main() -> None:
     """The console script: errors of users are messages, not tracebacks."""
     try:

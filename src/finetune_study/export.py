@@ -16,7 +16,7 @@ from finetune_study.record import write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
 from finetune_study.table import show
-from finetune_study.techniques.base import Technique
+from finetune_study.techniques.peft_method import PeftMethod
 
 MEASURING = (
     "output_dir",
@@ -38,10 +38,6 @@ FULL_TRAINING: dict[str, Any] = {
     "report_to": [],
 }
 """In their place: one epoch, with checkpoints to go on from."""
-HOOKS = ("wrap", "optimizer", "callbacks")
-"""Of a technique, with which it acts by code."""
-IN_SCRIPT = frozenset({"gradient_checkpointing"})
-"""Techniques whose code the exported train.py has, too."""
 MARGIN = 1.5
 """Of the job's time over the promised hours: loading, checkpoints, a slower node."""
 MIN_MINUTES = 60
@@ -119,7 +115,7 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             do=f"measure more: {'; '.join(one.settled_by[:5]) or one.reason}",
         )
     run = study.run(best.run_ids[0])
-    _check(run)
+    _check_exported(run)
     found = best.per_device_train_batch_size
     settled = micro_batch.at(run, found) if micro_batch.is_searched(run) and found else run
     arguments = train.arguments_of(settled, "output")
@@ -128,7 +124,7 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,
         "deepspeed.json": deepspeed,
-        "peft.json": _peft(run) or None,
+        "peft.json": _peft(run),
         "recipe.json": _about(run, one),
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
@@ -143,37 +139,32 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     return written
 
 
-def _check(run: Run) -> None:
-    """What works by code of this project, and not by settings of a library, can't be written down as settings."""
-    code = [
-        technique.name
-        for technique in run.parsed_techniques.values()
-        if technique.name not in IN_SCRIPT
-        and any(
-            getattr(type(technique), hook, None) is not getattr(Technique, hook, None)
-            for hook in HOOKS
-            if not (hook == "wrap" and technique.kind == "peft")
-        )
-    ]
-    if code:
+def _check_exported(run: Run) -> None:
+    """
+    Raises:
+        StudyError: where the exported script could not do what was measured.
+    """
+    own = [name for name, technique in run.parsed_techniques.items() if not technique.is_exported()]
+    if len(_methods(run)) > 1:  # peft does not save its mixed model
+        own += [method.name for method in _methods(run)]
+    if own:
         raise StudyError(
-            "The recipe can't be exported: a part of it is code of this project, not a setting of a library",
-            given=f"{run.recipe}: {', '.join(code)}",
-            do="export another recipe, for example a tied one at other settings of --num-gpus or --sequence-length",
+            "The script that would be exported can't do what was measured",
+            where=f"recipe {run.recipe}",
+            given=f"{', '.join(own)}: applied by finetune-study itself",
+            do="train with finetune-study's own loop, or choose a recipe that is tied with it",
         )
 
 
-def _peft(run: Run) -> list[dict[str, Any]]:
-    """Each peft method of a run as peft's own `PeftConfig` holds it."""
-    return [
-        {
-            "peft_type": getattr(technique, "method", technique.name.upper()),
-            "task_type": "CAUSAL_LM",
-            **(technique.peft_settings(run) if hasattr(technique, "peft_settings") else technique.model_dump()),
-        }
-        for technique in run.parsed_techniques.values()
-        if technique.kind == "peft"
-    ]
+def _methods(run: Run) -> list[PeftMethod]:
+    return [technique for technique in run.parsed_techniques.values() if isinstance(technique, PeftMethod)]
+
+
+def _peft(run: Run) -> dict[str, Any] | None:
+    """Fields of the `PeftConfig` of the method."""
+    for method in _methods(run):
+        return {"peft_type": method.method, "task_type": "CAUSAL_LM", **method.peft_settings(run)}
+    return None
 
 
 def _about(run: Run, one: Recommendation) -> dict[str, Any]:
@@ -241,7 +232,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
     words = {
         "training_arguments.json": "fields of transformers' TrainingArguments",
         "deepspeed.json": "DeepSpeed's configuration",
-        "peft.json": "peft's methods, each with the fields of its PeftConfig",
+        "peft.json": "fields of peft's `PeftConfig`",
         "recipe.json": "what was measured, and how the model is loaded",
     }
     lines = [

@@ -28,8 +28,15 @@ def load(run: Run, folder: Path) -> Any:
         arguments |= technique.load_arguments(run.parsed_techniques)
     if run.model.weights == "random":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantisation = arguments.pop("quantization_config", None)
         with _seeded_initialisation(run.seed):
             model = AutoModelForCausalLM.from_config(config, **arguments)
+        if quantisation is not None:
+            # Weights are quantised while they are loaded, so random ones are loaded as well.
+            arguments |= {"config": config, "state_dict": model.state_dict(), "quantization_config": quantisation}
+            kind = type(model)
+            del model
+            model = kind.from_pretrained(None, **arguments)
     else:
         with sharded_loading.in_chunks(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
@@ -64,6 +71,18 @@ def _seeded_initialisation(seed: int) -> Iterator[None]:
         transformers.set_seed(seed)
 
 
+def count_weights(model: Any) -> tuple[int, int]:
+    """Trained weights and all weights, of sharded and of quantised layers too."""
+
+    def count(parameter: torch.nn.Parameter) -> int:
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        # bitsandbytes packs two weights into a byte; peft counts so as well.
+        return size * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else size
+
+    counts = [(count(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in counts if trained), sum(size for size, _ in counts)
+
+
 def compute_dtype_probe(model: Any, tell: Any) -> None:
     """Calls `tell` with the number format of the first linear layer's output in the first forward pass."""
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
@@ -73,3 +92,21 @@ def compute_dtype_probe(model: Any, tell: Any) -> None:
         tell(str(output.dtype).removeprefix("torch."))
 
     handle = layer.register_forward_hook(once)
+
+
+def attention_kernel_probe(tell: Any) -> None:
+    """Calls `tell` with the kernel that torch chooses for scaled_dot_product_attention, the first time it is called.
+
+    Nothing is told where it is never called, or only inside a compiled program.
+    """
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def once(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            functional.scaled_dot_product_attention = original
+            chosen = torch._fused_sdp_choice(*arguments, **keywords)
+            tell(torch.nn.attention.SDPBackend(chosen).name.lower())
+        return original(*arguments, **keywords)
+
+    functional.scaled_dot_product_attention = once

@@ -67,7 +67,8 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
             ),
         )
         reason = _why_not(hardware, num_gpus, nodes, sequences_at_once, config.training.effective_batch_size)
-        yield PlannedRun(run=run, unsupported=reason or techniques.why_not(recipe, hardware))
+        reason = reason or techniques.why_not(recipe, hardware) or techniques.why_not_run(run)
+        yield PlannedRun(run=run, unsupported=reason)
 
 
 def _why_not(

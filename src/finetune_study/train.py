@@ -11,6 +11,7 @@ The supervisor, finetune_study.launch, starts one such process per rank.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from finetune_study.measure.phases import Phases
 from finetune_study.paths import Results
 from finetune_study.run import Run
 from finetune_study.sequences import IGNORED
+from finetune_study.techniques.precision import is_deepspeed
 
 GIB = 2**30
 
@@ -76,6 +78,7 @@ class Rank:
         """
         run = self.run
         self._check_device()
+        self._check_packages()
         self.say(f"{run.run_id}: starting on {run.hardware.name} x {self.world_size}")
         with tempfile.TemporaryDirectory() as scratch:
             arguments = training_arguments(run, scratch)
@@ -112,6 +115,22 @@ class Rank:
                 do="name a Python with such a build in the entry's `software`; envs/README.md says how to make one",
             )
 
+    def _check_packages(self) -> None:
+        """Nothing is replaced silently: without its package a technique is not run at all.
+
+        Raises:
+            RunFailedError: naming technique and package.
+        """
+        for name, technique in self.run.parsed_techniques.items():
+            for package in technique.packages_needed():
+                if importlib.util.find_spec(package.partition(".")[0]) is None:
+                    raise RunFailedError(
+                        f"`{name}` needs the package `{package}`, which this Python does not have",
+                        where=f"hardware.{self.run.hardware.name}.software",
+                        given=sys.executable,
+                        do="install it there, or take the technique out of the recipe; docs/techniques.md says more",
+                    )
+
     def _warm_up(self, arguments: Any) -> None:
         """All that takes memory once and is not the model's: libraries, threads, process group, context."""
         import datasets  # noqa: F401
@@ -140,16 +159,14 @@ class Rank:
 
         model = model_module.load(self.run, results.model(self.run.model_key))
         for technique in self.run.parsed_techniques.values():
-            model = technique.wrap(model)
-        parameters = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+            model = technique.wrap(model, self.run)
+        trained, total = model_module.count_weights(model)
         self.facts.tell(
-            total_parameters=sum(size for size, _ in parameters),
-            trainable_parameters=sum(size for size, trained in parameters if trained),
+            total_parameters=total,
+            trainable_parameters=trained,
             attention_implementation=model.config._attn_implementation,
         )
-        self.say(
-            f"model loaded: {sum(s for s, t in parameters if t):,} of {sum(s for s, _ in parameters):,} weights trained"
-        )
+        self.say(f"model loaded: {trained:,} of {total:,} weights trained")
         return model
 
     def _fit(self, arguments: Any, model: Any, results: Results) -> None:
@@ -180,7 +197,14 @@ class Rank:
                 # max_steps leaves room for skipped steps; the schedule is that of the steps that count.
                 return super().create_scheduler(run.num_steps, optimizer)
 
-        trainer = StudyTrainer(model=model, args=arguments, train_dataset=train_data, data_collator=steps.collate)
+        techniques = run.parsed_techniques.values()
+        trainer = StudyTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_data,
+            data_collator=steps.collate,
+            optimizer_cls_and_kwargs=next((made for t in techniques if (made := t.optimizer(run, arguments))), None),
+        )
 
         def on_timing(begins: bool) -> None:
             if begins:
@@ -194,8 +218,11 @@ class Rank:
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
+        for callback in (each for technique in techniques for each in technique.callbacks(model)):
+            trainer.add_callback(callback)
         model.register_forward_pre_hook(steps.count)
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
+        model_module.attention_kernel_probe(lambda kernel: self.facts.tell(attention_kernel=kernel))
         self.phases.follow_model(model)
         trainer.train()
         if steps.num_stepped < run.num_steps:
@@ -207,8 +234,7 @@ class Rank:
         self.facts.tell(
             memory=self.memory.report(),
             energy_joules=energy.joules,
-            optimizer_class=_optimizer_class(trainer),
-            optimizer_state_dtypes=_optimizer_state_dtypes(trainer),
+            **_optimizer_facts(trainer),
         )
 
     def _on_step(self, entry: dict[str, Any]) -> None:
@@ -297,10 +323,11 @@ def arguments_of(run: Run, output_dir: str) -> dict[str, Any]:
         "disable_tqdm": True,
     }
     deepspeed: dict[str, Any] = {}
-    for technique in run.parsed_techniques.values():
-        arguments |= technique.training_arguments()
+    recipe = run.parsed_techniques
+    for technique in recipe.values():
+        arguments |= technique.training_arguments(recipe)
         _merge(deepspeed, technique.deepspeed(run.hardware.device))
-    if deepspeed:
+    if is_deepspeed(recipe):
         _merge(deepspeed, DEEPSPEED_BASE)
         arguments["deepspeed"] = deepspeed
     return arguments
@@ -346,21 +373,43 @@ def _bare_optimizer(trainer: Any) -> Any:
     return optimizer
 
 
-def _optimizer_class(trainer: Any) -> str:
-    kind = type(_bare_optimizer(trainer))
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _working_optimizers(trainer: Any) -> list[Any]:
+    """The optimizers that really step: several where each weight, or each kind of weight, has one of its own."""
+    optimizer = _bare_optimizer(trainer)
+    by_weight: dict[Any, Any] = getattr(optimizer, "optimizer_dict", None) or {}
+    return list(by_weight.values()) or getattr(optimizer, "parts", [optimizer])
 
 
-def _optimizer_state_dtypes(trainer: Any) -> list[str]:
-    states = getattr(_bare_optimizer(trainer), "state", {})
-    return sorted(
-        {
-            str(v.dtype).removeprefix("torch.")
-            for s in states.values()
-            for v in s.values()
-            if hasattr(v, "dtype") and v.numel() > 1
-        }
-    )
+def _optimizer_facts(trainer: Any) -> dict[str, Any]:
+    """What really stepped, and what it keeps on this rank."""
+    optimizers = _working_optimizers(trainer)
+    names = {
+        f"{type(o).__module__}.{type(o).__qualname__}" + ("(fused)" if o.defaults.get("fused") else "")
+        for o in optimizers
+    }
+    states = [
+        tensor
+        for optimizer in optimizers
+        for state in getattr(optimizer, "state", {}).values()
+        for value in state.values()
+        for tensor in _plain_tensors(value)
+        if tensor.numel() > 1
+    ]
+    return {
+        "optimizer_class": " + ".join(sorted(names)),
+        "optimizer_state_dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in states}),
+        "optimizer_state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in states),
+    }
+
+
+def _plain_tensors(value: Any) -> list[Any]:
+    """The tensors that hold a value's bytes: a quantised tensor says it is float32, and consists of others."""
+    if not hasattr(value, "numel"):
+        return []
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return [tensor for name in names for tensor in _plain_tensors(getattr(value, name))]
+    return [value]
 
 
 class _Evaluation:

@@ -96,8 +96,13 @@ class Ended:
 class Lab:
     """A results folder, and a tiny study of which every call plans one run."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, hardware: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            root: where everything is kept.
+            hardware: fields of the hardware entry that differ from the tiny study's CPU.
+        """
+        self.root, self._hardware = root, dict(hardware or {})
         self.results = Results(root / "results")
         self._ended: dict[str, Ended] = {}
         # Exactly as many examples as the runs take: every one is seen, none twice.
@@ -119,7 +124,7 @@ class Lab:
         """A run of the tiny Llama; what is not named is as in the plain run."""
         raw = copy.deepcopy(TINY_STUDY)
         raw["models"]["tiny"]["architecture"] |= architecture or {}
-        raw["hardware"]["cpu"]["memory_gib"] = budget_gib
+        raw["hardware"]["cpu"] |= {"memory_gib": budget_gib, **self._hardware}
         raw["recipes"] = {"recipe": dict(recipe or {})}
         raw["grid"] = [
             {

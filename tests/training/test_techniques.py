@@ -101,7 +101,7 @@ def test_parameters_counted_by_hand(lab: Lab) -> None:
 
 def test_parameters_counted_by_peft(lab: Lab) -> None:
     run = lab.train(LORA).record.run
-    adapted = run.parsed_techniques["lora"].wrap(model.load(run, lab.results.model(run.model_key)))
+    adapted = run.parsed_techniques["lora"].wrap(model.load(run, lab.results.model(run.model_key)), run)
     row = lab.train(LORA).row
     assert adapted.get_nb_trainable_parameters() == (row["trainable_parameters"], row["total_parameters"])
 

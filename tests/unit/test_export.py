@@ -112,7 +112,7 @@ def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
     one = exporter.choose(study, frame, "tiny", "a100", 4, None)
     lora = one.model_copy(update={"recipe": "lora"})
     exporter.export(study, lora, tmp_path / "export")
-    (method,) = json.loads((tmp_path / "export" / "peft.json").read_text())
+    method = json.loads((tmp_path / "export" / "peft.json").read_text())
     assert (method["peft_type"], method["task_type"], method["r"]) == ("LORA", "CAUSAL_LM", 8)
     arguments = json.loads((tmp_path / "export" / "training_arguments.json").read_text())
     assert (arguments["num_train_epochs"], arguments["learning_rate"]) == (1, 4e-4)
@@ -122,7 +122,7 @@ def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
 def test_what_is_code_and_no_setting_is_not_exported_as_if_it_were_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Zero2, "wrap", lambda self, model: model, raising=False)
+    monkeypatch.setattr(Zero2, "is_exported", lambda self: False)
     asked = handmade.study(
         hardware={"a100": GPU}, recipes={"zero2": ["zero2"]}, grid=[BLOCK | {"recipes": ["zero2"], "num_gpus": 4}],
         training={"effective_batch_size": 8},
@@ -130,9 +130,9 @@ def test_what_is_code_and_no_setting_is_not_exported_as_if_it_were_nothing(
     planned = {one.run.run_id: one for one in handmade.planned(asked)}
     results = handmade.write(tmp_path, *(handmade.completed(one.run, 1.0) for one in planned.values()))
     one = exporter.choose(Study(asked, results, planned), handmade.frame(asked, tmp_path), "tiny", "a100", None, None)
-    with pytest.raises(StudyError, match="can't be exported") as error:
+    with pytest.raises(StudyError, match="can't do what was measured") as error:
         exporter.export(Study(asked, results, planned), one, tmp_path / "export")
-    assert "zero2: zero2" in str(error.value)
+    assert "zero2: applied by finetune-study itself" in str(error.value)
 
 
 def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:

@@ -7,29 +7,57 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import ValidationError
 
 from finetune_study.errors import ConfigError
-from finetune_study.techniques.attention import Eager, FlashAttention2, Sdpa
+from finetune_study.techniques.activation_offload import ActivationOffload
+from finetune_study.techniques.adapters import Adalora, AdaptionPrompt, Ia3, Loha, Lokr, Oft
+from finetune_study.techniques.attention import Eager, FlashAttention2, FlashAttention3, FlashAttention4, Sdpa
 from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.compilation import TorchCompile
+from finetune_study.techniques.fp8 import Fp8
+from finetune_study.techniques.fsdp import Fsdp
 from finetune_study.techniques.gradient_checkpointing import GradientCheckpointing
+from finetune_study.techniques.liger import Liger
 from finetune_study.techniques.lora import Lora
+from finetune_study.techniques.muon import Muon
 from finetune_study.techniques.offload_optimizer import OffloadOptimizer
-from finetune_study.techniques.optimizer import AdamwTorch
+from finetune_study.techniques.offload_param import OffloadParam
+from finetune_study.techniques.optimizer import (
+    Adafactor,
+    Adamw8bit,
+    AdamwTorch,
+    AdamwTorch4bit,
+    AdamwTorch8bit,
+    AdamwTorchFused,
+    ApolloAdamw,
+    GaloreAdamw,
+    PagedAdamw8bit,
+    PagedAdamw32bit,
+)
+from finetune_study.techniques.optimizer_in_backward import OptimizerInBackward
 from finetune_study.techniques.packing import Packing
-from finetune_study.techniques.precision import BF16_COMPUTE_CAPABILITY, Bf16, Fp16, Fp32
+from finetune_study.techniques.precision import BF16_COMPUTE_CAPABILITY, Bf16, Bf16Pure, Fp16, Fp32, Tf32
+from finetune_study.techniques.prompts import PrefixTuning, PromptTuning, PTuning
+from finetune_study.techniques.qlora import Qlora
 from finetune_study.techniques.sharding import Ddp, Zero1, Zero2, Zero3
+from finetune_study.techniques.zeropp import Zeropp
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
 ALL: dict[str, type[Technique]] = {
     technique.name: technique
     for technique in (
-        Fp32, Bf16, Fp16,
-        Eager, Sdpa, FlashAttention2,
-        Lora,
-        GradientCheckpointing,
-        Ddp, Zero1, Zero2, Zero3,
-        OffloadOptimizer,
-        AdamwTorch,
+        Fp32, Tf32, Fp16, Bf16, Bf16Pure, Fp8,
+        Eager, Sdpa, FlashAttention2, FlashAttention3, FlashAttention4,
+        Liger,
+        Lora, Qlora, Adalora, Loha, Lokr, Oft, Ia3, AdaptionPrompt, PromptTuning, PTuning, PrefixTuning,
+        GradientCheckpointing, ActivationOffload,
+        Ddp, Fsdp, Zero1, Zero2, Zero3, Zeropp,
+        OffloadOptimizer, OffloadParam,
+        AdamwTorch, AdamwTorchFused, AdamwTorch8bit, AdamwTorch4bit, Adamw8bit, PagedAdamw32bit, PagedAdamw8bit,
+        Adafactor, GaloreAdamw, ApolloAdamw, Muon,
+        OptimizerInBackward,
+        TorchCompile,
         Packing,
     )
 }  # fmt: skip
@@ -67,7 +95,8 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
             ) from None
     by_kind: dict[str, str] = {}
     for name, technique in parsed.items():
-        if (other := by_kind.setdefault(technique.kind, name)) != name:
+        other = by_kind.setdefault(technique.kind, name)
+        if other != name and other not in technique.beside:
             raise ConfigError(f"`{other}` and `{name}` contradict each other: both are {technique.kind}; choose one")
         if technique.needs and not technique.needs & parsed.keys():
             raise ConfigError(f"`{name}` means nothing without one of {', '.join(sorted(technique.needs))}")
@@ -104,5 +133,15 @@ def complete(recipe: Mapping[str, Mapping[str, Any]], hardware: "Hardware", num_
 
 def why_not(recipe: Techniques, hardware: "Hardware") -> str | None:
     """Why a recipe can't run on some hardware; None when nothing speaks against it."""
-    reasons = (technique.why_not(hardware, recipe) for technique in recipe.values())
+    reasons = (
+        technique.why_not(hardware, recipe)
+        or next((technique.excludes[o] for o in recipe if o in technique.excludes), None)
+        for technique in recipe.values()
+    )
+    return next((reason for reason in reasons if reason), None)
+
+
+def why_not_run(run: "Run") -> str | None:
+    """Why a run's techniques can't do this very run, whatever the hardware; None when nothing speaks against it."""
+    reasons = (technique.why_not_run(run) for technique in run.parsed_techniques.values())
     return next((reason for reason in reasons if reason), None)

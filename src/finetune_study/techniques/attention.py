@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
+from finetune_study.section import LATER
 from finetune_study.techniques.base import Kind, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
-
-FLASH_ATTENTION_2_COMPUTE_CAPABILITY = 8.0
-"""Ampere and newer (README of the flash-attn package)."""
 
 
 class _Attention(Technique):
@@ -36,20 +36,71 @@ class Sdpa(_Attention):
     )
 
 
-class FlashAttention2(_Attention):
+class _FlashAttention(_Attention):
+    excludes: ClassVar[dict[str, str]] = {
+        precision: f"FlashAttention takes fp16 and bf16 alone, not {precision}: use one of these, or sdpa"
+        for precision in ("fp32", "tf32")
+    }
+    version: ClassVar[int]
+    capabilities: ClassVar[tuple[float, float]]
+    """Lowest, and the first that is too high."""
+
+    hub_kernel: str | None = Field(default=None, json_schema_extra=LATER)
+    """A kernel of the hub, `owner/name`, used instead of the package. It is a program that somebody else compiled, so
+    none is ever taken that is not named here; it must be in the hub's cache before training starts."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        capability, (lowest, too_high) = hardware.compute_capability, self.capabilities
+        if hardware.device == "cpu":
+            return f"FlashAttention-{self.version} has CUDA kernels alone: use sdpa"
+        if capability is not None and capability < lowest:
+            return (
+                f"FlashAttention-{self.version} needs compute capability {lowest}; this GPU has {capability}: use sdpa"
+            )
+        if capability is not None and capability >= too_high:
+            return (
+                f"FlashAttention-{self.version} is made for compute capability {lowest} and below {too_high}; this GPU "
+                f"has {capability}: use flash_attention_2 or sdpa"
+            )
+        return None
+
+    def packages_needed(self) -> tuple[str, ...]:
+        # Without the package transformers would look for a kernel on the hub by itself.
+        return ("kernels",) if self.hub_kernel else self.packages
+
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return {"attn_implementation": self.hub_kernel or self.name}
+
+
+class FlashAttention2(_FlashAttention):
     """The kernels of the flash-attn package."""
 
     name: ClassVar[str] = "flash_attention_2"
+    packages: ClassVar[tuple[str, ...]] = ("flash_attn",)
+    version: ClassVar[int] = 2
+    capabilities: ClassVar[tuple[float, float]] = (8.0, float("inf"))  # README of the flash-attn package
     effect: ClassVar[str] = "memory linear in the context, faster at long contexts; little below 1024 tokens"
     source: ClassVar[str] = "Dao, arXiv 2307.08691"
 
-    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        capability = hardware.compute_capability
-        needed = FLASH_ATTENTION_2_COMPUTE_CAPABILITY
-        if hardware.device == "cpu":
-            return "FlashAttention-2 has CUDA kernels alone: use sdpa"
-        if capability is not None and capability < needed:
-            return f"FlashAttention-2 needs compute capability {needed}; this GPU has {capability}: use sdpa"
-        if "fp32" in recipe:
-            return "FlashAttention-2 takes fp16 and bf16 alone: use one of these, or sdpa"
-        return None
+
+class FlashAttention3(_FlashAttention):
+    """The kernels for Hopper, of the package flash_attn_interface."""
+
+    name: ClassVar[str] = "flash_attention_3"
+    packages: ClassVar[tuple[str, ...]] = ("flash_attn_interface",)
+    version: ClassVar[int] = 3
+    # README of flash-attention, "FlashAttention-3 beta release": H100 and H800
+    capabilities: ClassVar[tuple[float, float]] = (9.0, 10.0)
+    effect: ClassVar[str] = "memory as flash_attention_2, up to twice as fast on Hopper"
+    source: ClassVar[str] = "Shah et al., arXiv 2407.08608"
+
+
+class FlashAttention4(_FlashAttention):
+    """The kernels in CuTe DSL for Hopper and Blackwell, of the package flash-attn-4."""
+
+    name: ClassVar[str] = "flash_attention_4"
+    packages: ClassVar[tuple[str, ...]] = ("flash_attn.cute",)
+    version: ClassVar[int] = 4
+    capabilities: ClassVar[tuple[float, float]] = (9.0, float("inf"))  # README of flash_attn/cute: Hopper, Blackwell
+    effect: ClassVar[str] = "memory as flash_attention_2, faster on Blackwell"
+    source: ClassVar[str] = "https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute"

@@ -5,17 +5,34 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from finetune_study.section import Section
 
-if TYPE_CHECKING:  # config imports this package
+if TYPE_CHECKING:  # both import this package
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
-Kind = Literal["precision", "attention", "peft", "activations", "sharding", "offload", "optimizer", "sequences"]
+Kind = Literal[
+    "precision",
+    "attention",
+    "kernels",
+    "peft",
+    "activations",
+    "activation offload",
+    "sharding",
+    "communication",
+    "offload",
+    "parameter offload",
+    "optimizer",
+    "optimizer step",
+    "compilation",
+    "sequences",
+]
 """In the order of application: precision and attention choose how the model is loaded, peft wraps the loaded model,
-activations, sharding, offload and the optimizer are arguments that the trainer acts on when training starts, sequences
-is how the data was laid out. A recipe holds at most one technique of a kind."""
+activations are told to the wrapped model, everything from sharding to compilation is an argument that the trainer acts
+on when training starts, sequences is how the data was laid out. A recipe holds at most one technique of a kind, but for
+methods that the library itself puts side by side (`beside`)."""
 
 
 class Technique(Section):
-    """One optimization. Its fields are its settings, in the spelling of the library that applies it.
+    """One optimization. Its fields are its settings, in the spelling of the library that applies them.
 
     Modules of techniques import torch, peft and the like only inside functions: planning needs none of them.
     """
@@ -24,8 +41,14 @@ class Technique(Section):
     """The word for it in recipes, tables and run ids."""
     kind: ClassVar[Kind]
     """What it is an alternative to."""
+    beside: ClassVar[frozenset[str]] = frozenset()
+    """Others of its kind that it can work together with."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """It means nothing without one of these."""
+    excludes: ClassVar[Mapping[str, str]] = {}
+    """Other techniques that it can't run beside, and why: what the library says, or what the hardware lacks."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """What it imports beside the packages that all training uses."""
     freezes_weights: ClassVar[bool] = False
     """The model's own weights are not trained, and can be held in 16 bit."""
     is_deepspeed: ClassVar[bool] = False
@@ -39,21 +62,46 @@ class Technique(Section):
         """Why it can't run on this hardware beside the other techniques of the recipe; None when it can."""
         return None
 
+    def why_not_run(self, run: "Run") -> str | None:
+        """Why it can't do this run, where that depends on more than hardware and recipe; None when it can."""
+        return None
+
+    def packages_needed(self) -> tuple[str, ...]:
+        """What has to be importable where it runs, by the names of imports."""
+        return self.packages
+
+    def is_exported(self) -> bool:
+        """Whether the exported train.py, which knows transformers, peft and DeepSpeed alone, can do it."""
+        return True
+
     def load_arguments(self, recipe: "Recipe") -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained` and `from_config`; dtypes are names."""
+        """Keyword arguments of `from_pretrained` and `from_config`, as JSON would hold them; dtypes are names."""
         return {}
 
-    def training_arguments(self) -> dict[str, Any]:
+    def training_arguments(self, recipe: "Recipe") -> dict[str, Any]:
         """Fields of transformers' `TrainingArguments`."""
         return {}
 
     def deepspeed(self, device: str) -> dict[str, Any]:
-        """Parts of DeepSpeed's configuration on `cuda` or `cpu`; any part at all makes the run a DeepSpeed run."""
+        """Parts of DeepSpeed's configuration on `cuda` or `cpu`, for runs that are DeepSpeed's."""
         return {}
 
-    def wrap(self, model: Any) -> Any:
+    def wrap(self, model: Any, run: "Run") -> Any:
         """The model to train, made of the model that was loaded."""
         return model
+
+    def optimizer(self, run: "Run", arguments: Any) -> tuple[Any, dict[str, Any]] | None:
+        """`optimizer_cls_and_kwargs` of transformers' `Trainer`, for an optimizer that its `optim` has no name for.
+
+        Args:
+            run: what is trained.
+            arguments: its `TrainingArguments`.
+        """
+        return None
+
+    def callbacks(self, model: Any) -> list[Any]:
+        """transformers' `TrainerCallback`s that have to see the training of this model."""
+        return []
 
 
 Recipe = Mapping[str, Technique]

@@ -1,18 +1,23 @@
 """Low-rank adaptation, by peft."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.section import LATER
+from finetune_study.techniques.base import Recipe
+from finetune_study.techniques.peft_method import MIXED, PeftMethod
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
 
 
-class Lora(Technique):
+class Lora(PeftMethod):
     """Freezes the weights and trains a low-rank update of chosen linear layers."""
 
     name: ClassVar[str] = "lora"
-    kind: ClassVar[Kind] = "peft"
-    freezes_weights: ClassVar[bool] = True
+    method: ClassVar[str] = "LORA"
+    beside: ClassVar[frozenset[str]] = MIXED - {"lora"}
     effect: ClassVar[str] = "gradients and optimizer states for a few per cent of the weights; about as fast, or faster"
     source: ClassVar[str] = "Hu et al., arXiv 2106.09685"
 
@@ -30,8 +35,15 @@ class Lora(Technique):
     """Train magnitude and direction apart (arXiv 2402.09353)."""
     modules_to_save: list[str] | None = None
     """Layers that are trained whole beside the update."""
+    init_lora_weights: bool | Literal["gaussian", "olora", "orthogonal", "pissa", "pissa_niter_16", "loftq"] = Field(
+        default=True, json_schema_extra=LATER
+    )
+    """How the update begins: true is no change at all; `pissa` (arXiv 2404.02948) and `loftq` (arXiv 2310.08659) take a
+    part of the weights into it."""
 
-    def wrap(self, model: Any) -> Any:
-        import peft
-
-        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **self.model_dump()))
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if self.init_lora_weights == "loftq" and hardware.device == "cpu":
+            return (
+                "peft quantises on the GPU for LoftQ (Torch not compiled with CUDA enabled): use true or pissa on a CPU"
+            )
+        return None

@@ -1,23 +1,34 @@
-"""Optimizer states in the memory of the host."""
+"""Optimizer states outside the device."""
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from finetune_study.techniques.base import Kind, Technique
+from pydantic import Field
+
+from finetune_study.section import LATER
+from finetune_study.techniques.base import Kind, Recipe, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
 
 
 class OffloadOptimizer(Technique):
-    """DeepSpeed keeps optimizer states in host memory and updates the weights there."""
+    """DeepSpeed keeps optimizer states in host memory or on NVMe and updates the weights on the host."""
 
     name: ClassVar[str] = "offload_optimizer"
     kind: ClassVar[Kind] = "offload"
     needs: ClassVar[frozenset[str]] = frozenset({"zero1", "zero2", "zero3"})
     effect: ClassVar[str] = "no optimizer states on the device; every step waits for PCIe and the CPU"
-    source: ClassVar[str] = "Ren et al., arXiv 2101.06840"
+    source: ClassVar[str] = "Ren et al., arXiv 2101.06840; on NVMe Rajbhandari et al., arXiv 2104.07857"
 
-    device: Literal["cpu"] = "cpu"
-    """Where the states go."""
+    device: Literal["cpu", "nvme"] = "cpu"
+    """Where the states go; `nvme` needs zero3."""
     pin_memory: bool = False
     """Page-locked host memory: faster transfers, but it can't be swapped."""
+    nvme_path: str | None = Field(default=None, json_schema_extra=LATER)
+    """Folder on a local NVMe drive, for `nvme`."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
 
     def deepspeed(self, device: str) -> dict[str, Any]:
         part: dict[str, Any] = {"zero_optimization": {"offload_optimizer": self.model_dump()}}
@@ -29,3 +40,16 @@ class OffloadOptimizer(Technique):
             # It would have to be compiled; on a machine without a GPU torch's AdamW does the same work.
             part["zero_force_ds_cpu_optimizer"] = False
         return part
+
+
+def why_not_nvme(name: str, device: str, path: str | None, hardware: "Hardware", recipe: Recipe) -> str | None:
+    """Why DeepSpeed can't swap to NVMe there; None when it can, or need not."""
+    if device != "nvme":
+        return None
+    if path is None:
+        return f"{name}.device: nvme needs {name}.nvme_path, a folder on a local drive"
+    if "zero3" not in recipe:
+        return "DeepSpeed swaps to NVMe under ZeRO-3 alone: use zero3, or device: cpu"
+    if hardware.device == "cpu":
+        return "DeepSpeed's asynchronous reads are an op that a CPU study does not compile (libaio): use device: cpu"
+    return None

@@ -1,20 +1,22 @@
 """Optimizers, by the names of transformers' `optim`."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.base import Kind, Recipe, Technique
 
 
-class AdamwTorch(Technique):
-    """torch.optim.AdamW: two states of the weights' own precision for each trained weight."""
+class Optimizer(Technique):
+    """An optimizer that transformers has a name for."""
 
-    name: ClassVar[str] = "adamw_torch"
     kind: ClassVar[Kind] = "optimizer"
-    effect: ClassVar[str] = "8 bytes of states for each trained fp32 weight; the default"
-    source: ClassVar[str] = "Loshchilov and Hutter, arXiv 1711.05101"
 
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return {"optim": self.name, **self.model_dump()}
+
+
+class _Adam(Optimizer):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -22,5 +24,125 @@ class AdamwTorch(Technique):
     adam_epsilon: PositiveFloat = 1e-8
     """Keeps the division finite."""
 
-    def training_arguments(self) -> dict[str, Any]:
-        return {"optim": self.name, **self.model_dump()}
+
+class AdamwTorch(_Adam):
+    """torch.optim.AdamW: two states of the weights' own precision for each trained weight."""
+
+    name: ClassVar[str] = "adamw_torch"
+    effect: ClassVar[str] = "8 bytes of states for each trained fp32 weight; the default"
+    source: ClassVar[str] = "Loshchilov and Hutter, arXiv 1711.05101"
+
+
+class AdamwTorchFused(_Adam):
+    """torch.optim.AdamW(fused=True): the whole step is one kernel."""
+
+    name: ClassVar[str] = "adamw_torch_fused"
+    effect: ClassVar[str] = "states as adamw_torch, without its temporary copy; the fastest step"
+    source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html"
+
+
+class _Torchao(_Adam):
+    packages: ClassVar[tuple[str, ...]] = ("torchao",)
+
+
+class AdamwTorch8bit(_Torchao):
+    """torchao's AdamW with states in 8 bit, quantised in blocks."""
+
+    name: ClassVar[str] = "adamw_torch_8bit"
+    effect: ClassVar[str] = "2 bytes of states for each trained weight; compiled at its first step"
+    source: ClassVar[str] = "https://github.com/pytorch/ao (torchao.optim)"
+
+
+class AdamwTorch4bit(_Torchao):
+    """torchao's AdamW with states in 4 bit, quantised in blocks."""
+
+    name: ClassVar[str] = "adamw_torch_4bit"
+    effect: ClassVar[str] = "1 byte of states for each trained weight; compiled at its first step"
+    source: ClassVar[str] = "Li et al., arXiv 2309.01507; https://github.com/pytorch/ao (torchao.optim)"
+
+
+class _Bitsandbytes(_Adam):
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+
+
+class Adamw8bit(_Bitsandbytes):
+    """bitsandbytes' AdamW with states in 8 bit, quantised in blocks; those of embeddings stay in 32 bit."""
+
+    name: ClassVar[str] = "adamw_8bit"
+    effect: ClassVar[str] = "2 bytes of states for each trained weight instead of 8; losses as adamw_torch"
+    source: ClassVar[str] = "Dettmers et al., arXiv 2110.02861"
+
+
+class PagedAdamw32bit(_Bitsandbytes):
+    """bitsandbytes' AdamW with states in unified memory, which moves to the host when the device is full."""
+
+    name: ClassVar[str] = "paged_adamw_32bit"
+    effect: ClassVar[str] = "states as adamw_torch, in unified memory: peaks go to the host, at PCIe's speed"
+    source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
+
+
+class PagedAdamw8bit(_Bitsandbytes):
+    """bitsandbytes' 8-bit AdamW with states in unified memory."""
+
+    name: ClassVar[str] = "paged_adamw_8bit"
+    effect: ClassVar[str] = "states as adamw_8bit, in unified memory: peaks go to the host, at PCIe's speed"
+    source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
+
+
+class Adafactor(Optimizer):
+    """transformers' Adafactor: of the second moment sums of rows and columns alone, and no first moment."""
+
+    name: ClassVar[str] = "adafactor"
+    effect: ClassVar[str] = "hardly any states; another update than AdamW's, so another learning rate"
+    source: ClassVar[str] = "Shazeer and Stern, arXiv 1804.04235"
+
+
+_ONE_DIMENSION = (
+    "projects gradients of whole matrices, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
+)
+
+
+class _LowRank(_Adam):
+    """An optimizer whose states live in a low-rank projection of the gradients of linear layers."""
+
+    rank: PositiveInt = 128
+    """Rank of the projection."""
+    update_proj_gap: PositiveInt = 200
+    """Steps between two projections."""
+    scale: PositiveFloat = 0.25
+    """Factor of the projected update."""
+    optim_target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Layers whose gradients are projected."""
+
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        adam = self.model_dump(include={"adam_beta1", "adam_beta2", "adam_epsilon"})
+        projection = ",".join(f"{name}={getattr(self, name)}" for name in ("rank", "update_proj_gap", "scale"))
+        return {
+            "optim": self.name,
+            "optim_args": projection,
+            "optim_target_modules": self.optim_target_modules,
+            **adam,
+        }
+
+
+class GaloreAdamw(_LowRank):
+    """AdamW on gradients that are projected to a low rank by SVD, by galore-torch."""
+
+    name: ClassVar[str] = "galore_adamw"
+    packages: ClassVar[tuple[str, ...]] = ("galore_torch",)
+    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), f"GaLore {_ONE_DIMENSION}")
+    effect: ClassVar[str] = "states of rank times width instead of whole matrices; an SVD every update_proj_gap steps"
+    source: ClassVar[str] = "Zhao et al., arXiv 2403.03507"
+
+
+class ApolloAdamw(_LowRank):
+    """AdamW's learning rates for whole channels, learned in a random low-rank projection, by apollo-torch."""
+
+    name: ClassVar[str] = "apollo_adamw"
+    packages: ClassVar[tuple[str, ...]] = ("apollo_torch",)
+    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), f"APOLLO {_ONE_DIMENSION}")
+    effect: ClassVar[str] = "states as galore_adamw without its SVD"
+    source: ClassVar[str] = "Zhu et al., arXiv 2412.05270"
+
+    scale: PositiveFloat = 1.0
+    """Factor of the projected update."""

@@ -8,7 +8,20 @@ if TYPE_CHECKING:
     from finetune_study.config import Hardware
 
 BF16_COMPUTE_CAPABILITY = 8.0
-"""Ampere; earlier GPUs have no bf16 matrix units (CUDA C++ programming guide, table of arithmetic throughput)."""
+"""Ampere; earlier GPUs have no bf16 and no TF32 matrix units (CUDA C++ programming guide, table of arithmetic
+throughput)."""
+
+
+def is_deepspeed(recipe: Recipe) -> bool:
+    """Whether DeepSpeed's engine runs the steps of a recipe."""
+    return any(technique.is_deepspeed for technique in recipe.values())
+
+
+def _lacks_units(hardware: "Hardware", what: str, instead: str) -> str | None:
+    capability = hardware.compute_capability
+    if hardware.device == "cuda" and capability is not None and capability < BF16_COMPUTE_CAPABILITY:
+        return f"{what} needs compute capability {BF16_COMPUTE_CAPABILITY}; this GPU has {capability}: use {instead}"
+    return None
 
 
 class Fp32(Technique):
@@ -23,6 +36,22 @@ class Fp32(Technique):
         return {"dtype": "float32"}
 
 
+class Tf32(Fp32):
+    """32-bit floating point, whose matrix products round their inputs to TF32's 10 bits of mantissa."""
+
+    name: ClassVar[str] = "tf32"
+    effect: ClassVar[str] = "memory as fp32; matrix products several times faster; loss as fp32 within noise"
+    source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/notes/cuda.html, TF32"
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if hardware.device == "cpu":
+            return "transformers: --tf32 requires Ampere or a newer GPU arch; on a CPU use fp32"
+        return _lacks_units(hardware, "tf32", "fp16 or fp32")
+
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return {"tf32": True}
+
+
 class Bf16(Technique):
     """Mixed precision with bfloat16, as `TrainingArguments(bf16=True)` does it."""
 
@@ -35,17 +64,36 @@ class Bf16(Technique):
     """Of the weights as they are loaded; `auto`: float32 where they are trained, bfloat16 where PEFT freezes them."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        capability = hardware.compute_capability
-        if hardware.device == "cuda" and capability is not None and capability < BF16_COMPUTE_CAPABILITY:
-            return f"bf16 needs compute capability {BF16_COMPUTE_CAPABILITY}; this GPU has {capability}: use fp16"
-        return None
+        return _lacks_units(hardware, self.name, "fp16")
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         auto = "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"
         return {"dtype": auto if self.dtype == "auto" else self.dtype}
 
-    def training_arguments(self) -> dict[str, Any]:
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"bf16": True}
+
+
+class Bf16Pure(Technique):
+    """Weights, gradients and optimizer states in bfloat16, nothing in 32 bit."""
+
+    name: ClassVar[str] = "bf16_pure"
+    kind: ClassVar[Kind] = "precision"
+    effect: ClassVar[str] = "a quarter to a half of mixed precision's model states; small updates are rounded away"
+    source: ClassVar[str] = "Zamirai et al., arXiv 2010.06192"
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        return _lacks_units(hardware, self.name, "fp16")
+
+    def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return {"dtype": "bfloat16"}
+
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        # DeepSpeed takes its number format from here; without it autocast would only repeat what the weights are.
+        return {"bf16": True} if is_deepspeed(recipe) else {}
+
+    def deepspeed(self, device: str) -> dict[str, Any]:
+        return {"bf16": {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 
 
 class Fp16(Technique):
@@ -62,7 +110,7 @@ class Fp16(Technique):
     """Of the weights as they are loaded; `auto`: float32 where they are trained, float16 where PEFT freezes them."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        if hardware.device == "cpu" and not any(t.is_deepspeed for t in recipe.values()):
+        if hardware.device == "cpu" and not is_deepspeed(recipe):
             return "fp16 on a CPU is silently left out by transformers (activations stay in fp32): use bf16 or fp32"
         return None
 
@@ -70,5 +118,5 @@ class Fp16(Technique):
         auto = "float16" if any(t.freezes_weights for t in recipe.values()) else "float32"
         return {"dtype": auto if self.dtype == "auto" else self.dtype}
 
-    def training_arguments(self) -> dict[str, Any]:
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"fp16": True}

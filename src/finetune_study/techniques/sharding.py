@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.base import Kind, Recipe, Technique
 
 
 class Ddp(Technique):
@@ -15,7 +15,7 @@ class Ddp(Technique):
     effect: ClassVar[str] = "no memory saved; the least communication"
     source: ClassVar[str] = "Li et al., arXiv 2006.15704"
 
-    def training_arguments(self) -> dict[str, Any]:
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         # All weights that ask for gradients get one in a causal language model; looking for others costs time.
         return {"ddp_find_unused_parameters": False}
 

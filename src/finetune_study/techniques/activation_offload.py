@@ -1,0 +1,57 @@
+"""Activations wait in the memory of the host."""
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.gradient_checkpointing import GradientCheckpointing
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+    from finetune_study.run import Run
+
+
+class ActivationOffload(Technique):
+    """What the backward pass needs is moved to the host in the forward pass and fetched back (torch's save_on_cpu)."""
+
+    name: ClassVar[str] = "activation_offload"
+    kind: ClassVar[Kind] = "activation offload"
+    effect: ClassVar[str] = "no activations of earlier layers on the device; every pass waits for PCIe"
+    source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/autograd.html, torch.autograd.graph.save_on_cpu"
+
+    pin_memory: bool = False
+    """Page-locked host memory: faster transfers, but it can't be swapped."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        checkpointing = recipe.get("gradient_checkpointing")
+        if isinstance(checkpointing, GradientCheckpointing) and not checkpointing.use_reentrant:
+            return (
+                "torch's non-reentrant checkpoints keep a layer's input where save_on_cpu does not see it, so nothing "
+                "would be offloaded: set gradient_checkpointing.use_reentrant: true"
+            )
+        return None
+
+    def is_exported(self) -> bool:
+        return False
+
+    def wrap(self, model: Any, run: "Run") -> Any:
+        import torch
+
+        mover = torch.autograd.graph.save_on_cpu(pin_memory=self.pin_memory)
+
+        def pack(tensor: Any) -> Any:
+            # Weights are saved for the backward pass too, and stay on the device anyway.
+            return tensor if isinstance(tensor, torch.nn.Parameter) else mover.pack_hook(tensor)
+
+        def unpack(packed: Any) -> Any:
+            return packed if isinstance(packed, torch.Tensor) else mover.unpack_hook(packed)
+
+        forward = model.forward
+
+        @functools.wraps(forward)
+        def offloaded(*arguments: Any, **keywords: Any) -> Any:
+            with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+                return forward(*arguments, **keywords)
+
+        model.forward = offloaded
+        return model

@@ -1,0 +1,160 @@
+"""Methods of peft beside LoRA that change layers."""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from finetune_study.techniques.peft_method import MIXED, PeftMethod
+
+if TYPE_CHECKING:
+    from finetune_study.run import Run
+
+TargetModules = Literal["all-linear"] | list[str]
+
+
+class Adalora(PeftMethod):
+    """LoRA whose ranks are taken from unimportant layers while it trains."""
+
+    name: ClassVar[str] = "adalora"
+    method: ClassVar[str] = "ADALORA"
+    effect: ClassVar[str] = "memory as lora of init_r; slower by its bookkeeping; better loss at an equal budget"
+    source: ClassVar[str] = "Zhang et al., arXiv 2303.10512"
+
+    init_r: PositiveInt = 12
+    """Rank at the start."""
+    target_r: PositiveInt = 8
+    """Average rank at the end."""
+    tinit: NonNegativeInt = 0
+    """Steps before ranks are taken away."""
+    tfinal: NonNegativeInt = 0
+    """Steps at the end with fixed ranks."""
+    deltaT: PositiveInt = 1  # noqa: N815, peft's name
+    """Steps between two changes of the ranks."""
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Decay of the average importance."""
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Decay of the uncertainty about it."""
+    orth_reg_weight: Annotated[float, Field(gt=0)] = 0.5
+    """Weight of the term of the loss that keeps directions orthogonal."""
+    lora_alpha: PositiveInt = 8
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the update."""
+    target_modules: TargetModules = "all-linear"
+    """Names of the layers that get an update, or `all-linear`: all but the output layer."""
+
+    def is_exported(self) -> bool:
+        return False
+
+    def peft_settings(self, run: "Run") -> dict[str, Any]:
+        return self.model_dump() | {"total_step": run.num_steps}
+
+    def wrap(self, model: Any, run: "Run") -> Any:
+        model = super().wrap(model, run)
+        tuner = model.base_model
+        with_penalty = tuner.forward
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            # peft adds its penalty to the loss in evaluation too, where losses of different recipes are compared.
+            return with_penalty(*arguments, **keywords) if tuner.training else tuner.model(*arguments, **keywords)
+
+        tuner.forward = forward
+        return model
+
+    def callbacks(self, model: Any) -> list[Any]:
+        from transformers import TrainerCallback
+
+        class Allocate(TrainerCallback):
+            """peft leaves it to the training loop to move ranks after each step."""
+
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                model.base_model.update_and_allocate(state.global_step)
+
+        return [Allocate()]
+
+
+class Ia3(PeftMethod):
+    """Trains one factor for each output of keys and values, and each input of the feed-forward's last layer."""
+
+    name: ClassVar[str] = "ia3"
+    method: ClassVar[str] = "IA3"
+    effect: ClassVar[str] = "a hundred times fewer trained weights than lora; activations as full fine-tuning"
+    source: ClassVar[str] = "Liu et al., arXiv 2205.05638"
+
+    target_modules: list[str] | None = None
+    """Names of the layers; null: what peft knows of the architecture."""
+    feedforward_modules: list[str] | None = None
+    """Those of them that are scaled at their input; null: what peft knows of the architecture."""
+
+
+class Loha(PeftMethod):
+    """Updates linear layers by the element-wise product of two low-rank matrices."""
+
+    name: ClassVar[str] = "loha"
+    method: ClassVar[str] = "LOHA"
+    beside: ClassVar[frozenset[str]] = MIXED - {"loha"}
+    effect: ClassVar[str] = "twice lora's trained weights for a rank of r squared; slower than lora"
+    source: ClassVar[str] = "Hyeon-Woo et al., arXiv 2108.06098"
+
+    r: PositiveInt = 8
+    """Rank of each of the two matrices."""
+    alpha: PositiveInt = 8
+    """The update is scaled by alpha / r."""
+    target_modules: TargetModules = "all-linear"
+    """Names of the layers that get an update, or `all-linear`: all but the output layer."""
+
+
+class Lokr(PeftMethod):
+    """Updates linear layers by the Kronecker product of a small and a low-rank matrix."""
+
+    name: ClassVar[str] = "lokr"
+    method: ClassVar[str] = "LOKR"
+    beside: ClassVar[frozenset[str]] = MIXED - {"lokr"}
+    effect: ClassVar[str] = "fewer trained weights than lora; slower than lora"
+    source: ClassVar[str] = "Edalati et al., arXiv 2212.10650"
+
+    r: PositiveInt = 8
+    """Rank of the larger factor."""
+    alpha: PositiveInt = 8
+    """The update is scaled by alpha / r."""
+    target_modules: TargetModules = "all-linear"
+    """Names of the layers that get an update, or `all-linear`: all but the output layer."""
+
+
+class Oft(PeftMethod):
+    """Rotates the inputs of linear layers by trained orthogonal matrices."""
+
+    name: ClassVar[str] = "oft"
+    method: ClassVar[str] = "OFT"
+    beside: ClassVar[frozenset[str]] = MIXED - {"oft"}
+    effect: ClassVar[str] = "trained weights as lora; slower than lora; keeps the angles between neurons"
+    source: ClassVar[str] = "Qiu et al., arXiv 2306.07280"
+
+    oft_block_size: PositiveInt = 32
+    """Inputs that are rotated together; it divides the width of every layer."""
+    target_modules: TargetModules = "all-linear"
+    """Names of the layers that are rotated, or `all-linear`: all but the output layer."""
+
+
+class AdaptionPrompt(PeftMethod):
+    """LLaMA-Adapter: trained tokens beside the attention of the last layers, opened by a gate that starts at zero."""
+
+    name: ClassVar[str] = "adaption_prompt"
+    method: ClassVar[str] = "ADAPTION_PROMPT"
+    effect: ClassVar[str] = "about a million trained weights for a 7B model; a second attention over a few tokens"
+    source: ClassVar[str] = "Zhang et al., arXiv 2303.16199"
+
+    adapter_len: PositiveInt = 10
+    """Trained tokens of a layer."""
+    adapter_layers: PositiveInt | None = None
+    """How many layers from the last on; null: all."""
+
+    def is_exported(self) -> bool:
+        return False
+
+    def wrap(self, model: Any, run: "Run") -> Any:
+        import peft
+
+        layers = self.adapter_layers or model.config.num_hidden_layers
+        config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=self.adapter_len, adapter_layers=layers)
+        return peft.get_peft_model(model, config)

@@ -1,0 +1,39 @@
+"""torch's own sharding of everything, as the peer of ZeRO-3."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune_study.techniques.base import Kind, Recipe, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+
+
+class Fsdp(Technique):
+    """FSDP2 (`torch.distributed.fsdp.fully_shard`): weights, gradients and states are sharded, layer by layer."""
+
+    name: ClassVar[str] = "fsdp"
+    kind: ClassVar[Kind] = "sharding"
+    excludes: ClassVar[dict[str, str]] = {
+        "muon": "torch.optim.Muon needs whole matrices, and FSDP2 gives it shards: use ddp",
+    }
+    effect: ClassVar[str] = "everything divided by the number of devices; weights travel in every pass"
+    source: ClassVar[str] = (
+        "Zhao et al., arXiv 2304.11277; https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"
+    )
+
+    reshard_after_forward: bool = True
+    """Give gathered weights back after the forward pass too; false keeps them for the backward pass, as ZeRO-2 does."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if hardware.device == "cpu":
+            return "accelerate silently leaves FSDP out on a CPU and trains with DDP: use ddp, or zero1 to zero3"
+        return None
+
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        config = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": self.reshard_after_forward,
+            "cpu_offload": "offload_param" in recipe,
+        }
+        return {"fsdp": True, "fsdp_config": config}

@@ -1,0 +1,77 @@
+"""Muon, by torch."""
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from finetune_study.techniques.base import Kind, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.run import Run
+
+_FLAT = "torch: Muon only supports 2D parameters, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
+
+
+class Muon(Technique):
+    """torch.optim.Muon for the matrices of the layers, torch.optim.AdamW for embeddings, output layer and norms."""
+
+    name: ClassVar[str] = "muon"
+    kind: ClassVar[Kind] = "optimizer"
+    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), _FLAT)
+    effect: ClassVar[str] = (
+        "4 bytes of states instead of 8 for most weights; a step costs matrix products; faster learning"
+    )
+    source: ClassVar[str] = "Jordan et al., https://kellerjordan.github.io/posts/muon; Liu et al., arXiv 2502.16982"
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the first moment."""
+    nesterov: bool = True
+    """Look ahead by one step."""
+    ns_steps: PositiveInt = 5
+    """Newton-Schulz iterations that make an update orthogonal."""
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = "match_rms_adamw"
+    """How the rate depends on a matrix's shape; `match_rms_adamw` lets AdamW's learning rate be used."""
+
+    def is_exported(self) -> bool:
+        return False
+
+    def optimizer(self, run: "Run", arguments: Any) -> tuple[Any, dict[str, Any]]:
+        rates = {"lr": arguments.learning_rate, "weight_decay": arguments.weight_decay}
+        return lambda: muon_with_adamw, {**self.model_dump(), **rates}
+
+
+def muon_with_adamw(model: Any, **settings: Any) -> Any:
+    """Muon and AdamW as one optimizer over all trained weights of a model."""
+    import torch
+
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    of_ends = {id(p) for module in ends if module is not None for p in module.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim == 2 and id(p) not in of_ends]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    rates = {name: settings[name] for name in ("lr", "weight_decay")}
+
+    class MuonWithAdamW(torch.optim.Optimizer):
+        """Two optimizers behind one interface; each keeps its own arithmetic and states."""
+
+        def __init__(self) -> None:
+            self.parts = [torch.optim.Muon(matrices, **settings)] if matrices else []
+            self.parts += [torch.optim.AdamW(rest, **rates)] if rest else []
+            super().__init__([group for part in self.parts for group in part.param_groups], {})
+            # A learning-rate schedule writes to these groups, and both parts read them.
+            self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+        @property
+        def state(self) -> Any:
+            return {p: s for part in self.parts for p, s in part.state.items()}
+
+        @state.setter
+        def state(self, _: Any) -> None:
+            """The states are those of the parts."""
+
+        def step(self, closure: Any = None) -> None:
+            for part in self.parts:
+                part.step()
+
+    return MuonWithAdamW()

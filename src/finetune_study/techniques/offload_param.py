@@ -1,0 +1,32 @@
+"""Weights outside the device."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.offload_optimizer import why_not_nvme
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+
+
+class OffloadParam(Technique):
+    """Weights wait in host memory or on NVMe until their layer's turn (DeepSpeed; under FSDP2 states do too)."""
+
+    name: ClassVar[str] = "offload_param"
+    kind: ClassVar[Kind] = "parameter offload"
+    needs: ClassVar[frozenset[str]] = frozenset({"zero3", "fsdp"})
+    effect: ClassVar[str] = "one layer's weights on the device at a time; every pass waits for PCIe or the drive"
+    source: ClassVar[str] = "Rajbhandari et al., arXiv 2104.07857"
+
+    device: Literal["cpu", "nvme"] = "cpu"
+    """Where the weights go."""
+    pin_memory: bool = False
+    """Page-locked host memory: faster transfers, but it can't be swapped."""
+    nvme_path: str | None = None
+    """Folder on a local NVMe drive, for `nvme`."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
+
+    def deepspeed(self, device: str) -> dict[str, Any]:
+        return {"zero_optimization": {"offload_param": self.model_dump(exclude_none=True)}}

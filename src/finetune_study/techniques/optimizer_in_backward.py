@@ -1,0 +1,70 @@
+"""The optimizer steps while the backward pass runs."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune_study.techniques.base import Kind, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.run import Run
+
+_OWN_STEP = "DeepSpeed's engine makes the step itself, after the whole backward pass: use one device, or leave one out"
+
+
+class OptimizerInBackward(Technique):
+    """Each weight is updated as soon as its gradient is there, which is then given back (transformers' layer-wise)."""
+
+    name: ClassVar[str] = "optimizer_in_backward"
+    kind: ClassVar[Kind] = "optimizer step"
+    excludes: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("zero1", "zero2", "zero3"), _OWN_STEP),
+        "ddp": "transformers: layer-wise optimizers do not support DDP; gradients would be used before they are summed",
+        "fsdp": "transformers: layer-wise optimizers do not support several devices",
+        "fp16": "loss scaling looks at all gradients before a step, and here there is never more than one: use bf16",
+        "muon": "it is two optimizers for different weights: use another one",
+    }
+    effect: ClassVar[str] = "gradients of one layer instead of all; as fast; no clipping and no gradient accumulation"
+    source: ClassVar[str] = (
+        "Lv et al., arXiv 2306.09782; https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
+    )
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if run.gradient_accumulation_steps > 1:
+            return (
+                "optimizer_in_backward makes a step of every micro-batch, so it can't accumulate "
+                f"{run.gradient_accumulation_steps} of them: raise per_device_train_batch_size"
+            )
+        if run.training.max_grad_norm:
+            return (
+                "optimizer_in_backward never sees all gradients, so it can't clip them: set training.max_grad_norm: 0"
+            )
+        return None
+
+    def is_exported(self) -> bool:
+        return False
+
+    def optimizer(self, run: "Run", arguments: Any) -> tuple[Any, dict[str, Any]]:
+        from transformers import Trainer
+
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        return lambda: in_backward, {"kind": kind, "settings": settings, "weight_decay": arguments.weight_decay}
+
+
+def in_backward(model: Any, kind: Any, settings: dict[str, Any], weight_decay: float) -> Any:
+    """An optimizer for each trained weight, called by autograd, behind transformers' stand-in for one.
+
+    transformers' schedule follows them all by the same stand-in (`transformers.optimization.get_scheduler`).
+    """
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+    def step(weight: Any) -> None:
+        optimizers[weight].step()
+        optimizers[weight].zero_grad()
+
+    optimizers = {}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            # Trainer spares norms and biases as well.
+            decay = weight_decay if weight.ndim > 1 else 0.0
+            optimizers[weight] = kind([{"params": [weight], "weight_decay": decay}], **settings)
+            weight.register_post_accumulate_grad_hook(step)
+    return LayerWiseDummyOptimizer(optimizer_dict=optimizers, lr=settings["lr"])

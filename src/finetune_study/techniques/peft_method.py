@@ -1,0 +1,44 @@
+"""What all methods of peft have in common."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from finetune_study.techniques.base import Kind, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.run import Run
+
+MIXED = frozenset({"lora", "loha", "lokr", "oft"})
+"""Those that peft trains together on one model (peft.tuners.mixed.COMPATIBLE_TUNER_TYPES; AdaLoRA stands there too, but
+the mixed model never moves its ranks)."""
+
+
+class PeftMethod(Technique):
+    """Freezes the weights and trains what peft adds to them. Settings are those of the method's `PeftConfig`."""
+
+    kind: ClassVar[Kind] = "peft"
+    freezes_weights: ClassVar[bool] = True
+    method: ClassVar[str]
+    """Name in `peft.PeftType`."""
+
+    def peft_settings(self, run: "Run") -> dict[str, Any]:
+        """Fields of the method's `PeftConfig` for a run."""
+        return self.model_dump()
+
+    def peft_config(self, run: "Run") -> Any:
+        """The method's `PeftConfig` for a run."""
+        import peft
+
+        config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[self.method]]
+        return config(task_type="CAUSAL_LM", **self.peft_settings(run))
+
+    def wrap(self, model: Any, run: "Run") -> Any:
+        import peft
+
+        names = [name for name, other in run.parsed_techniques.items() if isinstance(other, PeftMethod)]
+        if len(names) == 1:
+            return peft.get_peft_model(model, self.peft_config(run))
+        if self.name == names[0]:
+            return peft.get_peft_model(model, self.peft_config(run), adapter_name=self.name, mixed=True)
+        model.add_adapter(self.name, self.peft_config(run))
+        model.set_adapter(names)
+        return model

@@ -1,0 +1,37 @@
+"""Less traffic between the devices of ZeRO-3."""
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import PositiveInt
+
+from finetune_study.techniques.base import Kind, Recipe, Technique
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+
+
+class Zeropp(Technique):
+    """ZeRO++: weights and gradients travel quantised, and a second copy of the weights stays within a node."""
+
+    name: ClassVar[str] = "zeropp"
+    kind: ClassVar[Kind] = "communication"
+    needs: ClassVar[frozenset[str]] = frozenset({"zero3"})
+    effect: ClassVar[str] = "a quarter of ZeRO-3's traffic; hpZ takes a second copy of the weights for each node"
+    source: ClassVar[str] = "Wang et al., arXiv 2306.10209"
+
+    zero_quantized_weights: bool = True
+    """Weights are gathered in 8 bit."""
+    zero_quantized_gradients: bool = True
+    """Gradients are scattered in 4 bit."""
+    zero_hpz_partition_size: PositiveInt = 1
+    """Devices that share a second copy of the weights: those of one node; 1 makes none."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
+            return (
+                "DeepSpeed has its quantiser as CUDA kernels alone: on a CPU only zero_hpz_partition_size can be used"
+            )
+        return None
+
+    def deepspeed(self, device: str) -> dict[str, Any]:
+        return {"zero_optimization": self.model_dump()}

@@ -1,0 +1,54 @@
+"""A real GPU; without one everything here is skipped."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.lab import STEPS, Lab
+from tests.training.pairs import Trained
+
+
+def gpu_hardware() -> dict[str, Any]:
+    """The hardware entry of the first GPU.
+
+    Raises:
+        RuntimeError: where there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": "cuda",
+        "gpu": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "compute_capability": properties.major + properties.minor / 10,
+        "max_gpus": torch.cuda.device_count(),
+    }
+
+
+@pytest.fixture(scope="session")
+def gpu() -> dict[str, Any]:
+    try:
+        return gpu_hardware()
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no GPU: {error}")
+
+
+@pytest.fixture(scope="session")
+def gpu_lab(gpu: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("gpu-lab"), gpu)
+
+
+@pytest.fixture(scope="session")
+def trained(gpu_lab: Lab, gpu: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    trained = Trained(gpu_lab, tmp_path_factory.mktemp("gpu-pools"))
+    yield trained
+    trained.stop()
+    if path := os.environ.get("TECHNIQUES_RAN"):
+        what = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on {gpu['max_gpus']} GPUs"
+        trained.write(Path(path), device=gpu["gpu"], command="make gpu-check", what=what)

@@ -1,0 +1,75 @@
+"""Every technique, and every pair of them, runs on a CPU or is excluded with a reason.
+
+What ran is written to the file that the variable TECHNIQUES_RAN names (`make techniques-ran`), for docs/techniques.md.
+
+torchao's optimizers compile their step, for a minute in each run; here they run it uncompiled, and
+tests/training/test_optimizers.py has them compiled.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune_study import techniques
+from finetune_study.run import Run
+from tests.training.lab import STEPS, Lab
+from tests.training.pairs import ROUNDING, Case, Trained, pairs, singles
+
+FP32_TOLERANCE = 1e-4
+"""Relative: the same sums in another order."""
+ROUNDED_TOLERANCE = 2e-2
+"""Relative: 8 bits of mantissa, and DeepSpeed rounds elsewhere than autocast does."""
+
+
+@pytest.fixture(scope="session")
+def trained(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    trained = Trained(lab, tmp_path_factory.mktemp("pools"))
+    yield trained
+    trained.stop()
+    if path := os.environ.get("TECHNIQUES_RAN"):
+        about = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on one or two ranks"
+        trained.write(Path(path), device="CPU", command="make techniques-ran", what=about)
+
+
+def check(case: Case, lab: Lab, trained: Trained) -> None:
+    """Runs a case, and compares it with what it must not differ from."""
+    planned = case.plan(lab)
+    if not isinstance(planned, Run):
+        assert len(planned) > 20, "a reason says something"
+        return
+    answer = trained(case, case.num_gpus)
+    trained.tell(case, answer, case.num_gpus)
+    assert answer.error is None, answer.trace
+    stepped = [step["loss"] for step in answer.ranks[0]["steps"] if step["stepped"]]
+    assert len(stepped) == STEPS
+    assert all(math.isfinite(loss) for loss in stepped)
+    reference = case.reference
+    if reference is None or "fp16" in case.names:
+        return
+    expected = trained(reference, case.num_gpus)
+    tolerance = ROUNDED_TOLERANCE if ROUNDING & set(case.names) else FP32_TOLERANCE
+    assert answer.losses == pytest.approx(expected.losses, rel=tolerance)
+    assert answer.eval_losses == pytest.approx(expected.eval_losses, rel=tolerance)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("case", singles(), ids=str)
+def test_a_technique_alone(case: Case, lab: Lab, trained: Trained) -> None:
+    check(case, lab, trained)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", pairs(), ids=str)
+def test_a_pair(case: Case, lab: Lab, trained: Trained) -> None:
+    check(case, lab, trained)
+
+
+def test_what_does_not_run_on_a_cpu_is_known(lab: Lab) -> None:
+    """A reason that comes or goes is seen here."""
+    excluded = {str(case) for case in singles() if isinstance(case.plan(lab), str)}
+    gpus_alone = {"tf32", "fp16", "flash_attention_2", "flash_attention_3", "flash_attention_4", "liger", "fsdp"}
+    assert excluded == gpus_alone
+    assert excluded < set(techniques.ALL)

@@ -1,0 +1,143 @@
+"""What peft trains: counted by itself, by hand, and by what a run says."""
+
+from typing import Any
+
+import pytest
+
+from finetune_study import model, techniques
+from finetune_study.techniques.peft_method import PeftMethod
+from tests.training.lab import Lab
+from tests.training.pairs import Case, Trained
+from tests.training.test_pairs import trained
+
+__all__ = ["trained"]  # a fixture of both files: their runs are trained once
+pytestmark = pytest.mark.training
+
+METHODS = [name for name, technique in techniques.ALL.items() if issubclass(technique, PeftMethod)]
+
+TRAINED = {
+    "lora": 2 * 4 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64) + 3 * (64 + 128)),
+    "qlora": 2 * 8 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64) + 3 * (64 + 128)),
+    "ia3": 2 * (32 + 32 + 128),  # keys, values, and the input of the last layer of the feed-forward
+    "prompt_tuning": 20 * 64,
+    "prefix_tuning": 20 * 2 * 2 * 32,  # keys and values of two layers
+    "adaption_prompt": 2 * (10 * 64 + 1),  # and a gate
+}
+"""Weights by hand, where a hand is enough."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_are_counted_as_peft_counts_them(name: str, lab: Lab, trained: Trained) -> None:
+    case = Case((name,))
+    facts = trained(case, case.num_gpus).ranks[0]
+    run = lab.plan(case.recipe, num_gpus=1).run
+    lab.prepare(run)
+    adapted = (
+        techniques.ALL[name]
+        .model_validate(case.recipe[name])
+        .wrap(model.load(run, lab.results.model(run.model_key)), run)
+    )
+    assert (facts["trainable_parameters"], facts["total_parameters"]) == adapted.get_nb_trainable_parameters()
+    assert facts["trainable_parameters"] == TRAINED.get(name, facts["trainable_parameters"])
+    assert facts["trainable_parameters"] < 0.4 * facts["total_parameters"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}, {"bnb_4bit_quant_type": "fp4"}], ids=str)
+def test_quantised_weights_are_small_and_close(settings: dict[str, Any], lab: Lab) -> None:
+    """NF4 takes half a byte for a weight, and a maximum for each block of 64; int8 one, and a maximum for each row."""
+    import torch
+
+    run = lab.run({"qlora": settings})
+    lab.prepare(run)
+    folder = lab.results.model(run.model_key)
+    net = model.load(run, folder)
+    linear = net.model.layers[0].mlp.up_proj
+    plain = model.load(lab.run(), folder).model.layers[0].mlp.up_proj.weight
+    bits = 8 if settings.get("load_in_8bit") else 4
+    assert linear.weight.numel() * linear.weight.element_size() == plain.numel() * bits // 8
+    inputs = torch.ones(1, 64)
+    error = (linear(inputs) - plain @ inputs[0]).norm() / (plain @ inputs[0]).norm()
+    assert 0 < float(error) < (0.05 if bits == 8 else 0.3)
+
+
+def test_quantised_lora_learns_as_lora_does(lab: Lab) -> None:
+    lora = lab.train({"lora": {"r": 4, "lora_alpha": 16}})
+    for settings, tolerance in (({"load_in_8bit": True}, 5e-3), ({}, 2e-2)):
+        quantised = lab.train({"qlora": {"r": 4, "lora_alpha": 16, **settings}})
+        assert quantised.losses == pytest.approx(lora.losses, rel=tolerance)
+        assert quantised.losses != lora.losses
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian"},
+    ],
+    ids=str,
+)
+def test_variants_of_lora_begin_where_it_does_and_go_their_own_way(settings: dict[str, Any], lab: Lab) -> None:
+    lora = lab.train({"lora": {"r": 4, "lora_alpha": 16}})
+    variant = lab.train({"lora": {"r": 4, "lora_alpha": 16, **settings}})
+    assert variant.losses[0] == pytest.approx(lora.losses[0], rel=1e-4)
+    assert variant.losses[-1] < variant.losses[0]
+    assert variant.losses[1:] != pytest.approx(lora.losses[1:], rel=1e-6)
+
+
+def test_penalty_of_adalora_is_in_training_alone(lab: Lab) -> None:
+    ended, plain = lab.train({"adalora": {}}), lab.train()
+    assert ended.losses[0] > plain.losses[0] + 1
+    assert ended.eval_losses[0] == pytest.approx(plain.eval_losses[0], rel=1e-4)
+
+
+def test_adalora_takes_ranks_away(lab: Lab) -> None:
+    import peft
+
+    run = lab.run({"adalora": {"init_r": 12, "target_r": 2}})
+    lab.prepare(run)
+    technique = run.parsed_techniques["adalora"]
+    net = technique.wrap(model.load(run, lab.results.model(run.model_key)), run)
+    assert isinstance(net, peft.PeftModel)
+    (callback,) = technique.callbacks(net)
+
+    class State:
+        global_step = 0
+
+    import torch
+
+    for State.global_step in range(run.num_steps):
+        net.train()
+        tokens = torch.arange(16)[None] % 7
+        net(input_ids=tokens, labels=tokens).loss.backward()
+        callback.on_optimizer_step(None, State, None)
+    scales = [p for name, p in net.named_parameters() if "lora_E" in name]
+    assert all(p.shape[0] == 12 for p in scales)
+    left = sum(int((p != 0).sum()) for p in scales)
+    assert left <= 2 * len(scales)
+
+
+def test_merged_lora_computes_the_same(lab: Lab) -> None:
+    import torch
+
+    run = lab.run({"lora": {"r": 4, "init_lora_weights": False}})
+    lab.prepare(run)
+    net = run.parsed_techniques["lora"].wrap(model.load(run, lab.results.model(run.model_key)), run).eval()
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        adapted = net(input_ids=tokens).logits
+        merged = net.merge_and_unload()
+        assert not any("lora" in name for name, _ in merged.named_parameters())
+        torch.testing.assert_close(merged(input_ids=tokens).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_lora_beside_another_method(lab: Lab, trained: Trained) -> None:
+    alone, other, both = (trained(Case(names), 2) for names in (("lora",), ("loha",), ("lora", "loha")))
+    counts = [answer.ranks[0]["trainable_parameters"] for answer in (alone, other, both)]
+    assert counts[2] == counts[0] + counts[1]
+    assert both.losses[0] == pytest.approx(alone.losses[0], rel=1e-4)
+    assert both.losses[-1] < min(alone.losses[-1], other.losses[-1])

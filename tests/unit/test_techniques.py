@@ -1,0 +1,220 @@
+"""What every technique says of itself, and what speaks against it where."""
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune_study import config, plan, techniques
+from finetune_study.config import Hardware
+from finetune_study.errors import ConfigError
+from finetune_study.techniques.base import Technique
+
+Raw = dict[str, Any]
+
+GPUS = {"V100": 7.0, "A100": 8.0, "L40S": 8.9, "H100": 9.0, "B200": 10.0}
+"""Compute capabilities, of https://developer.nvidia.com/cuda-gpus."""
+
+OF_HARDWARE = {
+    "tf32": {"A100", "L40S", "H100", "B200"},
+    "bf16": {"A100", "L40S", "H100", "B200", "cpu"},
+    "bf16_pure": {"A100", "L40S", "H100", "B200", "cpu"},
+    "fp16": {*GPUS},
+    "fp8": {"L40S", "H100", "B200"},
+    "flash_attention_2": {"A100", "L40S", "H100", "B200"},
+    "flash_attention_3": {"H100"},
+    "flash_attention_4": {"H100", "B200"},
+    "liger": {*GPUS},
+    "fsdp": {*GPUS},
+    "zeropp": {*GPUS},
+    "optimizer_in_backward": {"A100", "L40S", "H100", "B200", "cpu"},  # a V100's default is fp16, with loss scaling
+}
+"""Where those run that do not run everywhere."""
+
+
+def hardware(name: str) -> Hardware:
+    if name == "cpu":
+        return Hardware(device="cpu", memory_gib=4)
+    return Hardware(memory_gib=80, compute_capability=GPUS[name])
+
+
+def alone(name: str, settings: Raw | None = None) -> dict[str, Raw]:
+    """The smallest recipe of a technique that means something."""
+    needs = sorted(techniques.ALL[name].needs)
+    return {name: settings or {}, **({needs[-1]: {}} if needs else {})}
+
+
+def why_not(recipe: Raw, where: str, num_gpus: int = 2) -> str | None:
+    on = hardware(where)
+    return techniques.why_not(techniques.complete(recipe, on, num_gpus), on)
+
+
+@pytest.mark.parametrize("technique", techniques.ALL.values(), ids=lambda technique: technique.name)
+def test_module_is_complete(technique: type[Technique]) -> None:
+    assert technique.kind in techniques.ORDER
+    assert (technique.__doc__ or "").splitlines()[0].endswith(".")
+    assert technique.__doc__ != Technique.__doc__
+    assert "\n" not in technique.effect
+    assert "http" in technique.source or "arXiv" in technique.source or technique.name == "fp32"
+    assert technique.needs <= techniques.ALL.keys()
+    assert technique.beside <= techniques.ALL.keys() - {technique.name}
+    assert technique.excludes.keys() <= techniques.ALL.keys() - {technique.name}
+    assert all(len(reason) > 20 for reason in technique.excludes.values())
+    assert all(field.default is not ... for field in technique.model_fields.values()), "every setting has a default"
+
+
+@pytest.mark.parametrize("name", techniques.ALL)
+def test_where_a_technique_runs(name: str) -> None:
+    recipe, places = alone(name), {*GPUS, "cpu"}
+    num_gpus = 1 if name == "optimizer_in_backward" else 2
+    reasons = {place: why_not(recipe, place, num_gpus) for place in places}
+    assert {place for place, reason in reasons.items() if reason is None} == OF_HARDWARE.get(name, places), reasons
+
+
+def test_a_gpu_of_unknown_capability_is_tried() -> None:
+    unknown = Hardware(memory_gib=80)
+    for name in OF_HARDWARE.keys() - {"optimizer_in_backward"}:
+        assert techniques.why_not(techniques.complete(alone(name), unknown, 2), unknown) is None
+
+
+@pytest.mark.parametrize("name", techniques.ALL)
+def test_exclusions_hold_in_both_orders(name: str) -> None:
+    for other, reason in techniques.ALL[name].excludes.items():
+        for first, second in ((name, other), (other, name)):
+            try:
+                found = why_not({**alone(first), **alone(second)}, "H100")
+            except ConfigError as error:  # what one of them needs is of the other's kind
+                found = str(error)
+            of_default = techniques.ALL["optimizer_in_backward"].excludes["ddp"]  # where neither names a sharding
+            assert found in (reason, of_default) or "contradict" in str(found)
+
+
+def test_methods_that_peft_trains_together() -> None:
+    assert list(techniques.parse({"loha": {}, "lora": {}})) == ["loha", "lora"]
+    apart: list[Raw] = [{"lora": {}, "prefix_tuning": {}}, {"lora": {}, "adalora": {}}, {"lora": {}, "qlora": {}}]
+    for together in apart:
+        with pytest.raises(ConfigError, match="contradict each other: both are peft"):
+            techniques.parse(together)
+    for name, technique in techniques.ALL.items():
+        assert all(name in techniques.ALL[other].beside for other in technique.beside)
+
+
+def test_what_means_nothing_alone() -> None:
+    for name in ("zeropp", "offload_param", "offload_optimizer"):
+        with pytest.raises(ConfigError, match="means nothing without one of"):
+            techniques.parse({name: {}})
+
+
+def test_order_of_application() -> None:
+    recipe: Raw = {"packing": {}, "muon": {}, "gradient_checkpointing": {}, "lora": {}, "eager": {}, "bf16": {}}
+    assert list(techniques.parse(recipe)) == ["bf16", "eager", "lora", "gradient_checkpointing", "muon", "packing"]
+
+
+def test_settings_that_came_later_are_not_in_a_dump_at_their_defaults() -> None:
+    """Else every run_id of their techniques would change."""
+    dumped = {name: techniques.ALL[name]().model_dump() for name in ("gradient_checkpointing", "offload_optimizer")}
+    assert dumped == {
+        "gradient_checkpointing": {"use_reentrant": False},
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    }
+    assert techniques.ALL["flash_attention_2"]().model_dump() == {}
+    assert "init_lora_weights" not in techniques.ALL["lora"]().model_dump()
+
+
+def test_nvme_needs_a_path_and_zero3() -> None:
+    nvme = {"device": "nvme", "nvme_path": "/local"}
+    assert why_not({"zero3": {}, "offload_param": nvme}, "A100") is None
+    assert "nvme_path" in str(why_not({"zero3": {}, "offload_param": {"device": "nvme"}}, "A100"))
+    assert "ZeRO-3 alone" in str(why_not({"zero2": {}, "offload_optimizer": nvme}, "A100"))
+    assert "libaio" in str(why_not({"zero3": {}, "offload_param": nvme}, "cpu"))
+
+
+def test_checkpoints_that_hide_what_would_be_offloaded() -> None:
+    both: Raw = {"activation_offload": {}, "gradient_checkpointing": {}}
+    assert "use_reentrant: true" in str(why_not(both, "A100"))
+    assert why_not(both | {"gradient_checkpointing": {"use_reentrant": True}}, "A100") is None
+
+
+def test_groups_of_layers_and_fsdp() -> None:
+    grouped = {"fsdp": {}, "gradient_checkpointing": {"every": "sqrt"}}
+    assert "runs as one" in str(why_not(grouped, "A100"))
+    assert why_not(grouped | {"gradient_checkpointing": {"every": 2}}, "A100") is None
+
+
+def test_loftq_needs_a_gpu() -> None:
+    loftq = {"lora": {"init_lora_weights": "loftq"}}
+    assert "LoftQ" in str(why_not(loftq, "cpu"))
+    assert why_not(loftq, "V100") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "it can't accumulate 2 of them"),
+        ({"micro_batch": 2}, "set training.max_grad_norm: 0"),
+        ({"micro_batch": 2, "max_grad_norm": 0}, None),
+    ],
+)
+def test_optimizer_in_backward_and_the_run(raw: Raw, settings: Raw, words: str | None) -> None:
+    raw["recipes"]["full"] = {"optimizer_in_backward": {}}
+    raw["grid"][0] |= {"recipes": "full", "per_device_train_batch_size": settings.pop("micro_batch", 1)}
+    raw["training"] |= settings
+    (planned,) = plan.plan(config.parse(raw))
+    if words is None:
+        assert planned.unsupported is None
+    else:
+        assert words in str(planned.unsupported)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        pytest.param(
+            {"bf16": {}, "qlora": {}},
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+                "bnb_4bit_compute_dtype": "bfloat16",
+            },
+            id="nf4",
+        ),
+        pytest.param(
+            {"fp16": {}, "qlora": {"load_in_8bit": True}},
+            {"quant_method": "bitsandbytes", "load_in_8bit": True},
+            id="int8",
+        ),
+    ],
+)
+def test_quantisation_is_told_as_json(recipe: Raw, expected: Raw) -> None:
+    parsed = techniques.parse(recipe)
+    told = parsed["qlora"].load_arguments(parsed)["quantization_config"]
+    assert json.loads(json.dumps(told)) == expected
+
+
+def test_a_kernel_of_the_hub_is_taken_only_when_it_is_named() -> None:
+    """Without the package transformers would fetch one by itself: so the package is asked for."""
+    usual = techniques.parse({"flash_attention_2": {}})["flash_attention_2"]
+    assert (usual.packages_needed(), usual.load_arguments({})) == (
+        ("flash_attn",),
+        {"attn_implementation": "flash_attention_2"},
+    )
+    named = techniques.parse({"flash_attention_2": {"hub_kernel": "owner/kernel"}})["flash_attention_2"]
+    assert (named.packages_needed(), named.load_arguments({})) == (
+        ("kernels",),
+        {"attn_implementation": "owner/kernel"},
+    )
+
+
+def test_only_deepspeed_runs_have_its_configuration(raw: Raw) -> None:
+    from finetune_study import train
+
+    raw["recipes"] = {"plain": {"bf16_pure": {}}, "sharded": {"bf16_pure": {}, "zero2": {}}}
+    raw["grid"][0]["recipes"] = ["plain", "sharded"]
+    plain, sharded = (train.arguments_of(one.run, "out") for one in plan.plan(config.parse(raw)))
+    assert "deepspeed" not in plain
+    assert "bf16" not in plain
+    assert sharded["bf16"] is True
+    expected = {"enabled": "auto", "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    assert sharded["deepspeed"]["bf16"] == expected
