@@ -185,9 +185,6 @@ def _about(run: Run, one: Recommendation) -> dict[str, Any]:
         "nodes": run.nodes,
         "effective_batch_size": run.training.effective_batch_size,
         "load_arguments": load,
-        "prepare_model_for_kbit_training": any(
-            getattr(technique, "prepare_model_for_kbit_training", False) for technique in run.parsed_techniques.values()
-        ),
         "step_seconds": best.step_time_seconds_median if best else None,
         "peak_memory_gib": best.peak_memory_gib_median if best else None,
         "epoch_hours_of_the_study": best.epoch_hours_median if best else None,
