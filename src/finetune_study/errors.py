@@ -7,7 +7,7 @@ class StudyError(Exception):
     """Something in the user's hands is wrong: what, where, what was given, what is allowed, what to do."""
 
     def __init__(self, what: str, *, where: str = "", given: object = None, allowed: str = "", do: str = "") -> None:
-        self.what = what
+        self.what, self.do = what, do
         lines = [what]
         if where:
             lines.append(f"  where:   {where}")

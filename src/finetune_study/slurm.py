@@ -69,18 +69,34 @@ def check(config: Config) -> None:
         ConfigError: when a job that packs runs could not hold one.
     """
     for name in sorted({name for block in config.grid for name in block.hardware}):
-        asked = config.hardware[name].slurm
-        needed = runtime_minutes(asked, config.protocol)
-        if asked.max_job_minutes is not None and asked.max_job_minutes < needed:
-            raise ConfigError(
-                f"A job of {asked.max_job_minutes} minutes can't hold a run, which may take {needed}",
-                where=f"hardware.{name}.slurm.max_job_minutes",
-                given=asked.max_job_minutes,
-                allowed=f"at least {needed} (protocol.time_limit_minutes {config.protocol.time_limit_minutes:g} + "
-                f"slurm.startup_minutes {asked.startup_minutes:g} + {MARGIN_MINUTES:g}, rounded up), or null",
-                do="raise it to several times that, so that several runs share a job; or lower the time limit of a "
-                "run; or leave it out: then every run is a job of its own",
-            )
+        job_minutes(name, config.hardware[name], config.protocol)
+
+
+def job_minutes(name: str, hardware: Hardware, protocol: Protocol) -> int:
+    """The longest job that is asked for: of one run, or of as many as may share one.
+
+    Args:
+        name: of the hardware entry.
+        hardware: the entry.
+        protocol: of the study.
+
+    Raises:
+        ConfigError: when a job that packs runs could not hold one.
+    """
+    asked, needed = hardware.slurm, runtime_minutes(hardware.slurm, protocol)
+    if asked.max_job_minutes is None:
+        return needed
+    if asked.max_job_minutes < needed:
+        raise ConfigError(
+            f"A job of {asked.max_job_minutes} minutes can't hold a run, which may take {needed}",
+            where=f"hardware.{name}.slurm.max_job_minutes",
+            given=asked.max_job_minutes,
+            allowed=f"at least {needed} (protocol.time_limit_minutes {protocol.time_limit_minutes:g} + "
+            f"slurm.startup_minutes {asked.startup_minutes:g} + {MARGIN_MINUTES:g}, rounded up), or null",
+            do="raise it to several times that, so that several runs share a job; or lower the time limit of a "
+            "run; or leave it out: then every run is a job of its own",
+        )
+    return asked.max_job_minutes // needed * needed
 
 
 def _gres(run: Run, hardware: Hardware) -> str | None:

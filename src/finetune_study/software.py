@@ -60,7 +60,7 @@ def _quoted(*words: str) -> str:
 
 
 def digest(software: Software) -> str:
-    """Changes with the settings, and with the lock file of the environment where that can be seen from here."""
+    """Changes with the settings, and with the packages of the environment where they can be seen from here."""
     return run_module.digest([software.model_dump(mode="json"), _lock(software)], 12)
 
 
@@ -77,7 +77,9 @@ def _lock(software: Software) -> str | None:
     try:
         return (prefix / LOCK_COPY).read_text(encoding="utf-8")
     except OSError:
-        return None
+        # No environment of `make`: packages and versions, as their folders' names tell them.
+        packages = sorted(path.name for path in prefix.glob("lib/python*/site-packages/*.dist-info"))
+        return "\n".join(packages) or None
 
 
 def missing(software: Software) -> dict[str, str]:

@@ -132,6 +132,13 @@ class Driver(Holding, Submitting, Watching):
                 continue
             if self._is_changed(task.work, submission) and self._take_back(task, submission):
                 continue
+            if submission.gpu_hours and self._gate.is_exceeded and self.ledger.withdraw(submission):
+                self._cancel([submission])
+                self.listener.say(
+                    f"{task.work.name}: SLURM job {submission.slurm_id} was more than max-gpu-hours allows"
+                )
+                self.ledger.close(submission, "over the budget", keep_files=False)
+                continue
             if submission.slurm_id or self._was_sent(submission):
                 task.state, task.submission, task.adopted = "submitted", submission, True
                 task.resubmissions = submission.resubmissions

@@ -14,7 +14,13 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from snakemake_executor_plugin_submitit.detach import EXIT_LEFT, Detached, Detachment
-from snakemake_executor_plugin_submitit.resources import count_gpus, extra_options, sbatch_options, whole
+from snakemake_executor_plugin_submitit.resources import (
+    check_countable,
+    count_gpus,
+    extra_options,
+    sbatch_options,
+    whole,
+)
 from snakemake_executor_plugin_submitit.script import NODES_TMPDIR
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 
@@ -119,6 +125,8 @@ class Executor(RemoteExecutor):
         if clusters := options.get("clusters"):
             assert self.driver is not None
             self.driver.slurm.clusters.update(str(clusters).split(","))
+        if self.workflow.executor_settings.max_gpu_hours is not None:
+            check_countable(extra)
         minutes = runtime if isinstance(runtime := job.resources.get("runtime"), int) else None
         max_job_minutes = whole(job.resources, "max_job_minutes")
         if max_job_minutes is not None and minutes is None:

@@ -16,6 +16,13 @@ LINES_COMPARED = 10
 ROUNDING = 1e-9
 """Hours; minutes over 60 are no round numbers."""
 
+OWN_LINE = re.compile(r"^job \S+ on \S+, .*\n?", re.MULTILINE)
+"""What the executor's script says first (script.py)."""
+
+FOLDERS = re.compile(r"(?<![\w.])~?/?(?:[^\s/'\":=(),]+/)+")
+TEMPORARY = re.compile(r"\btmp[\w.-]*")
+"""Where something lies differs from run to run, and so do names of temporary files."""
+
 NUMBERS = re.compile(r"\b0x[0-9a-f]+\b|\d+([._]\d+)*")
 """What differs between two logs that say the same: ids, times, sizes."""
 
@@ -59,6 +66,12 @@ class Gate:
             task for task, total in zip(tasks, sums, strict=True) if total <= most + ROUNDING or not task.work.num_gpus
         ]
 
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether more was asked for than there is: by calls that had no such limit, or a higher one."""
+        most = self._settings.max_gpu_hours
+        return most is not None and self._ledger.gpu_hours_asked > most + ROUNDING
+
     def let_through(self, new: Sequence[Task], submitted: Sequence[Task]) -> list[Task]:
         """The tasks that may be submitted now: of a kind that never had a success, one at a time."""
         busy = {task.work.kind for task in submitted}
@@ -77,13 +90,14 @@ class Gate:
             self._ledger.prove(task.work.kind)
             self._ledger.forgive(task.work.kind)
 
-    def failed(self, task: Task, how: str, log: str) -> str | None:
+    def failed(self, task: Task, how: str, log: str, nodes: Sequence[str] = ()) -> str | None:
         """Counts a failure.
 
         Args:
             task: what failed.
             how: what it ended with.
             log: the end of what it said.
+            nodes: that it ran on.
 
         Returns:
             Why no more of its kind is submitted, if this failure was one too many.
@@ -91,7 +105,7 @@ class Gate:
         limit, kind = self._settings.failure_limit, task.work.kind
         if kind is None or not limit or kind in self._stopped:
             return None
-        said = hashlib.sha256(_signature(task, f"{how}\n{log}").encode()).hexdigest()[:16]
+        said = hashlib.sha256(_signature(task, f"{how}\n{log}", nodes).encode()).hexdigest()[:16]
         self._ledger.fail(kind, said, task.work.key)
         if len(self._ledger.failures[kind][said]) < limit:
             return None
@@ -123,10 +137,13 @@ class Gate:
         return None
 
 
-def _signature(task: Task, text: str) -> str:
+def _signature(task: Task, text: str, nodes: Sequence[str]) -> str:
     """What was said, without what differs from job to job."""
-    own = sorted({task.work.name, *map(str, task.work.description["wildcards"].values())}, key=len, reverse=True)
-    for word in filter(None, own):
-        text = text.replace(word, "*")
-    lines = [NUMBERS.sub("#", line).strip() for line in text.splitlines()]
+    text = OWN_LINE.sub("", text)
+    own = {task.work.name, *nodes, *map(str, task.work.description["wildcards"].values())}
+    for word in sorted(filter(None, own), key=len, reverse=True):
+        if not NUMBERS.fullmatch(word):  # those go with all others
+            text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", "*", text)
+    text = NUMBERS.sub("#", TEMPORARY.sub("tmp", FOLDERS.sub("", text)))
+    lines = [line.strip() for line in text.splitlines()]
     return "\n".join(dict.fromkeys(filter(None, lines[:1] + lines[-LINES_COMPARED:])))

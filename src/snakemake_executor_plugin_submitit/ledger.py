@@ -24,7 +24,7 @@ from typing import Any
 EVENTS = {
     "intent": "a work is about to be submitted; the fields of `Submission`",
     "submitted": "SLURM's id of a `batch`; of an array each work has `<slurm_id>_<place>`. With `token`, of one work",
-    "closed": "nobody has to look after `token` any more, and `how` it ended; `began` is false where it never did",
+    "closed": "nobody looks after `token` any more; `how` it ended, and whether it `began`, or its job (`job_began`)",
     "asked": "`gpu_hours` that closed works had asked for",
     "proved": "a work of this `kind` was a success",
     "failed": "the work `key` of a `kind` failed; `said` is a digest of what it said",
@@ -65,6 +65,8 @@ class Submission:
     """Its job's index in an array."""
     shared: bool = False
     """Its job runs other works, too."""
+    job_began: bool = False
+    """A job that it shares began: SLURM was asked for all of it, whatever becomes of this work."""
     gpu_hours: float = 0.0
     """Asked for."""
     slurm_id: str | None = None
@@ -166,7 +168,7 @@ class Ledger:
             of = "token" if "token" in event else "batch"
             for submission in [one for one in self.open.values() if getattr(one, of) == event[of]]:
                 if what == "closed":
-                    self._forget(submission, event["began"])
+                    self._forget(submission, event.get("job_began", event["began"]))
                 else:
                     submission.slurm_id = _id_in(submission, event)
 
@@ -251,9 +253,11 @@ class Ledger:
 
     def close(self, submission: Submission, how: str, *, keep_files: bool) -> None:
         """Notes that nobody has to look after this submission any more."""
-        began = self.has_begun(submission)
-        self._write({"event": "closed", "token": submission.token, "how": how, "began": began})
-        self._forget(submission, began)
+        event = {
+            "event": "closed", "token": submission.token, "how": how, "began": self.has_begun(submission),
+            "job_began": submission.job_began or any(map(self.has_begun, self.job_mates(submission))),
+        }  # fmt: skip
+        self._note(event)
         self.forget_end(submission)
         folder = self.folder_of(submission)
         if not keep_files:
@@ -263,10 +267,12 @@ class Ledger:
             (self.batch_folder_of(submission) / "keep").touch()
         self._tidy(submission)
 
-    def _forget(self, submission: Submission, began: bool) -> None:
+    def _forget(self, submission: Submission, job_began: bool) -> None:
         if self.open.get(submission.key) is submission:
+            for mate in self.job_mates(submission):
+                mate.job_began = job_began
             del self.open[submission.key]
-            self._gpu_hours_of_closed += submission.gpu_hours * began
+            self._gpu_hours_of_closed += submission.gpu_hours * job_began
 
     def _tidy(self, submission: Submission) -> None:
         """Removes what an sbatch was given when the last of its works is closed, unless a log of it is referred to."""

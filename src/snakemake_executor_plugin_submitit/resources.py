@@ -87,9 +87,6 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
     Args:
         options: of sbatch, as `sbatch_options` gives them.
         extra: more words, of which `--gpus-per-node` and `--gpus-per-task` are understood, also where cut short.
-
-    Raises:
-        WorkflowError: for `--gpus-per-socket`: how many sockets a job gets is known when it runs.
     """
     nodes, tasks = int(options.get("nodes") or 1), int(options.get("ntasks") or 1)
     if "ntasks-per-node" in options:
@@ -97,12 +94,33 @@ def count_gpus(options: Mapping[str, Any], extra: Sequence[str]) -> int:
     per_node = [word[3:] for word in str(options.get("gres", "")).split(",") if re.match(r"gpu\b", word)]
     count = nodes * sum(map(_number, per_node)) + (_number(str(options["gpus"])) if "gpus" in options else 0)
     for name, value in _long_options(extra):
-        if "gpus-per-socket".startswith(name) and len(name) > len("gpus-per-"):
-            raise WorkflowError("slurm_extra can't set --gpus-per-socket: its GPUs can't be counted; use `gres`.")
         for option, times in (("gpus-per-node", nodes), ("gpus-per-task", tasks)):
             if option.startswith(name) and len(name) > len("gpus-per-"):
                 count += times * _number(value)
     return count
+
+
+UNCOUNTABLE = {
+    "exclusive": "it takes all GPUs of a node",
+    "gpus-per-socket": "how many sockets a job gets is known when it runs",
+    "tres-per-task": "it may hold GPUs",
+}
+"""Options of sbatch with which a job may get more GPUs than `count_gpus` says."""
+
+
+def check_countable(extra: Sequence[str]) -> None:
+    """For where a budget of GPU-hours is kept to.
+
+    Raises:
+        WorkflowError: for options with which GPUs can't be counted.
+    """
+    for name, _ in _long_options(extra):
+        for option, why in UNCOUNTABLE.items():
+            if len(name) > 2 and option.startswith(name):
+                raise WorkflowError(
+                    f"slurm_extra holds --{name}, and max-gpu-hours is to be kept to: {why}. Ask for GPUs by `gres`, "
+                    "or call without max-gpu-hours."
+                )
 
 
 def _number(words: str) -> int:

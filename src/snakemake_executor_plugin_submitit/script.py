@@ -121,11 +121,11 @@ oom_kills() {
     echo "$total"
 }
 kills=$(oom_kills)
-began=$SECONDS
+began=$SECONDS left=$(({seconds} - SECONDS))
 """
 OWN_LIMITS_AFTER = """\
 [ "$status" -eq 0 ] || [ "$(oom_kills)" -eq "$kills" ] || end "$status" OUT_OF_MEMORY
-[ "$status" -eq 0 ] || [ "$((SECONDS - began))" -lt {seconds} ] || end "$status" TIMEOUT
+[ "$status" -eq 0 ] || [ "$((SECONDS - began))" -lt "$left" ] || end "$status" TIMEOUT
 """
 
 BATCH = """\
@@ -219,18 +219,20 @@ def job_script(
         tmpdir: for temporary files; `NODES_TMPDIR`, or a folder, which is made; None: as the job finds it.
         restart_limit: how often SLURM may requeue the job.
         is_alone: its job was submitted for it alone, and has its name.
-        limit_minutes: the work's share of a job that it shares with others; None where the job is its own.
+        limit_minutes: the work's share of a job that it shares with others, of which `KILL_SECONDS` are for its end;
+            None where the job is its own.
     """
     quoted = shlex.quote
     temporary = ""
     if tmpdir is not None:
         temporary = (NODES_OWN if tmpdir == NODES_TMPDIR else GIVEN.format(tmpdir=quoted(tmpdir))) + TEMPORARY
-    seconds = 60 * (limit_minutes or 0)
+    # All of it lies within those minutes, or a work that does not heed SIGTERM would take its neighbours' time.
+    seconds = 60 * limit_minutes - KILL_SECONDS if limit_minutes else 0
     return TEMPLATE.format(
         who=WHO,
         rename="" if is_alone else RENAME.format(name=quoted(name)),
-        limit=f"timeout --kill-after={KILL_SECONDS} {seconds} " if seconds else "",
-        why=OWN_LIMITS_AFTER.format(seconds=seconds) if seconds else "",
+        limit=f'timeout --kill-after={KILL_SECONDS} "$left" ' if seconds else "",
+        why=OWN_LIMITS_AFTER if seconds else "",
         name=name,
         command_file=quoted(str(folder / "command.sh")),
         claim=quoted(str(folder / "claim")),
@@ -241,7 +243,7 @@ def job_script(
         removed=" ".join(quoted(str(file)) for file in removed),
         latency_wait=latency_wait,
         exports="".join(f"export {key}={quoted(value)}\n" for key, value in exports.items()),
-        temporary=temporary + (OWN_LIMITS_BEFORE if seconds else ""),
+        temporary=temporary + (OWN_LIMITS_BEFORE.replace("{seconds}", str(seconds)) if seconds else ""),
         restart_limit=restart_limit,
         exit_duplicate=EXIT_DUPLICATE,
         exit_no_input=EXIT_NO_INPUT,

@@ -383,7 +383,9 @@ class Watching(Base):
     def _count_failure(self, task: Task, how: str) -> str | None:
         """Why no more of its kind is submitted, if this failure was one too many."""
         assert task.submission is not None
-        return self._gate.failed(task, how, _ends_of(self.ledger.logs_of(task.submission)))
+        ended = self.ledger.ended(task.submission)
+        nodes = [node for node in (ended and ended.node, task.status and task.status.node) if node]
+        return self._gate.failed(task, how, _ends_of(self.ledger.logs_of(task.submission)), nodes)
 
     def _stop_kind(self, kind: str | None, message: str | None) -> None:
         """What of a kind has not begun is not going to, if there is a reason."""

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -190,6 +191,8 @@ def test_calls_that_leave(follower: Follower) -> None:
     assert cron.startswith(CRON)
     cron = cron.removeprefix(CRON).replace("/path/of/finetune-study", str(follower.place.folder))
     cron = cron.replace(".venv/bin/snakemake", str(Path(sys.executable).parent / "snakemake"))
+    # What cron gives a command, and where SLURM's are.
+    cron = f"env -i HOME=$HOME PATH=/usr/bin:/bin bash -c {shlex.quote(cron)}"
     statuses_of_calls = []
     for command in (call, cron):
         while (done := follower.do(command)).returncode == WORK_IS_LEFT:

@@ -107,6 +107,23 @@ def test_budget_is_never_exceeded_in_all_calls_together(place: Place) -> None:
     assert sum(bool(place.begun(f"job{number}")) for number in range(5)) == 4
 
 
+def test_pending_jobs_beyond_a_budget_that_is_given_later_are_taken_back(place: Place) -> None:
+    for number in range(4):
+        place.rule(f"job{number}", "true", **GPU_HOUR, slurm_extra="--begin=now+1hour")
+    assert place.snakemake(ARRAYS, "--submitit-detach=when-submitted").status == 75
+    ended = place.snakemake(ARRAYS, "--submitit-detach=when-submitted", "--submitit-max-gpu-hours=2", "--keep-going")
+    assert ended.output.count("was more than max-gpu-hours allows") == 2
+    assert sum(len(place.queued(f"job{number}")) for number in range(4)) == 2
+    assert len(ended.failed) == 2 or "not submitted: it asks for 1.00 GPU-hours" in ended.output
+
+
+def test_whole_nodes_can_not_be_counted(place: Place) -> None:
+    place.rule("whole", "true", **GPU_HOUR, slurm_extra="--exclusive")
+    ended = place.snakemake("--submitit-max-gpu-hours=100")
+    assert "slurm_extra holds --exclusive, and max-gpu-hours is to be kept to" in ended.output
+    assert not place.begun("whole")
+
+
 def test_what_never_began_is_given_back(place: Place) -> None:
     place.rule("pending", "true", **GPU_HOUR, slurm_extra="--begin=now+1hour")
     driver = place.start("--submitit-max-gpu-hours=1")

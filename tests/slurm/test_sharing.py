@@ -44,7 +44,7 @@ def test_what_one_does_is_its_own(place: Place) -> None:
     place.rule("a_fails", "echo the reason; exit 3", **shared)
     place.rule("b_memory", EAT_300_MB, **shared)
     place.rule("c_killed", "kill -KILL $PPID; sleep 1", **shared)
-    place.rule("d_slow", "sleep 600", **shared)
+    place.rule("d_slow", "trap '' TERM; while :; do sleep 1; done", **shared)  # nor does it heed SIGTERM
     place.rule("e_good", "true", **shared)
     ended = place.snakemake(ARRAYS, "--submitit-after-kill", hook)
     assert ended.failed == {"a_fails", "c_killed"}, ended.output

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from snakemake_interface_common.exceptions import WorkflowError
 
 from snakemake_executor_plugin_submitit.batch import Batch, excluding, form
-from snakemake_executor_plugin_submitit.resources import count_gpus, sbatch_options
+from snakemake_executor_plugin_submitit.resources import check_countable, count_gpus, sbatch_options
 from snakemake_executor_plugin_submitit.task import Task, Work
 
 
@@ -87,7 +87,10 @@ def test_gpus_of_all_nodes_are_counted(resources: dict[str, Any], extra: list[st
     assert count_gpus(sbatch_options(resources, 1), extra) == count
 
 
-@pytest.mark.parametrize("word", ["--gpus-per-socket=2", "--gpus-per-s=2"])
-def test_gpus_that_can_not_be_counted_are_refused(word: str) -> None:
-    with pytest.raises(WorkflowError, match="use `gres`"):
-        count_gpus({}, [word])
+@pytest.mark.parametrize(
+    "word", ["--gpus-per-socket=2", "--gpus-per-s=2", "--exclusive", "--excl=user", "--tres-per-task=gres/gpu:2"]
+)
+def test_gpus_that_can_not_be_counted_are_refused_where_they_have_to_be(word: str) -> None:
+    with pytest.raises(WorkflowError, match="max-gpu-hours is to be kept to"):
+        check_countable([word])
+    check_countable(["--exclude=a100-1", "--gpus-per-node=2", "--ex=a100-1"])

@@ -78,6 +78,16 @@ def test_partitions_that_do_not_take_a_run(says: dict[str, str], check: str, wor
     assert words in said
 
 
+def test_runs_that_share_jobs_ask_for_the_time_of_all() -> None:
+    too_short = entry(max_job_minutes=1)
+    check, words = only_wrong(too_short, cluster())
+    assert check == "time"
+    assert "A job of 1 minutes can't hold a run" in words
+    check, words = only_wrong(entry(max_job_minutes=100_000), changed(cluster(), MaxTime="2-00:00:00"))
+    assert check == "time"
+    assert "runs of 45 min share jobs (max_job_minutes), which ask for 99990 min" in words
+
+
 def test_of_limits_of_one_kind_the_qos_counts_and_not_the_association() -> None:
     here = with_qos("long", MaxWall="2-00:00:00", MaxTRES="gres/gpu=8")
     rows = [{**row, "MaxWall": "00:01:00", "MaxTRES": "gres/gpu=1", "GrpTRES": ""} for row in here.associations or []]

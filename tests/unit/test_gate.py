@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from snakemake_executor_plugin_submitit.gate import Gate
+from snakemake_executor_plugin_submitit.gate import Gate, _signature
 from snakemake_executor_plugin_submitit.ledger import Ledger, Submission
 from snakemake_executor_plugin_submitit.settings import ExecutorSettings
 from tests.unit.test_batch import make_task
@@ -112,3 +112,41 @@ def test_failures_are_kept_while_jobs_of_the_call_before_are_left(ledger: Ledger
     for number in (1, 2):
         fail(Gate(ledger, ExecutorSettings()), number, "no module named torch")
     assert "failed alike" in str(fail(Gate(ledger, ExecutorSettings()), 3, "no module named torch"))
+
+
+def said(number: int, text: str, node: str, **wildcards: str) -> str:
+    task = make_task(number, kind="a", description={"wildcards": wildcards})
+    log = f"job 23{number}_{number} on {node}, 2026-11-{10 + number}T12:00:00+00:00\n{text}"
+    return _signature(task, f"FAILED, status 3\n{log}", [node])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("no module named torch on a100-1", "a100-1", "1"), ("no module named torch on v100-1", "v100-1", "2")),
+        (("no driver on gpu-alpha", "gpu-alpha", "11"), ("no driver on gpu-beta", "gpu-beta", "8")),
+        (("full: '/tmp/study-k3x_9aqz/torch'", "n1", "a"), ("full: '/tmp/study-0bq81_xx/torch'", "n2", "b")),
+        (("can't open tmp.Ab12Cd", "n1", "a"), ("can't open tmp.zZ9yY8", "n1", "b")),
+        (("runs/tiny_full-9f/run.yaml", "n1", "tiny_full-9f"), ("runs/tiny_lora-77/run.yaml", "n1", "tiny_lora-77")),
+    ],
+)  # fmt: skip
+def test_what_differs_from_run_to_run_is_no_difference(one: tuple[str, str, str], other: tuple[str, str, str]) -> None:
+    (text, node, wildcard), (also, there, another) = one, other
+    assert said(1, text, node, i=wildcard) == said(2, also, there, i=another)
+
+
+def test_what_differs_in_words_is_a_difference() -> None:
+    assert said(1, "no module named torch", "n1", i="1") != said(2, "no module named peft", "n1", i="2")
+
+
+def test_of_a_shared_job_that_began_all_was_asked_for(ledger: Ledger) -> None:
+    works = [Submission(f"key{n}", f"token{n}", "", batch="batch", shared=True, gpu_hours=1.0) for n in range(4)]
+    ledger.intend(works)
+    ledger.submitted("batch", "71")
+    (ledger.folder_of(works[0]) / "claim").write_text("71", encoding="utf-8")
+    ledger.close(works[0], "failure", keep_files=False)
+    again = Ledger(reopened(ledger).folder)
+    for work in list(again.open.values()):
+        again.close(work, "submitted again", keep_files=False)
+    assert again.gpu_hours_asked == 4.0
+    again.release()

@@ -183,3 +183,12 @@ def test_digest_changes_with_the_settings_and_with_a_lock_that_can_be_seen(tmp_p
     (tmp_path / "finetune-study.lock").write_text("torch==2.13.0\n")
     after = [software.digest(one) for one in (*seen, *unseen)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [False] * 3 + [True] * 4
+
+
+def test_digest_of_an_environment_without_a_lock_changes_with_its_packages(tmp_path: Path) -> None:
+    site = tmp_path / "lib" / "python3.12" / "site-packages"
+    (site / "torch-2.12.0.dist-info").mkdir(parents=True)
+    asked = Software(python=f"{tmp_path}/bin/python")
+    before = software.digest(asked)
+    (site / "torch-2.12.0.dist-info").rename(site / "torch-2.13.0.dist-info")
+    assert software.digest(asked) != before

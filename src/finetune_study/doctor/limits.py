@@ -3,10 +3,12 @@
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from finetune_study import slurm
 from finetune_study.doctor import scheduler
 from finetune_study.doctor.entries import Entry
 from finetune_study.doctor.findings import Findings
 from finetune_study.doctor.scheduler import UNLIMITED, Cluster, Node, Partition, Row, SchedulerError
+from finetune_study.errors import ConfigError
 
 SMALL_MEMORY_GIB = 4.0
 """For each device: the largest run of the demo, a model of 135M parameters, held 3.3 GiB of host memory (README)."""
@@ -235,7 +237,13 @@ def _time(
     sources: list[Limits],
     findings: Findings,
 ) -> None:
-    needed = int(entry.resources["runtime"] or 0)
+    try:
+        needed = slurm.job_minutes(entry.name, entry.hardware, entry.protocol)
+    except ConfigError as error:
+        findings.wrong("time", error.what, error.do)
+        return
+    run = int(entry.resources["runtime"] or 0)
+    whose = "a run asks for" if needed == run else f"runs of {run} min share jobs (max_job_minutes), which ask for"
     allowed = {f"{one.name}, MaxWall": one.max_minutes for one in sources}
     # A QOS with that flag sets its own limit in place of the partition's.
     flags = cluster.qos.get(qos or "", {}).get("Flags", "")
@@ -245,13 +253,13 @@ def _time(
     if needed > least:
         findings.wrong(
             "time",
-            f"a run asks for {needed} min (time limit + startup_minutes + 5); {name} is {least:g} min",
-            f"lower protocol.time_limit_minutes, or hardware.{entry.name}.slurm.startup_minutes, or name another "
-            "partition or qos",
+            f"{whose} {needed} min (time limit + startup_minutes + 5); {name} is {least:g} min",
+            f"lower protocol.time_limit_minutes, or startup_minutes or max_job_minutes in hardware.{entry.name}.slurm, "
+            "or name another partition or qos",
         )
     else:
         most = "no limit" if least == UNLIMITED else f"{least:g} min allowed by {name}"
-        findings.ok("time", f"a run asks for {needed} min; {most}")
+        findings.ok("time", f"{whose} {needed} min; {most}")
 
 
 def _gpus(entry: Entry, cluster: Cluster, partition: Partition, findings: Findings) -> None:

@@ -30,8 +30,8 @@ class OptimizerInBackward(Technique):
     def why_not_run(self, run: "Run") -> str | None:
         if run.gradient_accumulation_steps is None:
             return (
-                "optimizer_in_backward makes a step of every micro-batch, so there is one size alone: name it instead of "
-                "`max` in per_device_train_batch_size"
+                "optimizer_in_backward makes a step of every micro-batch, so one size alone is possible: name it in "
+                "per_device_train_batch_size, instead of `max`"
             )
         if run.gradient_accumulation_steps > 1:
             return (
