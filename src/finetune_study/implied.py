@@ -82,7 +82,7 @@ class Rung:
 
     @property
     def _size(self) -> tuple[int, int]:
-        """With its smallest micro-batch below all others where it has several to choose from."""
+        """The largest micro-batch that fits is below every other: nothing fits more easily."""
         size = self.per_device_train_batch_size
         return self.sequence_length, 0 if size == "max" else size
 

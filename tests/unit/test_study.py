@@ -36,3 +36,18 @@ def test_model_that_no_run_needs_any_more_may_be_purged(raw: dict[str, Any], res
     (folder / "model.safetensors").unlink()
     open_study(raw, results)
     assert (folder / MANIFEST).exists()
+
+
+def test_the_easiest_of_a_kind_goes_first(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["training"]["effective_batch_size"] = 4
+    raw["grid"][0] |= {
+        "recipes": "full",
+        "sequence_length": [128, 64],
+        "per_device_train_batch_size": [2, 1, "max"],
+    }
+    found = open_study(raw, Results(tmp_path / "fresh"))
+    easier = {
+        (run.sequence_length, run.per_device_train_batch_size): found.number_of_easier(run.run_id)
+        for run in (one.run for one in found.planned.values())
+    }
+    assert easier == {(64, "max"): 0, (64, 1): 1, (64, 2): 2, (128, "max"): 1, (128, 1): 3, (128, 2): 5}
