@@ -245,7 +245,7 @@ def test_unknown_rates_give_no_time() -> None:
     "name", [name for name in recipe.KNOWN if name not in ("offload_optimizer", "offload_param", "zeropp")]
 )
 def test_every_technique_is_answered(name: str) -> None:
-    settings = {"adalora": {"total_step": 100}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": 2}}.get(
+    settings = {"adalora": {"total_step": 100}, "adaption_prompt": {"adapter_len": 4, "adapter_layers": None}}.get(
         name, {}
     )
     assert peak(techniques={name: settings}, num_gpus=2) > 0
@@ -368,6 +368,25 @@ def test_inputs_that_old_quantised_layers_keep_are_there_twice_where_the_loop_ho
     # Norms in fp32 give each of the seven products a 16-bit input of its own, the last one twice as wide
     inputs = SMALL["num_hidden_layers"] * 16 * 256 * 2 * (6 * SMALL["hidden_size"] + 512) / 2**30
     assert held - kept == pytest.approx(inputs, rel=0.1)
+
+
+def test_fsdp_that_does_not_reshard_keeps_all_weights_and_gathers_once() -> None:
+    def ask(fsdp: Any) -> dict[str, Any]:
+        far = {"name": "a100-80gb", "link_gb_per_s": 0.01}
+        return predict.answer(row(hardware=far, techniques={"fsdp": fsdp}, num_gpus=8), TRACES)
+
+    sharded, whole = ask({}), ask({"reshard_after_forward": False})
+    assert whole["predicted_peak_memory_allocated_gib"] > sharded["predicted_peak_memory_allocated_gib"]
+    assert whole["predicted_step_time_seconds"] < 0.8 * sharded["predicted_step_time_seconds"]
+
+
+def test_low_rank_states_are_between_none_and_full_ones() -> None:
+    def states(optimizer: str, **settings: Any) -> float:
+        answer = predict.answer(row(techniques={"bf16_pure": {}, optimizer: settings}), TRACES)
+        return float(answer["predicted_memory_gib"]["by_category"]["optimizer"])
+
+    galore, apollo = (states(name, rank=16) for name in ("galore_adamw", "apollo_adamw"))
+    assert states("sgd") < apollo < galore < states("galore_adamw", rank=64) < states("adamw_torch")
 
 
 def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:

@@ -335,6 +335,9 @@ def adapt(model: Any, layout: Layout, rank: int) -> Any:
     kind = settings.pop("method")
     if kind == "LORA" and settings.pop("rank_is_traced", True):
         settings["r"] = rank
+    if kind == "ADAPTION_PROMPT":
+        depth = len(layer_stack(model)[1])
+        settings["adapter_layers"] = min(settings.get("adapter_layers") or depth, depth)
     config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     try:
         config = config_class(task_type="CAUSAL_LM", **settings)

@@ -206,6 +206,9 @@ class _States:
             number = part.count(rank)
             if kind.factored:
                 total += 4 * sum(c * rank ** m[2] for m, c in part.rows.items())
+            elif kind.low_rank and part.matrix:
+                projected = self.recipe.setting(self.recipe.optimizer, "rank", 128) * value(part.rows, 1, 1, rank)
+                total += kind.low_rank * projected * self.recipe.state_bytes
             elif kind.full_embedding and part.role == "embedding":
                 total += 8 * number
             else:
@@ -277,6 +280,8 @@ class _States:
             prefetched = recipe.setting("zero3", "stage3_prefetch_bucket_size", int(0.9 * profile.hidden_size**2))
             return float(min(self.all, max(most, profile.largest_layer) + prefetched) * width)
         if recipe.sharding == "fsdp":
+            if recipe.keeps_gathered:
+                return float(self.all * width)
             outside = sum(p.count(recipe.rank) for p in profile.parameters if p.role != "layers")
             return float((2 * profile.largest_layer + outside) * width)  # one computes, the next is under way
         return 0.0
@@ -384,7 +389,7 @@ def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
         dequantized *= 2  # once in the format that it was quantised from, once in that of the product
     # A trained output layer gets a gradient from every chunk: one that is there and one that is added to it
     gradient = 0 if recipe.peft else 2 * head * width
-    if recipe.has("liger"):
+    if recipe.fused_loss:
         # liger_kernel/ops/fused_linear_cross_entropy.py: as many chunks as the vocabulary is wider than the model;
         # one chunk's logits, and the gradient of the hidden states
         chunks = max(1, -(-vocabulary // profile.hidden_size))

@@ -13,8 +13,11 @@ from finetune_study.errors import ConfigError
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
-PEFT = ("lora", "qlora", "adalora", "ia3", "prompt_tuning", "prefix_tuning", "p_tuning", "adaption_prompt")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+PEFT = (
+    "lora", "qlora", "adalora", "ia3", "loha", "lokr", "oft", "prompt_tuning", "prefix_tuning", "p_tuning",
+    "adaption_prompt",
+)  # fmt: skip
 SHARDINGS = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 OTHERS = (
     "gradient_checkpointing",
@@ -48,16 +51,25 @@ class Optimizer:
     """One state for matrices of the layers, two for the rest."""
     full_embedding: bool = False
     """States of embeddings stay in 32 bit."""
+    low_rank: float = 0.0
+    """Of the layers' matrices m × n, states for rank × (m + n) numbers, so often; 0: full states."""
 
 
 # Dettmers et al., arXiv 2110.02861: one byte for a state, one fp32 maximum for each block of 256 of them
 _EIGHT_BIT_STATE = 1 + 4 / 256
+# torchao/optim/subclass_4bit.py: half a byte, one fp32 scale for each block of 128
+_FOUR_BIT_STATE = 0.5 + 4 / 128
 
 OPTIMIZERS: dict[str, Optimizer] = {
     # torch/optim/adamw.py: foreach takes one copy (`exp_avg_sq_sqrt`), fused none
     "adamw_torch": Optimizer(2, transient="copy"),
     "adamw_torch_fused": Optimizer(2, transient="none"),
     "adamw_torch_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE),
+    "adamw_torch_4bit": Optimizer(0, 2 * _FOUR_BIT_STATE),
+    # Zhao et al., arXiv 2403.03507, table 1: two moments of r × n and a projection of m × r, taken as square;
+    # Zhu et al., arXiv 2412.05270: the projection is drawn anew from its seed
+    "galore_adamw": Optimizer(2, low_rank=1.5),
+    "apollo_adamw": Optimizer(2, low_rank=1.0),
     "adamw_hf": Optimizer(2),
     "adamw_apex_fused": Optimizer(2, transient="none"),
     "adamw_anyprecision": Optimizer(2),
@@ -91,7 +103,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "zero2": _ZERO,
     "zero3": (*_ZERO, "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
               "stage3_prefetch_bucket_size", "stage3_gather_16bit_weights_on_model_save", "sub_group_size"),
-    "fsdp": ("sync_each_batch",),
+    "fsdp": ("sync_each_batch", "reshard_after_forward"),
     "zeropp": ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"),
     "bf16": ("dtype",), "fp16": ("dtype",),
     "chunked_cross_entropy": ("num_chunks", "upcast"),
@@ -109,6 +121,8 @@ SETTINGS["adalora"] = (
     "deltaT",
     "orth_reg_weight",
     "total_step",
+    "beta1",
+    "beta2",
 )
 
 
@@ -213,6 +227,16 @@ class Recipe:
         return _number(self.techniques.get(name, {}), key, default, f"techniques.{name}")
 
     @property
+    def fused_loss(self) -> bool:
+        """liger computes logits and loss together, chunk by chunk, unless it is told not to."""
+        return self._setting_of("liger", "fused_linear_cross_entropy", True) if self.has("liger") else False
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """FSDP keeps the weights that it gathered in forward for backward."""
+        return not self._setting_of("fsdp", "reshard_after_forward", True)
+
+    @property
     def secondary_shards(self) -> int:
         """ZeRO++: how many devices share a second copy of the weights; 1: there is none."""
         return self.setting("zeropp", "zero_hpz_partition_size", 1) if self.has("zeropp") else 1
@@ -288,7 +312,7 @@ class Recipe:
             quantized_head=self.quantized_head,
             holds_loss=self._setting_of("qlora", "loop_holds_loss", False),
             upcast=self._upcast(),
-            loss="hidden" if self.has("liger") or self.has("chunked_cross_entropy") else "full",
+            loss="hidden" if self.fused_loss or self.has("chunked_cross_entropy") else "full",
         )
 
     def _setting_of(self, name: str, key: str, default: bool) -> bool:

@@ -13,6 +13,7 @@ from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.hardware import Device
 from finetune_study.paths import Results, RunPaths
+from finetune_study.prepared import read_manifest
 from finetune_study.record import Ending, Record, write_atomically, write_record
 from finetune_study.run import Run
 
@@ -175,9 +176,9 @@ def _row(
         return row | {"warnings": " ".join(str(error).split())}
     seconds = found["predicted_step_time_seconds"]
     price = question.device.price_usd_per_gpu_hour
-    sequences = run.data.num_dialogues - run.data.num_eval_samples if run.data.dataset == "generated" else None
+    sequences = _sequences(run, results)
     epoch = None
-    if seconds and sequences and "packing" not in run.techniques:
+    if seconds and sequences:
         epoch = sequences / run.training.effective_batch_size * seconds / 3600
     hours = None if seconds is None else (run.num_steps * seconds + STARTUP_SECONDS) * run.num_gpus / 3600
     return row | {
@@ -197,6 +198,16 @@ def _row(
         "predicted_cost_usd": None if hours is None or price is None else hours * price,
         "warnings": "; ".join(found["warnings"]),
     }
+
+
+def _sequences(run: Run, results: Results) -> int | None:
+    """Sequences of a pass over the data: counted where it is prepared, else known of data that is made here."""
+    manifest = read_manifest(results.data(run.data_key))
+    if manifest:
+        return int(manifest["num_train_available"])
+    if run.data.dataset == "generated" and "packing" not in run.techniques:
+        return run.data.num_dialogues - run.data.num_eval_samples
+    return None
 
 
 def _state(study: "Study", run_id: str) -> str:

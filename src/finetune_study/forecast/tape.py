@@ -128,6 +128,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
+        if packet is aten._local_scalar_dense and args[0].dtype is torch.bool:
+            return True  # a draw, such as "keep this module" in peft's LoHa and LoKr; fake tensors have no values
         if packet in ATTENTION_BACKWARD:
             self._scratch(attention_scratch(args))
         out = func(*args, **(kwargs or {}))

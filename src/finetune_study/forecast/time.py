@@ -199,7 +199,7 @@ def _shard_seconds(
     everything, trained = _counts(profile, recipe)
     width = BYTES[recipe.compute]
     moved = 0.0
-    if recipe.sharding in ("zero3", "fsdp"):
+    if recipe.sharding in ("zero3", "fsdp") and not (backward and recipe.keeps_gathered):
         moved += gathers * everything * width * recipe.gathered_share
     if backward and recipe.sharding in ("zero2", "zero3", "fsdp"):
         moved += trained * width * recipe.scattered_share
