@@ -126,7 +126,7 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,
         "deepspeed.json": deepspeed,
-        "peft.json": _peft(run) or None,
+        "peft.json": _peft(run),
         "recipe.json": _about(run, one),
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
@@ -142,7 +142,11 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
 
 
 def _check(run: Run) -> None:
-    """What works by code of this project, and not by settings of a library, can't be written down as settings."""
+    """What works by code of this project, and not by settings of a library, can't be written down as settings.
+
+    Raises:
+        StudyError: when the recipe has such a part.
+    """
     code = [
         technique.name
         for technique in run.parsed_techniques.values()
@@ -153,25 +157,27 @@ def _check(run: Run) -> None:
             if not (hook == "wrap" and technique.kind == "peft")
         )
     ]
+    # peft trains several methods side by side, but can't save them.
+    code += [" with ".join(method.name for method in _methods(run))] if len(_methods(run)) > 1 else []
     if code:
         raise StudyError(
-            "The recipe can't be exported: a part of it is code of this project, not a setting of a library",
+            "The recipe can't be exported: a part of it is not a setting of a library that can be saved and gone on with",
             given=f"{run.recipe}: {', '.join(code)}",
             do="export another recipe, for example a tied one at other settings of --num-gpus or --sequence-length",
         )
 
 
-def _peft(run: Run) -> list[dict[str, Any]]:
-    """Each peft method of a run as peft's own `PeftConfig` holds it."""
-    return [
-        {
-            "peft_type": getattr(technique, "method", technique.name.upper()),
-            "task_type": "CAUSAL_LM",
-            **(technique.peft_settings(run) if hasattr(technique, "peft_settings") else technique.model_dump()),
-        }
-        for technique in run.parsed_techniques.values()
-        if technique.kind == "peft"
-    ]
+def _peft(run: Run) -> dict[str, Any] | None:
+    """The peft method of a run as peft's own `PeftConfig` holds it; None where all weights are trained."""
+    for technique in _methods(run):
+        settings = technique.peft_settings(run) if hasattr(technique, "peft_settings") else technique.model_dump()
+        kind = getattr(technique, "method", technique.name.upper())
+        return {"peft_type": kind, "task_type": "CAUSAL_LM", **settings}
+    return None
+
+
+def _methods(run: Run) -> list[Technique]:
+    return [technique for technique in run.parsed_techniques.values() if technique.kind == "peft"]
 
 
 def _about(run: Run, one: Recommendation) -> dict[str, Any]:
@@ -239,7 +245,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
     words = {
         "training_arguments.json": "fields of transformers' TrainingArguments",
         "deepspeed.json": "DeepSpeed's configuration",
-        "peft.json": "peft's methods, each with the fields of its PeftConfig",
+        "peft.json": "fields of peft's PeftConfig",
         "recipe.json": "what was measured, and how the model is loaded",
     }
     lines = [

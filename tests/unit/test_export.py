@@ -112,7 +112,7 @@ def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
     one = exporter.choose(study, frame, "tiny", "a100", 4, None)
     lora = one.model_copy(update={"recipe": "lora"})
     exporter.export(study, lora, tmp_path / "export")
-    (method,) = json.loads((tmp_path / "export" / "peft.json").read_text())
+    method = json.loads((tmp_path / "export" / "peft.json").read_text())
     assert (method["peft_type"], method["task_type"], method["r"]) == ("LORA", "CAUSAL_LM", 8)
     arguments = json.loads((tmp_path / "export" / "training_arguments.json").read_text())
     assert (arguments["num_train_epochs"], arguments["learning_rate"]) == (1, 4e-4)
