@@ -48,5 +48,9 @@ onstart:
     print(STUDY.summary(), file=sys.stderr)
 
 
+onsuccess:
+    say_the_answer()
+
+
 onerror:
     report_what_there_is()
