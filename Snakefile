@@ -53,5 +53,9 @@ onstart:
     print(STUDY.summary(), file=sys.stderr)
 
 
+onsuccess:
+    say_the_answer()
+
+
 onerror:
     report_what_there_is()

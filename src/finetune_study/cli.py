@@ -111,6 +111,7 @@ def export(
     num_gpus: Annotated[int | None, typer.Option(help="Devices; default: where the default recipe was chosen.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes that they are on; default: likewise, or one.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Context; default: likewise.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Another recipe that fits there.")] = None,
     config: ConfigFile = CONFIG,
     results: ResultsFolder = RESULTS,
 ) -> None:
@@ -120,7 +121,7 @@ def export(
 
     study = _open(config, results)
     frame = cells(list(study.planned.values()), study.results, study.config.hardware)
-    one = exporter.choose(study, frame, target, hardware, num_gpus, sequence_length, nodes)
+    one = exporter.choose(study, frame, target, hardware, num_gpus, sequence_length, nodes, recipe)
     for path in exporter.export(study, one, output or Path("export") / f"{target}_{hardware}"):
         print(path)
 

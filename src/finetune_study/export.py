@@ -51,6 +51,7 @@ def choose(
     num_gpus: int | None,
     sequence_length: int | None,
     nodes: int | None = None,
+    recipe: str | None = None,
 ) -> Recommendation:
     """The recommendation that is asked for; where number and context are left open, that of the default.
 
@@ -62,9 +63,10 @@ def choose(
         num_gpus: devices; None: the default's.
         sequence_length: context; None: the default's.
         nodes: that the devices are on; None: the default's, or one where another number of devices is asked for.
+        recipe: one that fits there, instead of the recommended one.
 
     Raises:
-        StudyError: for a setting that the study does not have.
+        StudyError: for a setting that the study does not have, or a recipe that does not fit there.
     """
     every = recommend(table.compare(cells, table.baseline_of(study.config)))
     pairs = {(one.target, one.hardware): one.recommendation for one in defaults(every)}
@@ -84,7 +86,21 @@ def choose(
             given=_setting(*wanted),
             allowed="; ".join(_setting(*there) for there in settings),
         )
-    return settings[wanted]
+    return settings[wanted] if recipe is None else _instead(settings[wanted], recipe)
+
+
+def _instead(one: Recommendation, recipe: str) -> Recommendation:
+    """The recommendation with another recipe that fits in its setting."""
+    found = one.evidence_of(recipe)
+    if found is None or not found.fits:
+        raise StudyError(
+            "The recipe does not fit there, or is not known to",
+            where=f"{one.target} on {one.hardware}, {_setting(one.num_gpus, one.nodes, one.sequence_length)}",
+            given=recipe,
+            allowed=", ".join(other.recipe for other in one.evidence if other.fits) or "none fits",
+        )
+    size = found.per_device_train_batch_size
+    return one.model_copy(update={"recipe": recipe, "per_device_train_batch_size": size, "tied_with": []})
 
 
 def _setting(num_gpus: int, nodes: int, sequence_length: int) -> str:
@@ -152,7 +168,7 @@ def _check_exported(run: Run) -> None:
             "The script that would be exported can't do what was measured",
             where=f"recipe {run.recipe}",
             given=f"{', '.join(own)}: applied by finetune-study itself",
-            do="train with finetune-study's own loop, or choose a recipe that is tied with it",
+            do="export another one that fits: --recipe",
         )
 
 

@@ -47,9 +47,12 @@ NEVER_CLEARS = {
     "AccountNotAllowed": "the account may not use this partition: mend slurm.account or slurm.partition",
     "InvalidAccount": "SLURM does not know the account: mend slurm.account",
     "InvalidQOS": "SLURM does not know the QoS: mend slurm.qos",
-    "AssocGrpGRESMinutes": "the account's GPU-minutes are used up: ask the administrators",
-    "AssocGrpCPUMinutesLimit": "the account's CPU-minutes are used up: ask the administrators",
-    "AssocGrpBillingMinutes": "the account's billing minutes are used up: ask the administrators",
+    "QOSUsageThreshold": "the account's share is used up, for this QoS: wait for it to decay, or use another QoS",
+    "MaxMemPerLimit": "the job asks for more memory than a node or CPU may give: lower slurm.mem_gib_per_gpu",
+    "PartitionDown": "the partition takes no jobs: ask the administrators",
+    "PartitionInactive": "the partition starts no jobs: ask the administrators",
+    "JobHoldMaxRequeue": "it was put back too often and is held: look at its log, then `scontrol release`",
+    "launch failed requeued held": "its node could not start it, and it is held: `scontrol release` tries again",
     "DependencyNeverSatisfied": "what it waits for failed: cancel it",
     "JobHeldAdmin": "an administrator holds it: ask them",
     "JobHeldUser": "it is held: `scontrol release` lets it go",
@@ -57,6 +60,8 @@ NEVER_CLEARS = {
     "JobArrayTaskLimit": "clears when other tasks of its array end",
 }
 """SLURM's pending reasons that waiting alone does not clear, with what to do (squeue(1), JOB REASON CODES)."""
+USED_UP = "what the account or QoS may use is used up: ask the administrators"
+"""Of every budget of minutes, for example `AssocGrpGRESMinutes`; one of running minutes comes back as jobs end."""
 OF_ONE_JOB = "the job asks for more than a job may: ask for less in hardware.<name>, or in num_gpus"
 """Of every other limit of one job: `QOSMaxGRESPerJob`, `AssocMaxCpuMinutesPerJobLimit`, `QOSMaxGRESPerNode`."""
 WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
@@ -295,6 +300,8 @@ def advice(reason: str) -> str | None:
     word = reason.partition(",")[0].strip()
     if word in NEVER_CLEARS:
         return NEVER_CLEARS[word]
+    if word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word:
+        return USED_UP
     return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
 
 

@@ -492,6 +492,26 @@ def report_what_there_is(study: Study) -> None:
         os.utime(path, (1, 1))
 
 
+def answer_since(study: Study, start: float, width: int, *, colour: bool) -> str:
+    """What the report answers, for a terminal; empty where no report was made since then.
+
+    Args:
+        study: its report is asked for.
+        start: seconds since 1970.
+        width: columns of the terminal.
+        colour: write escape sequences.
+    """
+    page = study.results.report
+    if not page.exists() or page.stat().st_mtime < start:
+        return ""
+    from finetune_study import cells, report
+    from finetune_study.report import summary
+
+    frame = cells.of_outcomes(list(study.planned.values()), study.results)
+    text = summary.terminal(report.gather(study.config, frame, draw=False), width, colour=colour)
+    return f"{text}\nreport: {page.absolute()}"
+
+
 def _is_readable(paths: RunPaths) -> bool:
     """Whether a run has a record that is not damaged; the page names those that are."""
     try:

@@ -109,8 +109,9 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
 
 def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
     study, frame = opened(tmp_path)
-    one = exporter.choose(study, frame, "tiny", "a100", 4, None)
-    lora = one.model_copy(update={"recipe": "lora"})
+    with pytest.raises(StudyError, match="full, lora"):
+        exporter.choose(study, frame, "tiny", "a100", 4, None, recipe="zero2")
+    lora = exporter.choose(study, frame, "tiny", "a100", 4, None, recipe="lora")
     exporter.export(study, lora, tmp_path / "export")
     method = json.loads((tmp_path / "export" / "peft.json").read_text())
     assert (method["peft_type"], method["task_type"], method["r"]) == ("LORA", "CAUSAL_LM", 8)

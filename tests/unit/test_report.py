@@ -11,6 +11,7 @@ import pytest
 
 from finetune_study import outcome, recommend, record, report, table
 from finetune_study.config import Config
+from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import figures, grammar, page, pair, scaling, tables, tradeoff
@@ -452,3 +453,64 @@ def test_runs_without_training_stand_in_map_and_tables(tmp_path: Path, status: A
     (mark, _) = drawn(STUDY, tmp_path)["recipes"].spec["datasets"]["marks"]
     assert mark["ran_out"] == 1.0
     assert STATES[status].words in mark["memory_label"]
+
+
+def test_the_figures_of_any_pair_can_be_drawn(tmp_path: Path) -> None:
+    frame = handmade.frame(STUDY, tmp_path, *mixed())
+    files = report.draw_pair(STUDY, frame, "tiny", "cpu", tmp_path / "figures")
+    assert sorted(path.name for path in files) == sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert "feasibility_tiny_cpu.svg" in [path.name for path in files]
+    with pytest.raises(StudyError, match="tiny on cpu"):
+        report.draw_pair(STUDY, frame, "tiny", "a100", tmp_path / "figures")
+
+
+def test_where_the_default_does_not_fit_is_folded_for_each_pair(tmp_path: Path) -> None:
+    """At 128 both fit and full is faster; at 256 lora alone does, at 512 and 1024 nothing."""
+    block = {
+        "targets": "tiny",
+        "hardware": "cpu",
+        "recipes": ["full", "lora"],
+        "sequence_length": [128, 256, 512, 1024],
+    }
+    study = handmade.study(grid=[block])
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        fits = run.sequence_length == 128 or (run.sequence_length == 256 and run.recipe == "lora")
+        seconds = 1.0 if run.recipe == "full" else 2.0
+        documents.append(handmade.completed(run, seconds) if fits else handmade.out_of_memory(run))
+    text = Text(built(study, tmp_path, *documents)).text
+    assert "tiny on cpu : full does not fit in 3 of 4 settings; there lora does in 1" in text
+    assert "nothing fits × 1, context 512, 1024" in text
+    assert "finetune-study export tiny cpu --num-gpus N --sequence-length N" in text
+
+
+def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path) -> None:
+    block = {
+        "targets": "tiny",
+        "hardware": "cpu",
+        "recipes": ["full", "lora"],
+        "sequence_length": [128, 256, 512, 1024],
+    }
+    study = handmade.study(grid=[block])
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        fits = run.sequence_length <= (256 if run.recipe == "full" else 512)
+        done = handmade.completed(run, run.sequence_length / 128)
+        documents.append(done if fits else handmade.out_of_memory(run))
+    figure = drawn(study, tmp_path, *documents)["context"]
+    memory = figure.spec["datasets"]["memory"]
+    failed = {(one["recipe"], one["x"]): one["y"] for one in memory if one["failed"]}
+    assert {*failed} == {("full", 512), ("full", 1024), ("lora", 1024)}
+    assert failed["full", 512] == failed["full", 1024] > 1.0  # GiB of the device
+    assert failed["lora", 1024] > failed["full", 1024]
+    assert {one["series"] for one in memory} == {"full", "lora (0.00, 1.00)"}
+
+
+def test_names_in_the_trade_off_never_lie_on_each_other() -> None:
+    times, memories = (1.0, 10.0), (1.0, 10.0)
+    points = [{"time": 2 + 0.01 * n, "memory": 5.0, "recipe": f"recipe-{n}", "front": n == 0} for n in range(30)]
+    placed = tradeoff.names(points, times, memories)
+    assert 1 < len(placed) < 30
+    assert placed[0]["recipe"] == "recipe-0"
+    boxes = [(one["time"], one["memory"]) for one in placed]
+    assert len({*boxes}) == len(boxes)

@@ -1,4 +1,9 @@
+import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -113,7 +118,8 @@ def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) 
     ("reason", "hopeless"),
     [("Resources", False), ("Priority", False), ("QOSMaxGRESPerUser", False), ("PartitionTimeLimit", True),
      ("BadConstraints", True), ("AssocGrpGRESMinutes", True),
-     ("QOSMaxGRESPerJob", True), ("AssocMaxGRESPerNode", True)],
+     ("QOSMaxGRESPerJob", True), ("AssocMaxGRESPerNode", True), ("QOSGrpBillingMinutes", True),
+     ("AssocGrpCPURunMinutesLimit", False), ("launch failed requeued held", True)],
 )  # fmt: skip
 def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopeless: bool) -> None:
     path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"))
@@ -201,3 +207,25 @@ def test_an_array_is_asked_for_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     assert status.squeue(["8_0", "8_1", "9", "odd"]) == {"8_1": InQueue("RUNNING", "a100-1", "1:00")}
     assert "--jobs 8,9 " in (tmp_path / "asked").read_text()
+
+
+def test_watch_looks_again_until_it_is_stopped(tmp_path: Path) -> None:
+    """As in a log, one look after the other; and a run that ends meanwhile is seen."""
+    settings = {
+        "models": {"tiny": handmade.LLAMA},
+        "hardware": {"cpu": {"device": "cpu", "memory_gib": 1.0}},
+        "recipes": {"full": [], "lora": ["lora"]},
+        "grid": [{"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}],
+        "protocol": {"num_untimed_steps": 1, "num_timed_steps": 3},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "finetune_study.cli", "status", "-c", "config.yaml", "--watch", "1"]
+    variables = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=variables) as watching:
+        assert watching.stdout is not None
+        assert next(watching.stdout) == "2 runs: 2 not run\n"
+        handmade.write(tmp_path / "results", handmade.out_of_memory(FULL))
+        assert "2 runs: 1 out of memory, 1 not run\n" in itertools.islice(watching.stdout, 100)
+        watching.send_signal(signal.SIGINT)
+        watching.stdout.read()
+    assert watching.returncode == 0

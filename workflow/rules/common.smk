@@ -1,6 +1,8 @@
 # The study as Python sees it, and the named input functions of all rules.
 
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -12,6 +14,7 @@ from finetune_study.outcome import METRICS_VERSION
 from finetune_study.paths import Results
 
 RESULTS = Results(Path("results"))
+STARTED = time.time()
 
 try:
     STUDY = study_module.open_study(config, RESULTS)
@@ -204,6 +207,16 @@ def get_earlier_for_compare(wildcards):
             "  do: snakemake --cores all compare --config earlier=<outcomes.parquet of another study>"
         )
     return earlier
+
+
+def say_the_answer():
+    """After a call that made the report: what it answers."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    text = study_module.answer_since(
+        STUDY, STARTED, max(120, width), colour=sys.stderr.isatty()
+    )
+    if text:
+        print(text, file=sys.stderr)
 
 
 def report_what_there_is():

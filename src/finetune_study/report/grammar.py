@@ -102,7 +102,9 @@ def log_axis(ends: tuple[float, float], title: str) -> Spec:
         if len(ticks) >= 3:
             break
     if len(ticks) < 2:  # too short for round numbers
-        ticks = [float(f"{low * (high / low) ** share:.3g}") for share in (0.1, 0.5, 0.9)]
+        places = [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]
+        rounded = [[float(f"{place:.{digits}g}") for place in places] for digits in (2, 3, 4)]
+        ticks = next((some for some in rounded if len({*some}) == len(some)), places)
     return {
         "title": title,
         "scale": {"type": "log", "nice": False, "domain": [low, high]},
