@@ -140,7 +140,7 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
     rank = None
     before = dict(os.environ)
-    torch._dynamo.config.disable = not order["is_compiled"]
+    torch.compiler.set_stance("default" if order["is_compiled"] else "force_eager")
     try:
         rank = Rank(run_module.load(Path(order["run"])), Facts(Path(order["facts"])))
         rank.train(Results(Path(order["results"])))
