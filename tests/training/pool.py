@@ -158,11 +158,13 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget() -> None:
-    """What transformers, accelerate and torch keep of a run for the whole process."""
+    """What transformers, accelerate, DeepSpeed and torch keep of a run for the whole process."""
+    import deepspeed
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()

@@ -35,6 +35,10 @@ class OffloadOptimizer(Technique):
         other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name not in ADAMW), None)
         if hardware.device == "cuda" and other:
             return f"DeepSpeed updates offloaded states by its own AdamW for CPUs, not by {other}: use adamw_torch"
+        if hardware.device == "cpu" and "bf16_pure" in recipe:
+            return (
+                "DeepSpeed: Master weights feature requires DeepSpeedCPUAdam, an op that a CPU study does not compile"
+            )
         return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
 
     def deepspeed(self, device: str) -> dict[str, Any]:
