@@ -10,7 +10,7 @@ from finetune_study.run import Run
 from tests.training.lab import EFFECTIVE_BATCH, Ended, Lab, launch
 from tests.training.pairs import SETTINGS
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
 

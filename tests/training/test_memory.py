@@ -6,7 +6,7 @@ import pytest
 
 from tests.training.lab import WIDE, Ended, Lab
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 EMBEDDING = 384 * WIDE["hidden_size"]
 DEEP: dict[str, Any] = {"architecture": {"num_hidden_layers": 9}, "sequence_length": 512, "micro_batch": 4}
