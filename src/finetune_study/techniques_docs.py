@@ -30,7 +30,8 @@ NOT_OFFERED = {
     "LoRA together with prefix, prompt or P-tuning": "peft's mixed model takes LoRA, LoHa, LoKr and OFT together; of a "
     "prompt method it says that its `peft_type` is not compatible with the `PeftMixedModel`",
     "kernels from a hub": "a kernel is a program that somebody else compiled: none is fetched or loaded but one that a "
-    "recipe names (`flash_attention_2: {hub_kernel: owner/name}`)",
+    "recipe names (`flash_attention_2: {hub_kernel: owner/name}`). Runs are offline, so bitsandbytes can't fetch one "
+    "for CPUs either, which it does on its own where the package kernels is installed",
 }
 
 
@@ -49,7 +50,7 @@ class Ran:
         if not recipes:
             return "never run"
         others = len({other for recipe in recipes for other in recipe} - {name})
-        return "run" + (f", beside {others} others" if others else "")
+        return "run" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
 
 
 def read(folder: Path) -> list[Ran]:
@@ -59,7 +60,7 @@ def read(folder: Path) -> list[Ran]:
         StudyError: where a file can't be read.
     """
     found = []
-    for path in sorted([*folder.glob("techniques-*.json"), *folder.glob("gpu/*.json")]):
+    for path in [*sorted(folder.glob("techniques-*.json")), *sorted(folder.glob("gpu/*.json"))]:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             recipes = frozenset(

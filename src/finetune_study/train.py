@@ -123,7 +123,7 @@ class Rank:
         """
         for name, technique in self.run.parsed_techniques.items():
             for package in technique.packages_needed():
-                if importlib.util.find_spec(package.partition(".")[0]) is None:
+                if not _is_importable(package):
                     raise RunFailedError(
                         f"`{name}` needs the package `{package}`, which this Python does not have",
                         where=f"hardware.{self.run.hardware.name}.software",
@@ -222,7 +222,8 @@ class Rank:
             trainer.add_callback(callback)
         model.register_forward_pre_hook(steps.count)
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
-        model_module.attention_kernel_probe(lambda kernel: self.facts.tell(attention_kernel=kernel))
+        if model.config._attn_implementation == "sdpa":
+            model_module.attention_kernel_probe(lambda kernel: self.facts.tell(attention_kernel=kernel))
         self.phases.follow_model(model)
         trainer.train()
         if steps.num_stepped < run.num_steps:
@@ -274,6 +275,13 @@ class Rank:
             "fragmented": found.fragmented,
             "allocator_summary": torch.cuda.memory_summary(abbreviated=True),
         }
+
+
+def _is_importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package that it is a part of
+        return False
 
 
 def _show(loss: float | None) -> str:

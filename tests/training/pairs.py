@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,19 @@ class Trained:
         self._answers: dict[str, Answer] = {}
         self._ran: dict[Case, dict[str, object]] = {}
 
+    def __call__(self, case: Case, num_gpus: int) -> Answer:
+        """How a case ended."""
+        settings = case.settings(self.lab) | {"num_gpus": num_gpus}
+        return self.run(case.recipe, is_compiled="torch_compile" in case.names, **settings)
+
+    def run(self, recipe: Mapping[str, Any] | None = None, *, is_compiled: bool = False, **settings: Any) -> Answer:
+        """How a run of these settings (of `Lab.plan`) ended; it is trained by the first test that asks."""
+        run = self.lab.run(recipe or {}, **settings)
+        if run.run_id not in self._answers:
+            paths = self.lab.prepare(run)
+            self._answers[run.run_id] = self._pool(run).train(run, paths, self.lab.results, is_compiled)
+        return self._answers[run.run_id]
+
     def _pool(self, run: Run) -> Pool:
         key = (run.num_gpus, run.num_gpus > 1 or is_deepspeed(run.parsed_techniques))
         if key not in self._pools:
@@ -120,42 +134,34 @@ class Trained:
             self._pools[key] = Pool(*key, self.lab.run(num_gpus=run.num_gpus), log)
         return self._pools[key]
 
-    def tell(self, case: Case, answer: Answer, num_gpus: int) -> None:
-        """Notes how a case ended, for `write`."""
-        self._ran[case] = {
-            "techniques": list(case.recipe),
-            "num_gpus": num_gpus,
-            "ended": "completed" if answer.error is None else answer.error,
-            "losses": [step["loss"] for step in answer.ranks[0].get("steps", [])],
-            **{name: answer.ranks[0].get(name) for name in ("optimizer_class", "attention_kernel", "compute_dtype")},
-        }
-
     def stop(self) -> None:
         for pool in self._pools.values():
             pool.stop()
 
-    def write(self, path: Path, **about_it: str) -> None:
+    def tell(self, case: Case, answer: Answer, num_gpus: int) -> None:
+        """Notes how a case ended, for `write`."""
+        facts = answer.ranks[0]
+        self._ran[case] = {
+            "techniques": list(case.recipe),
+            "num_gpus": num_gpus,
+            "ended": "completed" if answer.error is None else answer.error,
+            "losses": [step["loss"] for step in facts.get("steps", [])],
+            **{name: facts.get(name) for name in ("optimizer_class", "attention_kernel", "compute_dtype")},
+        }
+
+    def write(self, path: Path, **about: str) -> None:
         """What ran here, in the form of benchmarks/README.md."""
-        installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-        versions = {name: installed.get(name) for name in VERSIONS}
+        packages = importlib.metadata.distributions()
+        installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in packages}
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
-        about = about_it | {
+        whole = about | {
             "date": datetime.date.today().isoformat(),
             "commit": commit,
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "versions": versions,
+            "versions": {name: installed.get(name) for name in VERSIONS},
             "shows": "that these run, and their losses; no times, no memory",
+            "technique_runs": list(self._ran.values()),
         }
-        text = json.dumps(about | {"technique_runs": list(self._ran.values())}, indent=1)
-        path.write_text(text + "\n", encoding="utf-8")
-
-    def __call__(self, case: Case, num_gpus: int) -> Answer:
-        planned = self.lab.plan(case.recipe, **(case.settings(self.lab) | {"num_gpus": num_gpus}))
-        assert planned.unsupported is None
-        run = planned.run
-        if run.run_id not in self._answers:
-            paths, is_compiled = self.lab.prepare(run), "torch_compile" in case.names
-            self._answers[run.run_id] = self._pool(run).train(run, paths, self.lab.results, is_compiled)
-        return self._answers[run.run_id]
+        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

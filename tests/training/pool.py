@@ -140,7 +140,7 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
     rank = None
     before = dict(os.environ)
-    torch._dynamo.config.disable = not order["is_compiled"]
+    torch.compiler.set_stance("default" if order["is_compiled"] else "force_eager")
     try:
         rank = Rank(run_module.load(Path(order["run"])), Facts(Path(order["facts"])))
         rank.train(Results(Path(order["results"])))
@@ -158,11 +158,13 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget() -> None:
-    """What transformers, accelerate and torch keep of a run for the whole process."""
+    """What transformers, accelerate, DeepSpeed and torch keep of a run for the whole process."""
+    import deepspeed
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()

@@ -10,7 +10,7 @@ from finetune_study.run import Run
 from tests.training.lab import EFFECTIVE_BATCH, Ended, Lab, launch
 from tests.training.pairs import SETTINGS
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
 
@@ -43,6 +43,14 @@ def refused(recipe: dict[str, Any], lab: Lab) -> str:
         pytest.param({"lora": {"init_lora_weights": "loftq"}}, {}, "Torch not compiled with CUDA", id="loftq"),
         pytest.param({"galore_adamw": SETTINGS["galore_adamw"], "zero2": {}}, {}, "", id="galore_adamw+zero2"),
         pytest.param({"apollo_adamw": SETTINGS["apollo_adamw"], "zero2": {}}, {}, "", id="apollo_adamw+zero2"),
+        pytest.param(
+            {"bf16_pure": {}, "zero2": {}, "offload_optimizer": {}}, {}, "Master weights feature requires",
+            id="bf16_pure+offload_optimizer",
+        ),
+        pytest.param(
+            {"fp8": SETTINGS["fp8"], "qlora": {}}, {}, "mat1 and mat2 shapes cannot be multiplied", id="fp8+qlora"
+        ),
+        pytest.param({"fp8": SETTINGS["fp8"], "adalora": {}}, {}, "is being modified inplace", id="fp8+adalora"),
         pytest.param({"zero3": {}, "zeropp": {}}, {"num_gpus": 2}, "", id="zeropp"),
         pytest.param({"optimizer_in_backward": {}, "zero2": {}}, ONE_STEP, "", id="optimizer_in_backward+zero2"),
     ],

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
-from tests.training.pairs import SETTINGS
+from tests.training.pairs import SETTINGS, Trained
+from tests.training.pool import Answer
 
 pytestmark = pytest.mark.training
 
@@ -19,51 +20,49 @@ EIGHT_BIT_BLOCK, MIN_EIGHT_BIT = 256, 4096
 """bitsandbytes: elements that share a maximum, and the smallest tensor whose states are in 8 bit."""
 
 
-def states(ended: Ended) -> tuple[list[str], int]:
-    return ended.first_rank["optimizer_state_dtypes"], ended.first_rank["optimizer_state_bytes"]
+def states(ended: Answer | Ended) -> tuple[list[str], int]:
+    first = ended.ranks[0] if isinstance(ended, Answer) else ended.first_rank
+    return first["optimizer_state_dtypes"], first["optimizer_state_bytes"]
 
 
-def adam(recipe: dict[str, Any], lab: Lab) -> Ended:
-    return lab.train(recipe)
+def test_adamw_keeps_two_states_of_the_weights_format(trained: Trained) -> None:
+    assert states(trained.run()) == (["float32"], 8 * TRAINED)
+    assert states(trained.run({"bf16": {}})) == (["float32"], 8 * TRAINED)
+    assert states(trained.run({"bf16_pure": {}})) == (["bfloat16"], 4 * TRAINED)
+    assert states(trained.run({"adamw_torch_fused": {}})) == (["float32"], 8 * TRAINED)
+    assert trained.run({"adamw_torch_fused": {}}).ranks[0]["optimizer_class"] == "torch.optim.adamw.AdamW(fused)"
+    assert trained.run({"adamw_torch_fused": {}}).losses == pytest.approx(trained.run().losses, rel=1e-5)
 
 
-def test_adamw_keeps_two_states_of_the_weights_format(lab: Lab) -> None:
-    assert states(lab.train()) == (["float32"], 8 * TRAINED)
-    assert states(lab.train({"bf16": {}})) == (["float32"], 8 * TRAINED)
-    assert states(lab.train({"bf16_pure": {}})) == (["bfloat16"], 4 * TRAINED)
-    assert states(lab.train({"adamw_torch_fused": {}})) == (["float32"], 8 * TRAINED)
-    assert lab.train({"adamw_torch_fused": {}}).row["optimizer_class"] == "torch.optim.adamw.AdamW(fused)"
-    assert lab.train({"adamw_torch_fused": {}}).losses == pytest.approx(lab.train().losses, rel=1e-5)
-
-
-def test_zero_shards_the_states(lab: Lab) -> None:
+def test_zero_shards_the_states(trained: Trained) -> None:
     for stage in ("zero1", "zero2", "zero3"):
-        ended = lab.train({stage: {}}, num_gpus=2)
-        kept = [rank["optimizer_state_bytes"] for rank in ended.record.ranks]
+        ended = trained.run({stage: {}}, num_gpus=2)
+        kept = [rank["optimizer_state_bytes"] for rank in ended.ranks]
         assert sum(kept) == pytest.approx(8 * TRAINED, rel=0.01)
         assert max(kept) == pytest.approx(4 * TRAINED, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
-def test_eight_bit_adamw_keeps_a_byte_for_a_state(name: str, lab: Lab) -> None:
+def test_eight_bit_adamw_keeps_a_byte_for_a_state(name: str, trained: Trained) -> None:
     """But for the embedding, which Trainer keeps in 32 bit, and tensors too small for blocks."""
-    ended = lab.train({name: {}})
+    ended = trained.run({name: {}})
     small = NORMS + 2 * 2 * 64 * 32  # norms, and keys and values: 64 × 32 each
     large = TRAINED - EMBEDDING - small
     dtypes, size = states(ended)
     tables = 2 * 256 * 4  # of the two codes, in each of the large tensors
     assert dtypes == ["float32", "uint8"]
     assert 2 * large < size - 8 * (EMBEDDING + small) < 2 * large + 14 * tables + 8 * large / EIGHT_BIT_BLOCK + 4096
-    assert ended.row["optimizer_class"] == "bitsandbytes.optim.adamw.AdamW"
-    assert ended.losses == pytest.approx(lab.train().losses, rel=1e-3)
+    assert ended.ranks[0]["optimizer_class"] == "bitsandbytes.optim.adamw.AdamW"
+    assert ended.losses == pytest.approx(trained.run().losses, rel=1e-3)
 
 
-def test_paged_adamw_in_32_bit_is_adamw(lab: Lab) -> None:
-    ended = lab.train({"paged_adamw_32bit": {}})
+def test_paged_adamw_in_32_bit_is_adamw(trained: Trained) -> None:
+    ended = trained.run({"paged_adamw_32bit": {}})
     assert states(ended) == (["float32"], 8 * TRAINED)
-    assert ended.losses == pytest.approx(lab.train().losses, rel=1e-5)
+    assert ended.losses == pytest.approx(trained.run().losses, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "bits", "tolerance"), [("adamw_torch_8bit", 8, 1e-3), ("adamw_torch_4bit", 4, 3e-2)])
 def test_torchao_keeps_its_states_in_few_bits(name: str, bits: int, tolerance: float, lab: Lab) -> None:
     """Compiled, as it comes; needs g++."""
@@ -74,43 +73,44 @@ def test_torchao_keeps_its_states_in_few_bits(name: str, bits: int, tolerance: f
     assert ended.losses == pytest.approx(lab.train().losses, rel=tolerance)
 
 
-def test_adafactor_keeps_sums_of_rows_and_columns(lab: Lab) -> None:
+def test_adafactor_keeps_sums_of_rows_and_columns(trained: Trained) -> None:
     attention = 4 * (64 + 64) - 2 * 32  # q, k, v, o: keys and values have 32 rows
     layer = attention + 3 * (64 + 128)
-    assert states(lab.train({"adafactor": {}})) == (["float32"], 4 * (384 + 64 + 2 * layer + NORMS))
+    assert states(trained.run({"adafactor": {}})) == (["float32"], 4 * (384 + 64 + 2 * layer + NORMS))
 
 
-def test_muon_keeps_one_state_for_matrices_and_two_for_the_rest(lab: Lab) -> None:
-    ended = lab.train({"muon": {}})
+def test_muon_keeps_one_state_for_matrices_and_two_for_the_rest(trained: Trained) -> None:
+    ended = trained.run({"muon": {}})
     assert states(ended) == (["float32"], 4 * MATRICES + 8 * (EMBEDDING + NORMS))
-    assert ended.row["optimizer_class"] == "torch.optim.Muon + torch.optim.adamw.AdamW"
+    assert ended.ranks[0]["optimizer_class"] == "torch.optim.Muon + torch.optim.adamw.AdamW"
     assert ended.losses[-1] < 0.8 * ended.losses[0]
 
 
-def test_learning_rate_of_muon_follows_the_schedule(lab: Lab) -> None:
+def test_learning_rate_of_muon_follows_the_schedule(trained: Trained) -> None:
     """A warm-up from zero leaves the first update out, in both of its parts."""
-    warm = lab.train({"muon": {}}, training={"warmup_steps": 2})
-    plain = lab.train({"muon": {}})
+    warm = trained.run({"muon": {}}, training={"warmup_steps": 2})
+    plain = trained.run({"muon": {}})
     assert warm.losses[1] == pytest.approx(plain.losses[0], rel=0.01)
     assert plain.losses[1] < 0.95 * plain.losses[0]
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
-def test_projected_states_are_smaller(name: str, lab: Lab) -> None:
-    _, size = states(lab.train({name: SETTINGS[name]}))
+def test_projected_states_are_smaller(name: str, trained: Trained) -> None:
+    _, size = states(trained.run({name: SETTINGS[name]}))
     assert size < 0.65 * 8 * TRAINED
     assert size > 8 * (EMBEDDING + NORMS)
 
 
-def test_optimizer_in_backward_is_the_same_optimizer(lab: Lab) -> None:
+def test_optimizer_in_backward_is_the_same_optimizer(trained: Trained) -> None:
     settings: dict[str, Any] = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
-    fused, plain = lab.train({"optimizer_in_backward": {}}, **settings), lab.train({}, **settings)
+    fused, plain = trained.run({"optimizer_in_backward": {}}, **settings), trained.run({}, **settings)
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
     assert fused.eval_losses == pytest.approx(plain.eval_losses, rel=1e-4)
     assert states(fused) == states(plain)
-    assert fused.row["optimizer_class"] == plain.row["optimizer_class"] == "torch.optim.adamw.AdamW"
+    assert fused.ranks[0]["optimizer_class"] == plain.ranks[0]["optimizer_class"] == "torch.optim.adamw.AdamW"
 
 
+@pytest.mark.long
 def test_optimizer_in_backward_gives_gradients_back(lab: Lab) -> None:
     settings: dict[str, Any] = {
         "architecture": WIDE,

@@ -7,9 +7,6 @@ tests/training/test_optimizers.py has them compiled.
 """
 
 import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -22,16 +19,6 @@ FP32_TOLERANCE = 1e-4
 """Relative: the same sums in another order."""
 ROUNDED_TOLERANCE = 2e-2
 """Relative: 8 bits of mantissa, and DeepSpeed rounds elsewhere than autocast does."""
-
-
-@pytest.fixture(scope="session")
-def trained(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
-    trained = Trained(lab, tmp_path_factory.mktemp("pools"))
-    yield trained
-    trained.stop()
-    if path := os.environ.get("TECHNIQUES_RAN"):
-        about = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on one or two ranks"
-        trained.write(Path(path), device="CPU", command="make techniques-ran", what=about)
 
 
 def check(case: Case, lab: Lab, trained: Trained) -> None:
@@ -61,7 +48,7 @@ def test_a_technique_alone(case: Case, lab: Lab, trained: Trained) -> None:
     check(case, lab, trained)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.long
 @pytest.mark.parametrize("case", pairs(), ids=str)
 def test_a_pair(case: Case, lab: Lab, trained: Trained) -> None:
     check(case, lab, trained)

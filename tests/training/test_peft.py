@@ -8,9 +8,7 @@ from finetune_study import model, techniques
 from finetune_study.techniques.peft_method import PeftMethod
 from tests.training.lab import Lab
 from tests.training.pairs import Case, Trained
-from tests.training.test_pairs import trained
 
-__all__ = ["trained"]  # a fixture of both files: their runs are trained once
 pytestmark = pytest.mark.training
 
 METHODS = [name for name, technique in techniques.ALL.items() if issubclass(technique, PeftMethod)]
@@ -60,10 +58,10 @@ def test_quantised_weights_are_small_and_close(settings: dict[str, Any], lab: La
     assert 0 < float(error) < (0.05 if bits == 8 else 0.3)
 
 
-def test_quantised_lora_learns_as_lora_does(lab: Lab) -> None:
-    lora = lab.train({"lora": {"r": 4, "lora_alpha": 16}})
+def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:
+    lora = trained.run({"lora": {"r": 4, "lora_alpha": 16}})
     for settings, tolerance in (({"load_in_8bit": True}, 5e-3), ({}, 2e-2)):
-        quantised = lab.train({"qlora": {"r": 4, "lora_alpha": 16, **settings}})
+        quantised = trained.run({"qlora": {"r": 4, "lora_alpha": 16, **settings}})
         assert quantised.losses == pytest.approx(lora.losses, rel=tolerance)
         assert quantised.losses != lora.losses
 
@@ -81,16 +79,16 @@ def test_quantised_lora_learns_as_lora_does(lab: Lab) -> None:
     ],
     ids=str,
 )
-def test_variants_of_lora_begin_where_it_does_and_go_their_own_way(settings: dict[str, Any], lab: Lab) -> None:
-    lora = lab.train({"lora": {"r": 4, "lora_alpha": 16}})
-    variant = lab.train({"lora": {"r": 4, "lora_alpha": 16, **settings}})
+def test_variants_of_lora_begin_where_it_does_and_go_their_own_way(settings: dict[str, Any], trained: Trained) -> None:
+    lora = trained.run({"lora": {"r": 4, "lora_alpha": 16}})
+    variant = trained.run({"lora": {"r": 4, "lora_alpha": 16, **settings}})
     assert variant.losses[0] == pytest.approx(lora.losses[0], rel=1e-4)
     assert variant.losses[-1] < variant.losses[0]
     assert variant.losses[1:] != pytest.approx(lora.losses[1:], rel=1e-6)
 
 
-def test_penalty_of_adalora_is_in_training_alone(lab: Lab) -> None:
-    ended, plain = lab.train({"adalora": {}}), lab.train()
+def test_penalty_of_adalora_is_in_training_alone(trained: Trained) -> None:
+    ended, plain = trained.run({"adalora": {}}), trained.run()
     assert ended.losses[0] > plain.losses[0] + 1
     assert ended.eval_losses[0] == pytest.approx(plain.eval_losses[0], rel=1e-4)
 

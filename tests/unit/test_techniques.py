@@ -121,6 +121,18 @@ def test_settings_that_came_later_are_not_in_a_dump_at_their_defaults() -> None:
     assert "init_lora_weights" not in techniques.ALL["lora"]().model_dump()
 
 
+def test_offloaded_states_are_adamws_alone() -> None:
+    """On a GPU DeepSpeed would put its own AdamW in the place of another optimizer, and say nothing."""
+    offload: Raw = {"zero2": {}, "offload_optimizer": {}}
+    assert why_not(offload | {"adamw_torch_fused": {}}, "A100") is None
+    assert "not by adafactor" in str(why_not(offload | {"adafactor": {}}, "A100"))
+    assert why_not(offload | {"adafactor": {}}, "cpu") is None
+
+
+def test_loftq_quantises_by_itself() -> None:
+    assert "LoftQ quantises the model itself" in str(why_not({"qlora": {"init_lora_weights": "loftq"}}, "A100"))
+
+
 def test_nvme_needs_a_path_and_zero3() -> None:
     nvme = {"device": "nvme", "nvme_path": "/local"}
     assert why_not({"zero3": {}, "offload_param": nvme}, "A100") is None

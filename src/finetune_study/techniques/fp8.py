@@ -20,6 +20,10 @@ class Fp8(Technique):
     name: ClassVar[str] = "fp8"
     kind: ClassVar[Kind] = "precision"
     packages: ClassVar[tuple[str, ...]] = ("torchao",)
+    excludes: ClassVar[dict[str, str]] = {
+        "qlora": "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape",
+        "adalora": "peft's AdaLoRA changes the output of a layer in place, which torch forbids for torchao's layers",
+    }
     effect: ClassVar[str] = "memory as bf16; large matrix products up to twice as fast; slower where they are small"
     source: ClassVar[str] = "Micikevicius et al., arXiv 2209.05433; https://github.com/pytorch/ao (torchao.float8)"
 

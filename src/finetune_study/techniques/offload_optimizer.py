@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from finetune_study.config import Hardware
 
 
+ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
+"""What DeepSpeed's AdamW for CPUs stands for."""
+
+
 class OffloadOptimizer(Technique):
     """DeepSpeed keeps optimizer states in host memory or on NVMe and updates the weights on the host."""
 
@@ -28,6 +32,13 @@ class OffloadOptimizer(Technique):
     """Folder on a local NVMe drive, for `nvme`."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name not in ADAMW), None)
+        if hardware.device == "cuda" and other:
+            return f"DeepSpeed updates offloaded states by its own AdamW for CPUs, not by {other}: use adamw_torch"
+        if hardware.device == "cpu" and "bf16_pure" in recipe:
+            return (
+                "DeepSpeed: Master weights feature requires DeepSpeedCPUAdam, an op that a CPU study does not compile"
+            )
         return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
 
     def deepspeed(self, device: str) -> dict[str, Any]:

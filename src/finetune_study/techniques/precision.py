@@ -35,6 +35,9 @@ class Fp32(Technique):
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "float32"}
 
+    def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
+        return {"tf32": False}  # left open, transformers switches it on for compiled models
+
 
 class Tf32(Fp32):
     """32-bit floating point, whose matrix products round their inputs to TF32's 10 bits of mantissa."""

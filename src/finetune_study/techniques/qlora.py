@@ -6,6 +6,7 @@ from finetune_study.techniques.base import Recipe
 from finetune_study.techniques.lora import Lora
 
 if TYPE_CHECKING:
+    from finetune_study.config import Hardware
     from finetune_study.run import Run
 
 _QUANTISATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8bit", "prepare_model_for_kbit_training")
@@ -30,6 +31,13 @@ class Qlora(Lora):
     """Weights in 8 bit (arXiv 2208.07339) instead of 4."""
     prepare_model_for_kbit_training: bool = True
     """Hold what is not quantised in fp32, as peft's function of this name does."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if self.init_lora_weights == "loftq":
+            return (
+                "peft: LoftQ quantises the model itself, so it can't begin with one that is: use lora, or another start"
+            )
+        return None
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         quantisation: dict[str, Any] = {"quant_method": "bitsandbytes"}

@@ -1,0 +1,74 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_study import techniques, techniques_docs
+from finetune_study.errors import StudyError
+
+ROOT = Path(__file__).parents[2]
+
+
+def store(folder: Path, name: str, device: str, *recipes: tuple[list[str], str]) -> None:
+    runs = [{"techniques": names, "ended": ended} for names, ended in recipes]
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"device": device, "technique_runs": runs}), encoding="utf-8")
+
+
+def row(page: str, technique: str) -> list[str]:
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| `{technique}` |") and "|" in line[20:]][:1]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_committed_page_is_in_step() -> None:
+    techniques_docs.generate(ROOT / "docs" / "techniques.md", ROOT / "benchmarks" / "results", check=True)
+
+
+def test_a_page_out_of_step_names_the_repair(tmp_path: Path) -> None:
+    page = tmp_path / "techniques.md"
+    techniques_docs.generate(page, tmp_path, check=False)
+    store(tmp_path, "techniques-cpu.json", "CPU", (["lora"], "completed"))
+    with pytest.raises(StudyError, match="run `finetune-study techniques-docs`"):
+        techniques_docs.generate(page, tmp_path, check=True)
+
+
+def test_nothing_is_said_to_have_run_without_a_stored_result(tmp_path: Path) -> None:
+    page = techniques_docs.page(tmp_path)
+    assert {row(page, name)[-1] for name in techniques.ALL} == {"never run"}
+    assert "GPUs: none yet" in page
+
+
+def test_cells_are_those_of_the_stored_results(tmp_path: Path) -> None:
+    cpu = [(["lora"], "completed"), (["lora", "zero2"], "completed"), (["muon"], "ValueError: no")]
+    store(tmp_path, "techniques-cpu.json", "CPU", *cpu)
+    store(tmp_path, "gpu/nvidia-a100.json", "NVIDIA A100", (["fp8"], "ValueError"), (["tf32"], "completed"))
+    page = techniques_docs.page(tmp_path)
+    assert row(page, "lora")[-2:] == ["run, beside 1 other", "never run"]
+    assert row(page, "muon")[-2:] == ["never run", "never run"]
+    assert row(page, "tf32")[-2:] == ["never run", "run"]
+    assert row(page, "fp8")[-1] == "never run"
+    assert "[gpu/nvidia-a100.json](../benchmarks/results/gpu/nvidia-a100.json), 1 recipes" in page
+    assert "GPUs: none yet" not in page
+
+
+def test_what_can_run_where(tmp_path: Path) -> None:
+    page = techniques_docs.page(tmp_path)
+    columns = ["technique", "kind", *techniques_docs.PLACES]
+    cells = dict(zip(columns, row(page, "bf16"), strict=False))
+    assert (cells["CPU"], cells["A100"]) == ("yes", "yes")
+    number = cells["V100"].removeprefix("no (").removesuffix(")")
+    assert f"\n{number}. bf16 needs compute capability 8.0; this GPU has 7.0: use fp16\n" in page
+
+
+def test_exclusions_are_listed_with_their_reason(tmp_path: Path) -> None:
+    page = techniques_docs.page(tmp_path)
+    reason = techniques.ALL["gradient_checkpointing"].excludes["prefix_tuning"]
+    assert f"| `prefix_tuning` | `gradient_checkpointing` | {reason} |" in page
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"device": "x"}'])
+def test_a_broken_result_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "techniques-cpu.json").write_text(text)
+    with pytest.raises(StudyError, match=r"techniques-cpu\.json"):
+        techniques_docs.page(tmp_path)
