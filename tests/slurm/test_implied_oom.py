@@ -66,3 +66,20 @@ def test_of_twenty_ready_runs_none_is_trained_that_an_early_one_decides(place: W
             assert not (runs[size] / "launch.log").exists(), "it was not trained"
     states = [job.state.split()[0] for size in sizes[2:] for job in jobs_of(place, runs[size].name)]
     assert "CANCELLED" in states, "some were queued, so that no node had to wait for an answer"
+
+
+def test_inside_a_job_that_runs_share_what_one_decides_is_not_trained(place: Workplace) -> None:
+    raw = copy.deepcopy(TINY_STUDY)
+    raw["hardware"] = {"no-memory": stand_in("v100", memory_gib=0.003, max_job_minutes=60)}
+    raw["data"]["num_eval_samples"] = 0
+    contexts = [64, 66, 68, 70]
+    raw["grid"][0] |= {"hardware": "no-memory", "recipes": "full", "sequence_length": contexts}
+    place.write(raw)
+    answer = submit(place, "--jobs", "4", "--submitit-no-canary")
+    assert answer.returncode == 0, answer.stdout
+    ledger = place.folder / ".snakemake" / "auxiliary" / "submitit" / "ledger.jsonl"
+    events = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    assert any(event.get("shared") for event in events), "half of the runs are queued, and share a job"
+    endings = {context: record.read_record(place.record(f"_s{context}_")).ending for context in contexts}
+    assert [endings[context].status for context in contexts] == ["device_oom"] + 3 * ["implied_oom"]
+    assert {endings[context].witness for context in contexts[1:]} == {place.record("_s64_").parent.name}

@@ -60,11 +60,11 @@ oom_kills() {
     echo "$total"
 }
 kills=$(oom_kills)
-began=$SECONDS
+began=$SECONDS left=$((1170 - SECONDS))
 
 # The command has a process group of its own; what ends this job reaches all of it, and it has time to tidy up.
 set -m
-timeout --kill-after=30 1200 /bin/bash /study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/command.sh < /dev/null &
+timeout --kill-after=30 "$left" /bin/bash /study/.snakemake/auxiliary/submitit/jobs/0123456789abcdef/command.sh < /dev/null &
 command=$!
 set +m
 ending=
@@ -82,5 +82,5 @@ if [ -n "$ending" ]; then
     end "$status" signal
 fi
 [ "$status" -eq 0 ] || [ "$(oom_kills)" -eq "$kills" ] || end "$status" OUT_OF_MEMORY
-[ "$status" -eq 0 ] || [ "$((SECONDS - began))" -lt 1200 ] || end "$status" TIMEOUT
+[ "$status" -eq 0 ] || [ "$((SECONDS - began))" -lt "$left" ] || end "$status" TIMEOUT
 end "$status"
