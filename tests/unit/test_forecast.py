@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -272,7 +274,17 @@ def test_shipped_hardware_is_complete() -> None:
     for name in names:
         assert known[name].gpu
         assert known[name].tflops["fp16"] > known[name].tflops["fp32"]
+        assert known[name].memory_gib
         assert known[name].memory_gb_per_s
+        assert known[name].compute_capability
+        assert known[name].link_gb_per_s
+        assert known[name].pcie_gb_per_s
+    text = resources.files("finetune_study.forecast").joinpath("hardware.yaml").read_text(encoding="utf-8")
+    entries = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.search(r"# \[d\].*\[o\]", line) for line in entries)  # data sheet, and what torch sees
+    priced = {name for name, device in known.items() if device.price_usd_per_gpu_hour is not None}
+    for line in entries:
+        assert (re.search(r"\[[ac]\]", line) is not None) == (line.split(":")[0] in priced)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +299,12 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
+        ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        ({"model_config": {**SMALL, "vocab_size": -1}}, "negative"),
+        ({"hardware": {"memory_gib": -3}}, "memory_gib"),
+        ({"sequence_length": float("nan")}, "sequence_length"),
+        ({"techniques": {"qlora": {"quantized_from": "int3"}}}, "quantized_from"),
+        ({"techniques": {"zeropp": {}}}, "zero3"),
         ({"techniques": {"loro": {}}}, "did you mean lora"),
         ({"techniques": {"lora": {"rank": 8}}}, "rank"),
         ({"techniques": {"lora": {"target_modules": ["nonesuch"]}}}, "nonesuch"),
