@@ -725,7 +725,8 @@ def _study_text(runs: list[dict[str, Any]]) -> list[str]:
 def _speed_text(found: dict[str, Any], cores: int) -> str:
     cold = found["cold_seconds"]
     return (
-        f"On {cores} cores, imports apart (torch, transformers and peft: {found['import_seconds']:.1f} s): a first "
+        f"On one of {cores} cores, in processor time, imports apart (torch, transformers and peft: "
+        f"{found['import_seconds']:.1f} s): a first "
         f"prediction takes {statistics.median(cold.values()):.1f} s in the median and "
         f"{found['cold_seconds_worst']:.1f} s at most over {len(cold)} models and recipes; one whose trace is kept "
         f"{1000 * found['cached_on_disk_seconds_worst']:.1f} ms from disk and "
