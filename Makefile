@@ -1,6 +1,6 @@
 # Each target sets up what it needs by itself. The environment is .venv, installed from envs/local.lock.
 #
-#   make demo    run the demo study on this machine and print its table
+#   make demo    forecast the demo study, run it on this machine and print its table
 #   make test    run the suite, but for what takes many minutes
 #   make test-all
 #                run all of it, every pair of techniques too (about half an hour more)
@@ -54,7 +54,7 @@ $(INSTALLED): $(LOCK) pyproject.toml $(PLUGIN)/pyproject.toml
 	@cp $(LOCK) $@
 
 demo: env
-	@$(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
+	@$(BIN)/snakemake --cores all forecast && $(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
 
 test: env
 	@$(BIN)/python -m pytest

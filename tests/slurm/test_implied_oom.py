@@ -21,6 +21,7 @@ def test_harder_runs_wait_for_the_easier_one_and_take_no_job(place: Workplace) -
     raw["data"]["num_eval_samples"] = 0  # memory that runs out in evaluation proves nothing
     raw["grid"][0] |= {"hardware": "no-memory", "recipes": "full", "sequence_length": [64, 96, 128]}
     place.write(raw)
+    place.snakemake("forecast")
     answer = submit(place, "--jobs", "3")
     assert answer.returncode == 0, answer.stdout
     head = "tiny_no-memoryx1_s{}_b1_full_r1"
@@ -31,7 +32,7 @@ def test_harder_runs_wait_for_the_easier_one_and_take_no_job(place: Workplace) -
     }
     witness = place.record("_s64_").parent.name
     assert len(jobs_of(place, witness)) == 1
-    prior = json.loads((place.record("_s64_").parent / "prior.json").read_text())  # nobody had asked for a forecast
+    prior = json.loads((place.record("_s64_").parent / "prior.json").read_text())
     assert prior["predicted_peak_memory_allocated_gib"] > 0
     for word in ("_s96_", "_s128_"):
         path = place.record(word)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -272,7 +274,17 @@ def test_shipped_hardware_is_complete() -> None:
     for name in names:
         assert known[name].gpu
         assert known[name].tflops["fp16"] > known[name].tflops["fp32"]
+        assert known[name].memory_gib
         assert known[name].memory_gb_per_s
+        assert known[name].compute_capability
+        assert known[name].link_gb_per_s
+        assert known[name].pcie_gb_per_s
+    text = resources.files("finetune_study.forecast").joinpath("hardware.yaml").read_text(encoding="utf-8")
+    entries = [line for line in text.splitlines() if not line.startswith("#")]
+    assert all(re.search(r"# \[d\].*\[o\]", line) for line in entries)  # data sheet, and what torch sees
+    priced = {name for name, device in known.items() if device.price_usd_per_gpu_hour is not None}
+    for line in entries:
+        assert (re.search(r"\[[ac]\]", line) is not None) == (line.split(":")[0] in priced)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +299,12 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
+        ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        ({"model_config": {**SMALL, "vocab_size": -1}}, "negative"),
+        ({"hardware": {"memory_gib": -3}}, "memory_gib"),
+        ({"sequence_length": float("nan")}, "sequence_length"),
+        ({"techniques": {"qlora": {"quantized_from": "int3"}}}, "quantized_from"),
+        ({"techniques": {"zeropp": {}}}, "zero3"),
         ({"techniques": {"loro": {}}}, "did you mean lora"),
         ({"techniques": {"lora": {"rank": 8}}}, "rank"),
         ({"techniques": {"lora": {"target_modules": ["nonesuch"]}}}, "nonesuch"),
@@ -331,6 +349,22 @@ def test_a_models_own_code_is_run_where_it_is_allowed_by_name(tmp_path: Any, mon
         predict.answer(row(model_config={**SMALL, "_code": [str(folder), ""]}), TRACES, [str(folder)])
     allowed = predict.answer(asked, TRACES, [str(folder)])["predicted_memory_gib"]
     assert allowed == predict.answer(row(), TRACES)["predicted_memory_gib"]
+
+
+def test_on_a_cpu_the_heap_holds_room_for_activations_twice_unless_tensors_are_mapped() -> None:
+    cpu = {"device": "cpu", "memory_gib": 8}
+    heap, mapped = (
+        predict.answer(row(hardware={**cpu, "maps_tensors": flag}, techniques={"fp32": {}}), TRACES)
+        for flag in (False, True)
+    )
+    one = mapped["predicted_memory_gib"]
+    assert heap["predicted_peak_memory_allocated_gib"] > mapped["predicted_peak_memory_allocated_gib"]
+    categories = heap["predicted_memory_gib"]["by_category"]
+    assert sum(categories.values()) == pytest.approx(heap["predicted_peak_memory_allocated_gib"])
+    assert sum(one["by_category"].values()) == pytest.approx(mapped["predicted_peak_memory_allocated_gib"])
+    assert hardware.maps_tensors({"MALLOC_MMAP_THRESHOLD_": "131072"})
+    assert not hardware.maps_tensors({"MALLOC_MMAP_THRESHOLD_": "1048576"})
+    assert not hardware.maps_tensors({})
 
 
 def test_unknown_memory_leaves_open_what_fits() -> None:

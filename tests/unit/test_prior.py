@@ -58,9 +58,16 @@ def test_a_run_that_was_measured_before_gets_none(name: str, results: Results) -
     assert not paths.prior.exists()
 
 
-def test_what_nobody_forecast_is_predicted_when_it_is_submitted(results: Results) -> None:
-    first, second = run_ids(results)[:2]
-    prior.freeze_all([first], results)
+def test_what_nobody_forecast_is_predicted_when_it_is_submitted(raw: Raw, tmp_path: Path) -> None:
+    raw["hardware"]["a100"] = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0}
+    raw["grid"][0]["hardware"] = ["a100", raw["grid"][0]["hardware"]]
+    results = Results(tmp_path)
+    write_plan(open_study(raw, results))
+    on_gpu = [run_id for run_id in run_ids(results) if "a100" in run_id]
+    first, second = on_gpu[:2]
+    on_cpu = next(run_id for run_id in run_ids(results) if run_id not in on_gpu)
+    prior.freeze_all([first, on_cpu], results)
+    assert not results.run(on_cpu).prior.exists()  # nobody asked
     found = json.loads(results.run(first).prior.read_text())
     assert found["predicted_peak_memory_allocated_gib"] > 0
     prior.freeze_all([second], results, seconds=-1)

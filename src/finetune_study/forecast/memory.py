@@ -90,6 +90,8 @@ class Situation:
     device: str = "cuda"
     lengths_vary: bool = False
     """Sequences are padded to the longest of their batch alone, not to the context."""
+    maps_tensors: bool = False
+    """On a CPU: the C library's heap holds nothing back."""
     hopper: bool = False
     """Compute capability 9: a larger cuBLAS workspace."""
 
@@ -325,7 +327,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     moving = states.buckets + states.gathered + np.where(backward, states.reducing, 0.0)
     fixed = states.parameters + states.optimizer_states + workspace
     heap, most_on_heap = np.zeros_like(activations), 0.0
-    if at.device == "cpu":
+    if at.device == "cpu" and not at.maps_tensors:
         mapped = at.batch * at.context * profile.vocabulary * BYTES[recipe.compute] >= CPU_HEAP_BLOCK_BYTES
         on_heap = activations if mapped else activations + logits
         most_on_heap = CPU_HEAP_COPIES * float(on_heap.max())

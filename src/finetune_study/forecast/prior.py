@@ -14,6 +14,7 @@ from finetune_study import run as run_module
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results, RunPaths
 from finetune_study.record import write_atomically
+from finetune_study.run import Run
 
 SECONDS = 60.0
 """What a submission waits at most for predictions of runs that nobody has forecast; the others go without a prior."""
@@ -31,25 +32,30 @@ def freeze(paths: RunPaths) -> None:
 
 
 def freeze_all(run_ids: Iterable[str], results: Results, seconds: float = SECONDS) -> None:
-    """The same for runs that are submitted now; what nobody forecast is predicted, as far as time allows."""
-    missing = []
+    """The same for runs that are submitted now; of GPU runs what nobody forecast is predicted, as far as time allows.
+
+    A run on a CPU, which costs nothing, has a prior where a forecast was asked for.
+    """
+    missing: dict[str, Run] = {}
     for run_id in run_ids:
         paths = results.run(run_id)
         freeze(paths)
         if not paths.prior.exists() and not paths.superseded.exists():
-            missing.append(run_id)
-    if missing:
-        _predict(missing, results, time.monotonic() + seconds)
+            with suppress(StudyError, OSError):  # a run that can't be read says so in its own log
+                missing[run_id] = run_module.load(paths.run_yaml)
+    on_gpus = [run for run in missing.values() if run.hardware.device != "cpu"]
+    if on_gpus:
+        _predict(on_gpus, results, time.monotonic() + seconds)
 
 
-def _predict(run_ids: list[str], results: Results, until: float) -> None:
+def _predict(runs: list[Run], results: Results, until: float) -> None:
     from finetune_study.forecast import predict, study  # these import torch, once traces are missing
 
     traces = predict.Traces(results.traces)
-    for run_id in run_ids:
+    for run in runs:
         if time.monotonic() > until:
             return
-        paths = results.run(run_id)
-        with suppress(StudyError, OSError):  # a run that can't be read says so in its own log
-            study.keep(paths, study.row_of_run(run_module.load(paths.run_yaml), results, traces))
+        paths = results.run(run.run_id)
+        with suppress(StudyError, OSError):  # the run goes without
+            study.keep(paths, study.row_of_run(run, results, traces))
             freeze(paths)

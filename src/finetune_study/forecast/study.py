@@ -68,6 +68,7 @@ def device_of(name: str, entry: Hardware) -> Device:
         memory_gib=entry.memory_gib,
         compute_capability=entry.compute_capability,
         price_usd_per_gpu_hour=price,
+        maps_tensors=hardware_module.maps_tensors(entry.environment),
     )
 
 
@@ -75,7 +76,13 @@ def device_of_run(run: Run) -> Device:
     """The same from what a run itself knows: without a price, and without the memory of a GPU that is not shipped."""
     it = run.hardware
     found = _shipped(it.name, it.device, it.gpu)
-    return found or Device(name=it.name, device=it.device, gpu=it.gpu, memory_gib=it.memory_budget_gib)  # type: ignore[arg-type]
+    return found or Device(
+        name=it.name,
+        device=it.device,  # type: ignore[arg-type]
+        gpu=it.gpu,
+        memory_gib=it.memory_budget_gib,
+        maps_tensors=hardware_module.maps_tensors(it.environment),
+    )
 
 
 def _shipped(name: str, device: str, gpu: str | None) -> Device | None:

@@ -25,8 +25,8 @@ NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empt
 
 OWN_OF_NO_LAYER = -1
 
-MOST_OPERATIONS = 60_000
-"""Of a trace; they take about ten seconds. A layer of a transformer has some hundred."""
+MOST_OPERATIONS = 20_000
+"""Of a forward pass; with backward they take about ten seconds. A layer of a transformer has some hundred."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Tape(TorchDispatchMode):
 
     def tick(self) -> None:
         self.now += 1
-        if self.now > MOST_OPERATIONS:
+        if self.forward and self.now > MOST_OPERATIONS:  # an error raised in backward's C++ may end the process
             raise ModelError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
