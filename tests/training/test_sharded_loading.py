@@ -20,7 +20,10 @@ RECIPE: dict[str, Any] = {"zero3": {}, "lora": {"r": 1, "target_modules": ["q_pr
 ONE_STEP: dict[str, Any] = {
     "micro_batch": 1,
     "sequence_length": 64,
-    "budget_gib": 8.0,
+    # What is freed goes back at once: resident memory is then what is held, and not what the C library keeps in holes.
+    "hardware": {
+        "cpu": {"device": "cpu", "memory_gib": 8, "max_gpus": 2, "environment": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+    },
     "training": {"effective_batch_size": 2},
     "protocol": {"num_untimed_steps": 0, "num_timed_steps": 1},
 }
@@ -29,17 +32,20 @@ CHUNK = 2**28 / (4 * 300_319_232)
 """What rank 0 reads at once, as a share of this model; of the real one it is a five-hundredth."""
 
 
-def share_of_the_model(ended: Ended) -> list[float]:
-    """How much of the model each rank had in memory while it was loaded."""
-    assert ended.record.ending.status == "completed", ended.output
+def shares_of_the_model(lab: Lab, ended: Ended) -> list[float]:
+    """How much of the model each rank had in memory while it was loaded, beside what libraries take for any model."""
+    tiny = lab.train(RECIPE, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
+    for one in (tiny, ended):
+        assert one.record.ending.status == "completed", one.output
+    libraries = min(rank["load_peak_rss_growth_bytes"] for rank in tiny.record.ranks)
     size = 4 * ended.first_rank["total_parameters"]  # fp32
     assert size > 2**30
-    return [float(rank["load_peak_rss_growth_bytes"]) / size for rank in ended.record.ranks]
+    return [(rank["load_peak_rss_growth_bytes"] - libraries) / size for rank in ended.record.ranks]
 
 
 def test_random_weights_are_sharded_as_they_are_drawn(lab: Lab) -> None:
     ended = lab.train(RECIPE, architecture=LLAMA2_70B, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
-    assert max(share_of_the_model(ended)) < 0.7
+    assert max(shares_of_the_model(lab, ended)) < 0.75
 
 
 def test_pretrained_weights_are_sharded_as_they_are_read(lab: Lab) -> None:
@@ -52,9 +58,9 @@ def test_pretrained_weights_are_sharded_as_they_are_read(lab: Lab) -> None:
     del model
     settings: dict[str, Any] = {"models": {"tiny": {"name_or_path": str(folder)}}, "data": {"num_eval_samples": 1}}
     ended = lab.train(RECIPE, num_gpus=2, **settings, **ONE_STEP)
-    first, second = share_of_the_model(ended)
-    assert second < 0.7
-    assert first < 0.7 + CHUNK
+    first, second = shares_of_the_model(lab, ended)
+    assert second < 0.75
+    assert first < 0.75 + CHUNK
     plain = lab.train({"lora": RECIPE["lora"]}, **settings, **ONE_STEP)
-    assert min(share_of_the_model(plain)) > 0.9, "the measure sees a whole model where there is one"
+    assert min(shares_of_the_model(lab, plain)) > 0.9, "the measure sees a whole model where there is one"
     assert ended.eval_losses[0] == pytest.approx(plain.eval_losses[0], abs=1e-4), "and they are the same weights"
