@@ -12,6 +12,7 @@ from tests.training.pairs import SETTINGS
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
 
+PROJECTED = SETTINGS["galore_adamw"]
 ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
 
 
@@ -26,15 +27,15 @@ def in_spite_of_the_reason(lab: Lab, recipe: dict[str, Any], **settings: Any) ->
     ("recipe", "settings", "error"),
     [
         pytest.param(
-            {"prefix_tuning": {}, "gradient_checkpointing": {}}, {}, "The size of tensor a .* must match the size of tensor b",
+            {"prefix_tuning": {}, "gradient_checkpointing": {}}, {}, "The size of tensor a .* must match",
             id="prefix_tuning+gradient_checkpointing",
         ),
         pytest.param({"tf32": {}}, {}, "--tf32 requires Ampere or a newer GPU arch", id="tf32"),
         pytest.param({"liger": {}}, {}, "needs the package `liger_kernel`|No module named 'triton'", id="liger"),
         pytest.param({"flash_attention_2": {}}, {}, "needs the package `flash_attn`", id="flash_attention_2"),
         pytest.param({"muon": {}, "zero2": {}}, {}, "Param gradient must be a 2D matrix", id="muon+zero2"),
-        pytest.param({"galore_adamw": SETTINGS["galore_adamw"], "zero2": {}}, {}, "IndexError: tuple index", id="galore_adamw+zero2"),
-        pytest.param({"apollo_adamw": SETTINGS["apollo_adamw"], "zero2": {}}, {}, "IndexError: tuple index", id="apollo_adamw+zero2"),
+        pytest.param({"galore_adamw": PROJECTED, "zero2": {}}, {}, "tuple index out of range", id="galore_adamw+zero2"),
+        pytest.param({"apollo_adamw": PROJECTED, "zero2": {}}, {}, "tuple index out of range", id="apollo_adamw+zero2"),
         pytest.param(
             {"bf16_pure": {}, "zero2": {}, "offload_optimizer": {}}, {}, "Master weights feature requires",
             id="bf16_pure+offload_optimizer",

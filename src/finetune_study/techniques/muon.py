@@ -9,9 +9,7 @@ from finetune_study.techniques.base import Kind, Technique
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
-_FLAT = (
-    "torch: Param gradient must be a 2D matrix, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
-)
+_FLAT = "torch: Param gradient must be a 2D matrix, and DeepSpeed gives an optimizer flat pieces of weights: use ddp"
 
 
 class Muon(Technique):
