@@ -28,9 +28,7 @@ class Zeropp(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
-            return (
-                "DeepSpeed has its quantiser as CUDA kernels alone: on a CPU only zero_hpz_partition_size can be used"
-            )
+            return "DeepSpeed: This op had not been implemented on CPU backend; zero_hpz_partition_size alone can be used there"
         return None
 
     def deepspeed(self, device: str) -> dict[str, Any]:
