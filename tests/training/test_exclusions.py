@@ -45,7 +45,7 @@ def in_spite_of_the_reason(lab: Lab, recipe: dict[str, Any], **settings: Any) ->
         ),
         pytest.param({"fp8": SETTINGS["fp8"], "adalora": {}}, {}, "is being modified inplace", id="fp8+adalora"),
         pytest.param({"zero3": {}, "zeropp": {}}, {"num_gpus": 2}, "not been implemented on CPU", id="zeropp"),
-        pytest.param({"optimizer_in_backward": {}, "zero2": {}}, ONE_STEP, "list index out", id="optimizer_in_backward+zero2"),
+        pytest.param({"optimizer_in_backward": {}, "zero2": {}}, ONE_STEP, "list index out", id="in_backward+zero2"),
     ],
 )  # fmt: skip
 def test_the_library_refuses_as_well(lab: Lab, recipe: dict[str, Any], settings: dict[str, Any], error: str) -> None:
