@@ -11,6 +11,7 @@ import datetime
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,6 +100,15 @@ def measure(planned: PlannedRun, results: Results) -> dict[str, Any]:
     return row | {"ended": measured["status"], **{name: measured.get(name) for name in KEPT}}
 
 
+def nvidia_smi() -> list[str]:
+    """Driver, clocks and power limit, as the driver's own tool says them; nothing where it is missing."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    asked = "--query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit"
+    answer = subprocess.run(["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip().splitlines()
+
+
 def about(hardware: dict[str, Any]) -> dict[str, Any]:
     """Where and with what it is measured, as benchmarks/README.md asks."""
     import accelerate
@@ -106,10 +116,6 @@ def about(hardware: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    asked = "name,driver_version,clocks.max.sm,power.limit,clocks.sm"
-    driver = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={asked}", "--format=csv"], capture_output=True, text=True, check=False
-    )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": hardware["gpu"],
@@ -117,7 +123,7 @@ def about(hardware: dict[str, Any]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": commit or None,
         "hardware": hardware,
-        "nvidia_smi": driver.stdout.strip().splitlines(),
+        "nvidia_smi": nvidia_smi(),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
         "cuda": torch.version.cuda,

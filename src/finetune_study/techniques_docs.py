@@ -30,8 +30,8 @@ NOT_OFFERED = {
     "LoRA together with prefix, prompt or P-tuning": "peft's mixed model takes LoRA, LoHa, LoKr and OFT together; of a "
     "prompt method it says that its `peft_type` is not compatible with the `PeftMixedModel`",
     "kernels from a hub": "a kernel is a program that somebody else compiled: none is fetched or loaded but one that a "
-    "recipe names (`flash_attention_2: {hub_kernel: owner/name}`). Runs are offline, so bitsandbytes can't fetch one "
-    "for CPUs either, which it does on its own where the package kernels is installed",
+    "recipe names (`flash_attention_2: {hub_kernel: kernels-community/…}`). Runs are offline, so bitsandbytes can't "
+    "fetch one for CPUs either, which it does on its own where the package kernels is installed",
 }
 
 

@@ -194,6 +194,9 @@ class Rank:
 
         class StudyTrainer(Trainer):
             def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+                bare = _bare_optimizer(self)
+                if hasattr(bare, "optimizer_dict"):  # transformers knows its stand-in only before accelerate wraps it
+                    optimizer = bare
                 # max_steps leaves room for skipped steps; the schedule is that of the steps that count.
                 return super().create_scheduler(run.num_steps, optimizer)
 

@@ -66,6 +66,7 @@ def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:
         assert quantised.losses != lora.losses
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [

@@ -212,10 +212,14 @@ def test_a_kernel_of_the_hub_is_taken_only_when_it_is_named() -> None:
         ("flash_attn",),
         {"attn_implementation": "flash_attention_2"},
     )
-    named = techniques.parse({"flash_attention_2": {"hub_kernel": "owner/kernel"}})["flash_attention_2"]
+    with pytest.raises(ConfigError, match="hub_kernel"):
+        techniques.parse({"flash_attention_2": {"hub_kernel": "somebody/kernel"}})
+    named = techniques.parse({"flash_attention_2": {"hub_kernel": "kernels-community/flash-attn2"}})[
+        "flash_attention_2"
+    ]
     assert (named.packages_needed(), named.load_arguments({})) == (
         ("kernels",),
-        {"attn_implementation": "owner/kernel"},
+        {"attn_implementation": "kernels-community/flash-attn2"},
     )
 
 

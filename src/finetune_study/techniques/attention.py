@@ -1,6 +1,6 @@
 """Implementations of the same attention."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -45,9 +45,12 @@ class _FlashAttention(_Attention):
     capabilities: ClassVar[tuple[float, float]]
     """Lowest, and the first that is too high."""
 
-    hub_kernel: str | None = Field(default=None, json_schema_extra=LATER)
-    """A kernel of the hub, `owner/name`, used instead of the package. It is a program that somebody else compiled, so
-    none is ever taken that is not named here; it must be in the hub's cache before training starts."""
+    hub_kernel: Annotated[str, Field(pattern=r"^kernels-community/[\w.-]+$")] | None = Field(
+        default=None, json_schema_extra=LATER
+    )
+    """A kernel of the hub, used instead of the package: `kernels-community/…`, from where alone transformers takes one.
+    It is a program that somebody else compiled, so none is loaded that is not named here. Runs are offline: it must be
+    in the hub's cache before (`hf download <name>`, with HF_HOME as the study's)."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability, (lowest, too_high) = hardware.compute_capability, self.capabilities

@@ -41,6 +41,9 @@ class Lora(PeftMethod):
     """How the update begins: true is no change at all; `pissa` (arXiv 2404.02948) and `loftq` (arXiv 2310.08659) take a
     part of the weights into it."""
 
+    def packages_needed(self) -> tuple[str, ...]:
+        return (*self.packages, *(("bitsandbytes", "scipy") if self.init_lora_weights == "loftq" else ()))
+
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.init_lora_weights == "loftq" and hardware.device == "cpu":
             return (

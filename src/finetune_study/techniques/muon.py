@@ -9,7 +9,7 @@ from finetune_study.techniques.base import Kind, Technique
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
-_FLAT = "torch: Muon only supports 2D parameters, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
+_FLAT = "torch: Param gradient must be a 2D matrix, and DeepSpeed gives an optimizer flat pieces of weights: use ddp"
 
 
 class Muon(Technique):
@@ -59,8 +59,6 @@ def muon_with_adamw(model: Any, **settings: Any) -> Any:
             self.parts = [torch.optim.Muon(matrices, **settings)] if matrices else []
             self.parts += [torch.optim.AdamW(rest, **rates)] if rest else []
             super().__init__([group for part in self.parts for group in part.param_groups], {})
-            # A learning-rate schedule writes to these groups, and both parts read them.
-            self.param_groups = [group for part in self.parts for group in part.param_groups]
 
         @property
         def state(self) -> Any:
@@ -71,7 +69,10 @@ def muon_with_adamw(model: Any, **settings: Any) -> Any:
             """The states are those of the parts."""
 
         def step(self, closure: Any = None) -> None:
+            # What a schedule writes to: accelerate has replaced the groups that the parts began with.
+            groups = iter(self.param_groups)
             for part in self.parts:
+                part.param_groups = [next(groups) for _ in part.param_groups]
                 part.step()
 
     return MuonWithAdamW()

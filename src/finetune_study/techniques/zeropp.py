@@ -29,7 +29,7 @@ class Zeropp(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
             return (
-                "DeepSpeed has its quantiser as CUDA kernels alone: on a CPU only zero_hpz_partition_size can be used"
+                "DeepSpeed: This op had not been implemented on CPU backend; only zero_hpz_partition_size can be used"
             )
         return None
 
