@@ -70,8 +70,10 @@ CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))
 MINUTES ?= 20
 gpu-check:
 	@mkdir -p build
-	@TECHNIQUES_RAN=build/techniques-gpu.json PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu; status=$$?; \
-	 test -f build/techniques-gpu.json || { echo "make: no GPU was tried"; exit $$status; }; \
+	@rm -f build/techniques-gpu.json; status=0; \
+	 if $(CHECK_PYTHON) -c 'import pytest' 2>/dev/null; then \
+	   TECHNIQUES_RAN=build/techniques-gpu.json PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu || status=$$?; \
+	 else echo "make: $(CHECK_PYTHON) has no pytest: the measured matrix alone"; fi; \
 	 PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --write benchmarks/results/gpu --ran build/techniques-gpu.json --minutes $(MINUTES) && exit $$status
 
 check: env
@@ -119,7 +121,7 @@ $(GPU_ENV)/finetune-study.lock: $(LOCK) pyproject.toml
 	@echo "make: installing an environment for training into $(GPU_ENV) (several GB)"
 	@$(PYTHON) -m venv $(GPU_ENV)
 	@$(GPU_PYTHON) -m pip install --quiet $(TORCH_FROM) $(TORCH)
-	@$(GPU_PYTHON) -m pip install --quiet --use-pep517 --constraint $(LOCK) --editable '.[training]'
+	@$(GPU_PYTHON) -m pip install --quiet --use-pep517 --constraint $(LOCK) --editable '.[training]' pytest
 	@test -z "$(FLASH_ATTN)" || $(GPU_PYTHON) -m pip install --quiet --no-build-isolation flash-attn==$(FLASH_ATTN)
 	@cp $(LOCK) $@
 	@$(GPU_PYTHON) -c 'import torch; print("make: torch", torch.__version__, "for CUDA", torch.version.cuda)'

@@ -137,14 +137,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="no run is started after so many")
     parser.add_argument("--ran", type=Path, help="what the tests of tests/gpu wrote (TECHNIQUES_RAN)")
     given = parser.parse_args()
-    from tests.gpu.conftest import gpu_hardware
+    from tests.gpu.hardware import gpu_hardware
 
     try:
         hardware = gpu_hardware()
     except RuntimeError as error:
         raise SystemExit(f"gpu.py: {error}: this part is for a machine with one") from None
     until = time.monotonic() + 60 * given.minutes
-    runs = json.loads(given.ran.read_text(encoding="utf-8"))["technique_runs"] if given.ran else []
+    runs = (
+        json.loads(given.ran.read_text(encoding="utf-8"))["technique_runs"] if given.ran and given.ran.exists() else []
+    )
     result = about(hardware) | {"technique_runs": runs, "matrix": []}
     path = given.write / (re.sub(r"[^a-z0-9]+", "-", hardware["gpu"].lower()).strip("-") + ".json")
     with tempfile.TemporaryDirectory() as folder:
