@@ -63,7 +63,7 @@ test-all: env
 	@$(BIN)/python -m pytest -m ''
 
 techniques-ran: env
-	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu.json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
+	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu-$$(date +%F).json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
 	@$(BIN)/finetune-study techniques-docs
 
 CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))

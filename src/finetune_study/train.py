@@ -194,9 +194,6 @@ class Rank:
 
         class StudyTrainer(Trainer):
             def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-                bare = _bare_optimizer(self)
-                if hasattr(bare, "optimizer_dict"):  # transformers knows its stand-in only before accelerate wraps it
-                    optimizer = bare
                 # max_steps leaves room for skipped steps; the schedule is that of the steps that count.
                 return super().create_scheduler(run.num_steps, optimizer)
 
@@ -387,8 +384,8 @@ def _bare_optimizer(trainer: Any) -> Any:
 def _working_optimizers(trainer: Any) -> list[Any]:
     """The optimizers that really step: several where each weight, or each kind of weight, has one of its own."""
     optimizer = _bare_optimizer(trainer)
-    by_weight: dict[Any, Any] = getattr(optimizer, "optimizer_dict", None) or {}
-    return list(by_weight.values()) or getattr(optimizer, "parts", [optimizer])
+    parts: list[Any] = getattr(optimizer, "parts", [optimizer])
+    return parts
 
 
 def _optimizer_facts(trainer: Any) -> dict[str, Any]:

@@ -39,7 +39,10 @@ EXACT = frozenset({
 })  # fmt: skip
 """They promise to change no loss."""
 
-ROUNDING = frozenset({"bf16", "bf16_pure", "fp16", "fp8"})
+ROUNDING = frozenset({
+    "bf16", "bf16_pure", "fp16", "fp8",
+    "adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit", "paged_adamw_8bit",
+})  # fmt: skip
 """They round, and beside them an exact technique changes what is rounded."""
 
 

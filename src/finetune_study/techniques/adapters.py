@@ -17,6 +17,9 @@ class Adalora(PeftMethod):
 
     name: ClassVar[str] = "adalora"
     method: ClassVar[str] = "ADALORA"
+    excludes: ClassVar[dict[str, str]] = {
+        "zero3": "peft needs whole weights to move ranks, and ZeRO-3 leaves none (The size of tensor a (0) must match)",
+    }
     effect: ClassVar[str] = "memory as lora of init_r; slower by its bookkeeping; better loss at an equal budget"
     source: ClassVar[str] = "Zhang et al., arXiv 2303.10512"
 

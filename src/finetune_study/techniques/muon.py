@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, PositiveInt
 
 from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.joined import joined
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
@@ -52,27 +53,6 @@ def muon_with_adamw(model: Any, **settings: Any) -> Any:
     rest = [p for p in trained if id(p) not in chosen]
     rates = {name: settings[name] for name in ("lr", "weight_decay")}
 
-    class MuonWithAdamW(torch.optim.Optimizer):
-        """Two optimizers behind one interface; each keeps its own arithmetic and states."""
-
-        def __init__(self) -> None:
-            self.parts = [torch.optim.Muon(matrices, **settings)] if matrices else []
-            self.parts += [torch.optim.AdamW(rest, **rates)] if rest else []
-            super().__init__([group for part in self.parts for group in part.param_groups], {})
-
-        @property
-        def state(self) -> Any:
-            return {p: s for part in self.parts for p, s in part.state.items()}
-
-        @state.setter
-        def state(self, _: Any) -> None:
-            """The states are those of the parts."""
-
-        def step(self, closure: Any = None) -> None:
-            # What a schedule writes to: accelerate has replaced the groups that the parts began with.
-            groups = iter(self.param_groups)
-            for part in self.parts:
-                part.param_groups = [next(groups) for _ in part.param_groups]
-                part.step()
-
-    return MuonWithAdamW()
+    parts: list[Any] = [torch.optim.Muon(matrices, **settings)] if matrices else []
+    parts += [torch.optim.AdamW(rest, **rates)] if rest else []
+    return joined(parts)

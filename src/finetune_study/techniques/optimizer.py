@@ -89,17 +89,21 @@ class PagedAdamw8bit(_Bitsandbytes):
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
 
 
+_ONE_DIMENSION = (
+    "projects gradients of whole matrices, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
+)
+
+
 class Adafactor(Optimizer):
     """transformers' Adafactor: of the second moment sums of rows and columns alone, and no first moment."""
 
     name: ClassVar[str] = "adafactor"
+    excludes: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("zero1", "zero2", "zero3"),
+        "Adafactor sums rows and columns of matrices; of DeepSpeed's flat pieces it keeps whole states: use ddp",
+    )
     effect: ClassVar[str] = "hardly any states; another update than AdamW's, so another learning rate"
     source: ClassVar[str] = "Shazeer and Stern, arXiv 1804.04235"
-
-
-_ONE_DIMENSION = (
-    "projects gradients of whole matrices, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
-)
 
 
 class _LowRank(_Adam):

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.joined import joined
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
@@ -11,15 +12,16 @@ _OWN_STEP = "DeepSpeed's engine makes the step itself, after the whole backward 
 
 
 class OptimizerInBackward(Technique):
-    """Each weight is updated as soon as its gradient is there, which is then given back (transformers' layer-wise)."""
+    """Each weight is updated as soon as its gradient is there, which is then given back."""
 
     name: ClassVar[str] = "optimizer_in_backward"
     kind: ClassVar[Kind] = "optimizer step"
     excludes: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("zero1", "zero2", "zero3"), _OWN_STEP),
-        "ddp": "transformers: layer-wise optimizers do not support DDP; gradients would be used before they are summed",
-        "fsdp": "transformers: layer-wise optimizers do not support several devices",
+        "ddp": "gradients would be used before DDP has summed them over the devices: use one device",
+        "fsdp": "gradients would be used before they are summed over the devices: use one device",
         "fp16": "loss scaling looks at all gradients before a step, and here there is never more than one: use bf16",
+        **dict.fromkeys(("galore_adamw", "apollo_adamw"), "transformers makes it for a whole model, not for a weight"),
         "muon": "it is two optimizers for different weights: use another one",
     }
     effect: ClassVar[str] = "gradients of one layer instead of all; as fast; no clipping and no gradient accumulation"
@@ -55,21 +57,25 @@ class OptimizerInBackward(Technique):
 
 
 def in_backward(model: Any, kind: Any, settings: dict[str, Any], weight_decay: float) -> Any:
-    """An optimizer for each trained weight, called by autograd, behind transformers' stand-in for one.
-
-    transformers' schedule follows them all by the same stand-in (`transformers.optimization.get_scheduler`).
-    """
-    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+    """An optimizer for each trained weight, which autograd calls as soon as the weight's gradient is whole."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # Trainer spares norms and biases as well.
+    decays = [weight_decay if weight.ndim > 1 else 0.0 for weight in weights]
+    parts = {
+        weight: kind([{"params": [weight], "weight_decay": decay}], **settings)
+        for weight, decay in zip(weights, decays, strict=True)
+    }
+    together = joined(list(parts.values()), steps=False)
+    is_first = True
 
     def step(weight: Any) -> None:
-        optimizers[weight].step()
-        optimizers[weight].zero_grad()
+        nonlocal is_first
+        if is_first:  # by now accelerate has wrapped it
+            together.follow_schedule()
+            is_first = False
+        parts[weight].step()
+        parts[weight].zero_grad()
 
-    optimizers = {}
-    for weight in model.parameters():
-        if weight.requires_grad:
-            # Trainer spares norms and biases as well.
-            decay = weight_decay if weight.ndim > 1 else 0.0
-            optimizers[weight] = kind([{"params": [weight], "weight_decay": decay}], **settings)
-            weight.register_post_accumulate_grad_hook(step)
-    return LayerWiseDummyOptimizer(optimizer_dict=optimizers, lr=settings["lr"])
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(step)
+    return together

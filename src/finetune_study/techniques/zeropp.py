@@ -28,9 +28,7 @@ class Zeropp(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
-            return (
-                "DeepSpeed: This op had not been implemented on CPU backend; only zero_hpz_partition_size can be used"
-            )
+            return "DeepSpeed: This op had not been implemented on CPU backend; only zero_hpz_partition_size works"
         return None
 
     def deepspeed(self, device: str) -> dict[str, Any]:
