@@ -4,6 +4,7 @@ import copy
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -259,6 +260,7 @@ def test_places(follower: Follower, tmp_path_factory: pytest.TempPathFactory) ->
 def test_no_network(follower: Follower) -> None:
     """That the jobs need none, tests/slurm/test_places.py shows: its nodes have none."""
     follower.configure()
+    shutil.rmtree(follower.place.results / "prepared")
     prepared, trained = follower.follow()
     assert "prepare_data" in prepared
     assert "prepare" not in trained
