@@ -1,6 +1,7 @@
 """What every technique says of itself, and what speaks against it where."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_module_is_complete(technique: type[Technique]) -> None:
     assert technique.kind in techniques.ORDER
     assert (technique.__doc__ or "").splitlines()[0].endswith(".")
     assert technique.__doc__ != Technique.__doc__
-    assert "\n" not in technique.effect
+    assert re.fullmatch("; ".join(f"{what}: [^;:\n]+" for what in ("memory", "speed", "quality")), technique.effect)
     assert "http" in technique.source or "arXiv" in technique.source or technique.name == "fp32"
     assert technique.needs <= techniques.ALL.keys()
     assert technique.beside <= techniques.ALL.keys() - {technique.name}

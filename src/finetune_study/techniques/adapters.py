@@ -17,7 +17,11 @@ class Adalora(PeftMethod):
 
     name: ClassVar[str] = "adalora"
     method: ClassVar[str] = "ADALORA"
-    effect: ClassVar[str] = "memory as lora of init_r; slower by its bookkeeping; better loss at an equal budget"
+    effect: ClassVar[str] = (
+        "memory: as lora of init_r; "
+        "speed: slower than lora by its bookkeeping; "
+        "quality: better than lora at an equal budget"
+    )
     source: ClassVar[str] = "Zhang et al., arXiv 2303.10512"
 
     init_r: PositiveInt = 12
@@ -78,7 +82,11 @@ class Ia3(PeftMethod):
 
     name: ClassVar[str] = "ia3"
     method: ClassVar[str] = "IA3"
-    effect: ClassVar[str] = "a hundred times fewer trained weights than lora; activations as full fine-tuning"
+    effect: ClassVar[str] = (
+        "memory: a hundred times fewer trained weights than lora, activations as full fine-tuning; "
+        "speed: about as lora; "
+        "quality: below lora with much data, good with few examples"
+    )
     source: ClassVar[str] = "Liu et al., arXiv 2205.05638"
 
     target_modules: list[str] | None = None
@@ -93,7 +101,11 @@ class Loha(PeftMethod):
     name: ClassVar[str] = "loha"
     method: ClassVar[str] = "LOHA"
     beside: ClassVar[frozenset[str]] = MIXED - {"loha"}
-    effect: ClassVar[str] = "twice lora's trained weights for a rank of r squared; slower than lora"
+    effect: ClassVar[str] = (
+        "memory: twice lora's trained weights, for a rank of r squared; "
+        "speed: slower than lora; "
+        "quality: as lora, or better where updates need a high rank"
+    )
     source: ClassVar[str] = "Hyeon-Woo et al., arXiv 2108.06098"
 
     r: PositiveInt = 8
@@ -110,7 +122,11 @@ class Lokr(PeftMethod):
     name: ClassVar[str] = "lokr"
     method: ClassVar[str] = "LOKR"
     beside: ClassVar[frozenset[str]] = MIXED - {"lokr"}
-    effect: ClassVar[str] = "fewer trained weights than lora; slower than lora"
+    effect: ClassVar[str] = (
+        "memory: fewer trained weights than lora; "
+        "speed: slower than lora; "
+        "quality: as lora with fewer weights, or below it"
+    )
     source: ClassVar[str] = "Edalati et al., arXiv 2212.10650"
 
     r: PositiveInt = 8
@@ -127,7 +143,11 @@ class Oft(PeftMethod):
     name: ClassVar[str] = "oft"
     method: ClassVar[str] = "OFT"
     beside: ClassVar[frozenset[str]] = MIXED - {"oft"}
-    effect: ClassVar[str] = "trained weights as lora; slower than lora; keeps the angles between neurons"
+    effect: ClassVar[str] = (
+        "memory: trained weights as lora; "
+        "speed: slower than lora; "
+        "quality: close to lora, keeps the angles between neurons"
+    )
     source: ClassVar[str] = "Qiu et al., arXiv 2306.07280"
 
     oft_block_size: PositiveInt = 32
@@ -141,7 +161,11 @@ class AdaptionPrompt(PeftMethod):
 
     name: ClassVar[str] = "adaption_prompt"
     method: ClassVar[str] = "ADAPTION_PROMPT"
-    effect: ClassVar[str] = "about a million trained weights for a 7B model; a second attention over a few tokens"
+    effect: ClassVar[str] = (
+        "memory: about a million trained weights for a 7B model; "
+        "speed: a second attention over a few tokens for each layer; "
+        "quality: begins as the base model, below lora on hard tasks"
+    )
     source: ClassVar[str] = "Zhang et al., arXiv 2303.16199"
 
     adapter_len: PositiveInt = 10
