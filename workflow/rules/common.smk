@@ -44,7 +44,16 @@ def get_prepared(wildcards):
     return [*manifests, *(RESULTS.op(hardware, op) for hardware, op in STUDY.ops)]
 
 
+def check_software(hardware):
+    """Stops before a job starts whose Python is not there. Plan, forecast and dry runs do without."""
+    missing = STUDY.missing_software.get(hardware)
+    if missing is not None and not workflow.output_settings.dryrun:
+        raise WorkflowError(str(missing))
+
+
 def get_ops_of_run(wildcards):
+    """What must be compiled; an input, so that a missing Python is seen before anything is done for the run."""
+    check_software(STUDY.run(wildcards.run_id).hardware.name)
     return STUDY.ops_of(wildcards.run_id)
 
 
@@ -54,6 +63,7 @@ def run_that_needs(wildcards):
 
 
 def get_run_file_of_op(wildcards):
+    check_software(wildcards.hardware)
     return RESULTS.run(run_that_needs(wildcards)).run_yaml
 
 
@@ -144,6 +154,7 @@ def get_calibration_threads(wildcards):
 
 
 def get_calibration_interpreter(wildcards):
+    check_software(wildcards.hardware)
     return STUDY.interpreter(STUDY.largest_runs[wildcards.hardware], sys.executable)
 
 
