@@ -288,10 +288,8 @@ class Study:
             parts.append(f"{len(self.implied)} implied out of memory")
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
-        lines = [", ".join(parts) + self._bill()]
-        for error in self.missing_software.values():
-            lines.append(f"warning, no run can start there yet: {error}")
-        return "\n".join(lines)
+        missing = [f"warning, no run can start there yet: {error}" for error in self.missing_software.values()]
+        return "\n".join([", ".join(parts) + self._bill(), *missing])
 
     def _bill(self) -> str:
         """What the runs to train are predicted to take, where a forecast knows it of all of them."""

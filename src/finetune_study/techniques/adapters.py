@@ -4,12 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from finetune_study.techniques.peft_method import MIXED, PeftMethod
+from finetune_study.techniques.peft_method import MIXED, PeftMethod, model_type
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
 TargetModules = Literal["all-linear"] | list[str]
+
+ADAPTION_PROMPT_MODELS = frozenset({"llama", "mistral", "gpt2"})
+"""Model types of which peft knows the attention (peft.tuners.adaption_prompt.config.TRANSFORMERS_MODEL_CONFIG)."""
 
 
 class Adalora(PeftMethod):
@@ -100,6 +103,7 @@ class Loha(PeftMethod):
 
     name: ClassVar[str] = "loha"
     method: ClassVar[str] = "LOHA"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"loha"}
     effect: ClassVar[str] = (
         "memory: twice lora's trained weights, for a rank of r squared; "
@@ -121,6 +125,7 @@ class Lokr(PeftMethod):
 
     name: ClassVar[str] = "lokr"
     method: ClassVar[str] = "LOKR"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"lokr"}
     effect: ClassVar[str] = (
         "memory: fewer trained weights than lora; "
@@ -142,6 +147,7 @@ class Oft(PeftMethod):
 
     name: ClassVar[str] = "oft"
     method: ClassVar[str] = "OFT"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"oft"}
     effect: ClassVar[str] = (
         "memory: trained weights as lora; "
@@ -172,6 +178,13 @@ class AdaptionPrompt(PeftMethod):
     """Trained tokens of a layer."""
     adapter_layers: PositiveInt | None = None
     """How many layers from the last on; null: all."""
+
+    def why_not_run(self, run: "Run") -> str | None:
+        found = model_type(run)
+        if found is not None and found not in ADAPTION_PROMPT_MODELS:
+            known = ", ".join(sorted(ADAPTION_PROMPT_MODELS))
+            return f"peft: Unsupported model type for adaption prompt: '{found}'. It knows {known}: use another method"
+        return None
 
     def is_exported(self) -> bool:
         return False
