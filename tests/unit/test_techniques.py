@@ -90,6 +90,16 @@ def test_exclusions_hold_in_both_orders(name: str) -> None:
             assert found in (reason, of_default) or "contradict" in str(found)
 
 
+def test_muon_under_zero_says_whose_muon_it_is() -> None:
+    """DeepSpeed can shard one of its own."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for sharding in ("zero1", "zero2", "zero3"):
+        reason = str(why_not({"muon": {}, sharding: {}}, "A100"))
+        assert "torch.optim.Muon gets flat pieces" in reason
+        assert f"the Muon that DeepSpeed brings for ZeRO ({MuonWithAuxAdam.__name__})" in reason
+
+
 def test_methods_that_peft_trains_together() -> None:
     assert list(techniques.parse({"loha": {}, "lora": {}})) == ["loha", "lora"]
     apart: list[Raw] = [{"lora": {}, "prefix_tuning": {}}, {"lora": {}, "adalora": {}}, {"lora": {}, "qlora": {}}]

@@ -9,7 +9,11 @@ from finetune_study.techniques.base import Kind, Technique
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
-_FLAT = "torch: Param gradient must be a 2D matrix, and DeepSpeed gives an optimizer flat pieces of weights: use ddp"
+_FLAT = (
+    "torch: Param gradient must be a 2D matrix, and under ZeRO torch.optim.Muon gets flat pieces of weights: use ddp; the "
+    "Muon that DeepSpeed brings for ZeRO (MuonWithAuxAdam) has other settings in a configuration of its own, and is not "
+    "offered"
+)
 
 
 class Muon(Technique):
