@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from finetune_study.run import Run
 
 _FLAT = (
-    "torch: Param gradient must be a 2D matrix, and under ZeRO torch.optim.Muon gets flat pieces of weights: use ddp; the "
-    "Muon that DeepSpeed brings for ZeRO (MuonWithAuxAdam) has other settings in a configuration of its own, and is not "
-    "offered"
+    "torch: Param gradient must be a 2D matrix, and under ZeRO torch.optim.Muon gets flat pieces of weights: use ddp; "
+    "the Muon that DeepSpeed brings for ZeRO (MuonWithAuxAdam) has other settings in a configuration of its own, and "
+    "is not offered"
 )
 
 
