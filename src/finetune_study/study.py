@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune_study import compiled, implied, places, record, slurm, software
+from finetune_study import compiled, hub_kernel, implied, places, record, slurm, software
 from finetune_study import config as config_module
 from finetune_study import plan as plan_module
 from finetune_study import run as run_module
@@ -266,9 +266,13 @@ class Study:
         return found
 
     def ops_of(self, run_id: str) -> list[Path]:
-        """What says that the ops of a run are built."""
+        """What says that the ops of a run are built, and that the kernels of the hub that it names are fetched."""
         run = self.run(run_id)
-        return [self.results.op(run.hardware.name, op) for op in compiled.ops_of(run)]
+        return [self.results.op(run.hardware.name, op) for op in compiled.ops_of(run)] + self.kernels_of(run_id)
+
+    def kernels_of(self, run_id: str) -> list[Path]:
+        """What says that the kernels of the hub that a run names are fetched."""
+        return [self.results.kernel(name) for name in hub_kernel.kernels_of(self.run(run_id))]
 
     @property
     def _first_outdated(self) -> list[str]:

@@ -36,12 +36,14 @@ def get_data_of_run(wildcards):
 
 
 def get_prepared(wildcards):
-    """Models, data and compiled ops of all runs that are to be trained."""
+    """Models, data, kernels of the hub and compiled ops of all runs that are to be trained."""
     runs = [STUDY.run(run_id) for run_id in STUDY.pending]
     folders = {RESULTS.model(run.model_key) for run in runs}
     folders |= {RESULTS.data(run.data_key) for run in runs}
     manifests = sorted(folder / "manifest.json" for folder in folders)
-    return [*manifests, *(RESULTS.op(hardware, op) for hardware, op in STUDY.ops)]
+    kernels = {path for run_id in STUDY.pending for path in STUDY.kernels_of(run_id)}
+    ops = [RESULTS.op(hardware, op) for hardware, op in STUDY.ops]
+    return [*manifests, *sorted(kernels), *ops]
 
 
 def check_software(hardware):

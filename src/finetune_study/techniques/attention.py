@@ -57,8 +57,9 @@ class _FlashAttention(_Attention):
         default=None, json_schema_extra=LATER
     )
     """A kernel of the hub, used instead of the package: `kernels-community/…`, from where alone transformers takes one.
-    It is a program that somebody else compiled, so none is loaded that is not named here. Runs are offline: it must be
-    in the hub's cache before (`hf download <name>`, with HF_HOME as the study's)."""
+    It is a program that somebody else compiled, so none is fetched or loaded that is not named here. Runs are offline:
+    `prepare` fetches it into the study's cache (`places.cache`; a hardware entry with a cache of its own does not see
+    it). The environment of the runs needs the package kernels."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability, (lowest, too_high) = hardware.compute_capability, self.capabilities
