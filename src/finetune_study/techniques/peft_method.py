@@ -27,8 +27,7 @@ class PeftMethod(Technique):
     """Whether peft has it for transformers' Conv1D."""
 
     def why_not_run(self, run: "Run") -> str | None:
-        found = model_type(run)
-        if not self.takes_conv1d and found in CONV1D:
+        if not self.takes_conv1d and (found := model_type(run)) in CONV1D:
             return f"peft: Target module Conv1D() is not supported by {self.name}, and a {found} has no other: use lora"
         return None
 
