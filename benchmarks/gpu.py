@@ -56,7 +56,8 @@ CONTEXTS = (512, 4096, 2048, 1024)
 KEPT = (
     "status", "reason", "oom_phase", "step_time_seconds_median", "step_time_seconds_samples", "tokens_per_second",
     "peak_memory_allocated_gib", "peak_memory_reserved_gib", "peak_device_used_gib", "mfu_percent", "load_seconds",
-    "trainable_parameters", "total_parameters", "optimizer_class", "attention_implementation", "compute_dtype",
+    "trainable_parameters", "total_parameters", "optimizer_class", "attention_implementation", "attention_kernel",
+    "compute_dtype",
 )  # fmt: skip
 
 

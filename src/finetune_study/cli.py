@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
@@ -38,8 +39,9 @@ def _open(config: Path, results: Path) -> Study:
 
 @app.command()
 def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
-    """List every run of the study, and what became of it."""
+    """List every run of the study and what became of it, then how many there are of each, with the reason."""
     study = _open(config, results)
+    counts: Counter[str] = Counter()
     table = Table(Column("run", overflow="fold"), "state", "techniques")
     for run_id, planned in study.planned.items():
         state = (
@@ -50,7 +52,10 @@ def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
             else "to train"
         )  # fmt: skip
         table.add_row(run_id, state, "+".join(planned.run.parsed_techniques))
+        counts[state.partition(" by ")[0] if run_id in study.implied else state] += 1
     Console().print(table)
+    for state, count in counts.most_common():
+        print(f"{count} {state}")
     print(study.summary())
 
 

@@ -25,25 +25,30 @@ from finetune_study.prepared import say
 from finetune_study.record import write_atomically
 from finetune_study.run import Run
 
-BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
+BUILDERS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder", "quantizer": "QuantizerBuilder"}
 """Classes of deepspeed.ops.op_builder by the names of their ops."""
 
 LINES_OF_AN_ERROR = 30
 
 
 def ops_of(run: Run) -> list[str]:
-    """Ops that DeepSpeed compiles for a run: its Adam for states on the host, and input and output of NVMe."""
+    """Ops that DeepSpeed compiles for a run: its Adam for states on the host, input and output of NVMe, and ZeRO++'s
+    quantiser of what travels (deepspeed.runtime.zero.partition_parameters.CUDAQuantizer, and `all_to_all_quant_reduce`
+    of deepspeed.runtime.comm.coalesced_collectives)."""
     return sorted({op for technique in run.parsed_techniques.values() for op in _ops(run, technique.name)})
 
 
 def _ops(run: Run, name: str) -> Iterator[str]:
     part = run.parsed_techniques[name].deepspeed(run.hardware.device)
-    offloads = [part.get("zero_optimization", {}).get(f"offload_{what}") for what in ("optimizer", "param")]
+    zero = part.get("zero_optimization", {})
+    offloads = [zero.get(f"offload_{what}") for what in ("optimizer", "param")]
     devices = {offload["device"] for offload in offloads if offload}
     if devices and "optimizer" in part:
         yield "cpu_adam"
     if "nvme" in devices:
         yield "async_io"
+    if any(zero.get(f"zero_quantized_{what}") for what in ("weights", "gradients")):
+        yield "quantizer"
 
 
 def build(run: Run, op: str, results: Results, folders: Places) -> float:

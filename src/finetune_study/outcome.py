@@ -17,7 +17,7 @@ from finetune_study.run import Run
 from finetune_study.sequences import steps_per_epoch
 from finetune_study.slurm import srun
 
-METRICS_VERSION = 3
+METRICS_VERSION = 4
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
@@ -103,6 +103,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "cost_usd_per_epoch": (pl.Float64, "The same in US dollars, at the config's price."),
     "optimizer_class": (pl.String, "Optimizer that really ran."),
     "attention_implementation": (pl.String, "Attention that the model really used."),
+    "attention_kernel": (pl.String, "Kernel that torch chose for sdpa; null for others, and in a compiled program."),
     "compute_dtype": (pl.String, "Number format of a linear layer's output in the forward pass."),
     "gpu_name": (pl.String, "Device as found; on a CPU study the processor."),
     "host": (pl.String, "Where it ran; all of its nodes."),
@@ -255,6 +256,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "gpu_hours": None if record.duration_seconds is None else record.duration_seconds * run.num_gpus / 3600,
         "optimizer_class": first.get("optimizer_class"),
         "attention_implementation": first.get("attention_implementation"),
+        "attention_kernel": first.get("attention_kernel"),
         "compute_dtype": first.get("compute_dtype"),
         "gpu_name": environment.get("device_name"),
         "host": _hosts(environment),

@@ -121,6 +121,10 @@ class Results:
         """Says that DeepSpeed's compiled op is in the cache of a hardware entry."""
         return self.root / "prepared" / "ops" / hardware / f"{op}.json"
 
+    def kernel(self, name: str) -> Path:
+        """Says that a kernel of the hub is in the cache of downloads."""
+        return self.root / "prepared" / "kernels" / f"{name}.json"
+
     @property
     def cache(self) -> Path:
         """Downloads, caches and compiled ops, where the config names no other folder; may be deleted."""

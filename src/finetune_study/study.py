@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from finetune_study import compiled, implied, places, record, slurm, software
+from finetune_study import compiled, hub_kernel, implied, places, record, slurm, software
 from finetune_study import config as config_module
 from finetune_study import plan as plan_module
 from finetune_study import run as run_module
@@ -184,6 +184,16 @@ class Study:
         cache = places.of(self.config.places, hardware.places).cache or str(self.results.cache.absolute())
         return software.interpreter(hardware.software, default, cache)
 
+    @cached_property
+    def missing_software(self) -> dict[str, ConfigError]:
+        """By hardware entry that has runs to train: what it names and is not there. Planning needs none of it."""
+        found: dict[str, ConfigError] = {}
+        for name in sorted({self.run(run_id).hardware.name for run_id in self.pending}):
+            for key, path in software.missing(self.config.hardware[name].software).items():
+                what, allowed = MISSING_SOFTWARE[key]
+                found[name] = ConfigError(what, where=f"hardware.{name}.software.{key}", given=path, allowed=allowed)
+        return found
+
     def slurm_resources(self, run_id: str) -> dict[str, str | int | None]:
         """What a run asks of SLURM, by the names of Snakemake's executors; None is the cluster's default."""
         run = self.run(run_id)
@@ -256,9 +266,13 @@ class Study:
         return found
 
     def ops_of(self, run_id: str) -> list[Path]:
-        """What says that the ops of a run are built."""
+        """What says that the ops of a run are built, and that the kernels of the hub that it names are fetched."""
         run = self.run(run_id)
-        return [self.results.op(run.hardware.name, op) for op in compiled.ops_of(run)]
+        return [self.results.op(run.hardware.name, op) for op in compiled.ops_of(run)] + self.kernels_of(run_id)
+
+    def kernels_of(self, run_id: str) -> list[Path]:
+        """What says that the kernels of the hub that a run names are fetched."""
+        return [self.results.kernel(name) for name in hub_kernel.kernels_of(self.run(run_id))]
 
     @property
     def _first_outdated(self) -> list[str]:
@@ -270,7 +284,7 @@ class Study:
         return {name: hardware.price_usd_per_gpu_hour for name, hardware in self.config.hardware.items()}
 
     def summary(self) -> str:
-        """What there is to do, in a line."""
+        """What there is to do, in a line, and one more for each hardware entry on which no run can start yet."""
         parts = [f"{len(self.planned)} runs", f"{len(self.recorded)} measured", f"{len(self.pending)} to train"]
         if self.unsupported:
             parts.append(f"{len(self.unsupported)} unsupported")
@@ -278,7 +292,8 @@ class Study:
             parts.append(f"{len(self.implied)} implied out of memory")
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
-        return ", ".join(parts) + self._bill()
+        missing = [f"warning, no run can start there yet: {error}" for error in self.missing_software.values()]
+        return "\n".join([", ".join(parts) + self._bill(), *missing])
 
     def _bill(self) -> str:
         """What the runs to train are predicted to take, where a forecast knows it of all of them."""
@@ -385,10 +400,6 @@ def _check_files(config: Config) -> None:
                 given=path,
                 allowed="a folder with config.json, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`",
             )
-    for name in sorted({name for block in config.grid for name in block.hardware}):
-        for key, path in software.missing(config.hardware[name].software).items():
-            what, allowed = MISSING_SOFTWARE[key]
-            raise ConfigError(what, where=f"hardware.{name}.software.{key}", given=path, allowed=allowed)
     dataset = config.data.dataset
     if (_is_path(dataset) or Path(dataset).suffix in DATA_SUFFIXES) and not Path(dataset).expanduser().is_file():
         raise ConfigError(

@@ -41,20 +41,26 @@ class Ran:
 
     device: str
     source: str
-    completed: frozenset[frozenset[str]]
-    """Recipes, each as the set of techniques that were asked for."""
+    completed: frozenset[tuple[frozenset[str], int]]
+    """Recipes, each as the set of its techniques, and on how many devices."""
+
+    @property
+    def number_of_recipes(self) -> int:
+        return len({recipe for recipe, _ in self.completed})
 
     def cell(self, name: str) -> str:
-        """What was run of a technique there."""
-        recipes = [recipe for recipe in self.completed if name in recipe]
-        if not recipes:
+        """What was run of a technique there, and on how many devices."""
+        runs = [(recipe, number) for recipe, number in self.completed if name in recipe]
+        if not runs:
             return "never run"
-        others = len({other for recipe in recipes for other in recipe} - {name})
-        return "run" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
+        numbers = " and ".join(str(number) for number in sorted({number for _, number in runs}))
+        others = len({other for recipe, _ in runs for other in recipe} - {name})
+        return f"run on {numbers}" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
 
 
 def read(folder: Path) -> list[Ran]:
-    """Stored results of techniques below a folder: of tests on the CPU and of `make gpu-check` for each GPU.
+    """Stored results of techniques below a folder: of tests on the CPU, and of `make gpu-check` for each GPU, whose
+    measured matrix counts as well.
 
     Raises:
         StudyError: where a file can't be read.
@@ -63,10 +69,11 @@ def read(folder: Path) -> list[Ran]:
     for path in [*sorted(folder.glob("techniques-*.json")), *sorted(folder.glob("gpu/*.json"))]:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            recipes = frozenset(
-                frozenset(one["techniques"]) for one in stored["technique_runs"] if one["ended"] == "completed"
+            runs = [*stored["technique_runs"], *stored.get("matrix", ())]
+            completed = frozenset(
+                (frozenset(one["techniques"]), int(one["num_gpus"])) for one in runs if one["ended"] == "completed"
             )
-            found.append(Ran(stored["device"], path.relative_to(folder).as_posix(), recipes))
+            found.append(Ran(stored["device"], path.relative_to(folder).as_posix(), completed))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError("Stored results can't be read", where=str(path), given=repr(error)) from None
     return found
@@ -111,7 +118,8 @@ def page(results: Path) -> str:
         "Settings of each are in [config/README.md](../config/README.md).",
         "",
         "`yes` says that nothing known speaks against it, at its default settings, not that anybody tried. What was",
-        "really run is in the columns on the right, from stored results alone; everything else was never run.",
+        "really run is in the columns on the right, on how many devices and beside how many other techniques, from",
+        "stored results alone; everything else was never run.",
         "",
         "| technique | kind | " + " | ".join(PLACES) + " | " + " | ".join(headings) + " |",
         "|---" * (2 + len(PLACES) + len(headings)) + "|",
@@ -124,7 +132,7 @@ def page(results: Path) -> str:
     lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in notes.items()), ""]
     lines += ["## Where this was run", ""]
     lines += [
-        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {len(one.completed)} recipes"
+        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {one.number_of_recipes} recipes"
         for one in ran
     ]
     if not on_gpus:

@@ -31,5 +31,6 @@ def trained(gpu_lab: Lab, gpu: dict[str, Any], tmp_path_factory: pytest.TempPath
     yield trained
     trained.stop()
     if path := os.environ.get("TECHNIQUES_RAN"):
-        what = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, on {gpu['max_gpus']} GPUs"
+        used = " or ".join(map(str, trained.numbers_of_devices()))
+        what = f"a Llama of 98,624 weights with random weights, {STEPS} optimizer steps, GPUs of a run: {used}"
         trained.write(Path(path), device=gpu["gpu"], command="make gpu-check", what=what)

@@ -152,6 +152,10 @@ class Trained:
             **{name: facts.get(name) for name in ("optimizer_class", "attention_kernel", "compute_dtype")},
         }
 
+    def numbers_of_devices(self) -> list[int]:
+        """On how many devices runs were that are noted for `write`."""
+        return sorted({int(str(one["num_gpus"])) for one in self._ran.values()})
+
     def write(self, path: Path, **about: str) -> None:
         """What ran here, in the form of benchmarks/README.md."""
         packages = importlib.metadata.distributions()

@@ -39,8 +39,29 @@ def test_a_cpu_needs_none(raw: Raw, results: Results) -> None:
     assert opened(raw, results, "cpu").ops == {}
 
 
-def test_every_op_is_one_of_deepspeeds() -> None:
-    from deepspeed.ops import op_builder
+@pytest.mark.parametrize(
+    ("settings", "ops"),
+    [
+        ({}, ["quantizer"]),
+        ({"zero_quantized_weights": False}, ["quantizer"]),
+        ({"zero_quantized_gradients": False}, ["quantizer"]),
+        ({"zero_quantized_weights": False, "zero_quantized_gradients": False, "zero_hpz_partition_size": 2}, []),
+    ],
+)
+def test_what_travels_quantised_needs_a_compiled_quantiser(
+    raw: Raw, results: Results, settings: Raw, ops: list[str]
+) -> None:
+    raw["hardware"] = {"here": {"memory_gib": 80, "max_gpus": 2, "compute_capability": 8.0}}
+    raw["recipes"] = {"full": {"zero3": {}, "zeropp": settings}}
+    raw["grid"][0] |= {"hardware": "here", "recipes": "full", "num_gpus": 2}
+    found = study.open_study(raw, results)
+    assert [op for _, op in found.ops] == ops
 
-    for name, builder in compiled.BUILDERS.items():
-        assert name == getattr(op_builder, builder).NAME
+
+def test_every_op_is_one_of_deepspeeds() -> None:
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # ops as they are on a machine with a GPU
+
+    of_gpus = CUDA_Accelerator()
+    assert {name: of_gpus.get_op_builder(builder).NAME for name, builder in compiled.BUILDERS.items()} == {
+        name: name for name in compiled.BUILDERS
+    }

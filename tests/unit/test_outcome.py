@@ -191,6 +191,13 @@ def test_environment_of_a_row() -> None:
     assert row["data_sha256"] == "d" * 64
 
 
+def test_what_really_ran() -> None:
+    facts = {"attention_implementation": "sdpa", "attention_kernel": "flash_attention", "compute_dtype": "bfloat16"}
+    row = outcome.row(with_ranks(FULL, facts))
+    assert {name: row[name] for name in facts} == facts
+    assert outcome.row(with_ranks(FULL, {"attention_implementation": "eager"}))["attention_kernel"] is None
+
+
 def test_collect_takes_the_runs_that_have_a_record(tmp_path: Path) -> None:
     results = handmade.write(tmp_path, handmade.completed(LORA, 1.0), handmade.failure(FULL))
     results.run(LORA.run_id).prior.write_text('{"predicted_peak_memory_allocated_gib": 0.75}')

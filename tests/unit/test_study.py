@@ -51,3 +51,17 @@ def test_the_easiest_of_a_kind_goes_first(raw: dict[str, Any], tmp_path: Path) -
         for run in (one.run for one in found.planned.values())
     }
     assert easier == {(64, "max"): 0, (64, 1): 1, (64, 2): 2, (128, "max"): 1, (128, 1): 3, (128, 2): 5}
+
+
+def test_a_python_that_is_not_there_keeps_nobody_from_planning(raw: dict[str, Any], tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone" / "bin" / "python")
+    for hardware in raw["hardware"].values():
+        hardware["software"] = {"python": gone}
+    found = open_study(raw, Results(tmp_path / "fresh"))
+    ((name, error),) = found.missing_software.items()
+    assert f"hardware.{name}.software.python" in str(error)
+    line, *warnings = found.summary().splitlines()
+    assert "to train" in line
+    assert "no run can start there yet: There is no such interpreter" in warnings[0]
+    handmade.write(tmp_path / "fresh", *(handmade.completed(one.run, 1.0) for one in found.planned.values()))
+    assert open_study(raw, Results(tmp_path / "fresh")).missing_software == {}, "nothing is left to start"

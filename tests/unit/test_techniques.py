@@ -1,6 +1,7 @@
 """What every technique says of itself, and what speaks against it where."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_module_is_complete(technique: type[Technique]) -> None:
     assert technique.kind in techniques.ORDER
     assert (technique.__doc__ or "").splitlines()[0].endswith(".")
     assert technique.__doc__ != Technique.__doc__
-    assert "\n" not in technique.effect
+    assert re.fullmatch("; ".join(f"{what}: [^;:\n]+" for what in ("memory", "speed", "quality")), technique.effect)
     assert "http" in technique.source or "arXiv" in technique.source or technique.name == "fp32"
     assert technique.needs <= techniques.ALL.keys()
     assert technique.beside <= techniques.ALL.keys() - {technique.name}
@@ -87,6 +88,16 @@ def test_exclusions_hold_in_both_orders(name: str) -> None:
                 found = str(error)
             of_default = techniques.ALL["optimizer_in_backward"].excludes["ddp"]  # where neither names a sharding
             assert found in (reason, of_default) or "contradict" in str(found)
+
+
+def test_muon_under_zero_says_whose_muon_it_is() -> None:
+    """DeepSpeed can shard one of its own."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for sharding in ("zero1", "zero2", "zero3"):
+        reason = str(why_not({"muon": {}, sharding: {}}, "A100"))
+        assert "torch.optim.Muon gets flat pieces" in reason
+        assert f"the Muon that DeepSpeed brings for ZeRO ({MuonWithAuxAdam.__name__})" in reason
 
 
 def test_methods_that_peft_trains_together() -> None:

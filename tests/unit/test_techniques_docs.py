@@ -9,11 +9,19 @@ from finetune_study.errors import StudyError
 ROOT = Path(__file__).parents[2]
 
 
-def store(folder: Path, name: str, device: str, *recipes: tuple[list[str], str]) -> None:
-    runs = [{"techniques": names, "ended": ended} for names, ended in recipes]
+Runs = list[tuple[list[str], int, str]]
+"""Techniques, number of devices, how it ended."""
+
+
+def store(folder: Path, name: str, device: str, runs: Runs, matrix: Runs | None = None) -> None:
+    rows = [
+        [{"techniques": names, "num_gpus": number, "ended": ended} for names, number, ended in part]
+        for part in (runs, matrix or [])
+    ]
+    whole = {"device": device, "technique_runs": rows[0]} | ({"matrix": rows[1]} if matrix else {})
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"device": device, "technique_runs": runs}), encoding="utf-8")
+    path.write_text(json.dumps(whole), encoding="utf-8")
 
 
 def row(page: str, technique: str) -> list[str]:
@@ -28,7 +36,7 @@ def test_the_committed_page_is_in_step() -> None:
 def test_a_page_out_of_step_names_the_repair(tmp_path: Path) -> None:
     page = tmp_path / "techniques.md"
     techniques_docs.generate(page, tmp_path, check=False)
-    store(tmp_path, "techniques-cpu.json", "CPU", (["lora"], "completed"))
+    store(tmp_path, "techniques-cpu.json", "CPU", [(["lora"], 1, "completed")])
     with pytest.raises(StudyError, match="run `finetune-study techniques-docs`"):
         techniques_docs.generate(page, tmp_path, check=True)
 
@@ -40,15 +48,20 @@ def test_nothing_is_said_to_have_run_without_a_stored_result(tmp_path: Path) -> 
 
 
 def test_cells_are_those_of_the_stored_results(tmp_path: Path) -> None:
-    cpu = [(["lora"], "completed"), (["lora", "zero2"], "completed"), (["muon"], "ValueError: no")]
-    store(tmp_path, "techniques-cpu.json", "CPU", *cpu)
-    store(tmp_path, "gpu/nvidia-a100.json", "NVIDIA A100", (["fp8"], "ValueError"), (["tf32"], "completed"))
+    cpu = [(["lora"], 1, "completed"), (["lora", "zero2"], 2, "completed"), (["muon"], 2, "ValueError: no")]
+    store(tmp_path, "techniques-cpu.json", "CPU", cpu)
+    gpu = [(["fp8"], 1, "ValueError"), (["tf32"], 1, "completed")]
+    measured = [(["bf16", "sdpa"], 1, "completed"), (["bf16", "zero3"], 8, "completed"), (["eager"], 1, "oom")]
+    store(tmp_path, "gpu/nvidia-a100.json", "NVIDIA A100", gpu, measured)
     page = techniques_docs.page(tmp_path)
-    assert row(page, "lora")[-2:] == ["run, beside 1 other", "never run"]
+    assert row(page, "lora")[-2:] == ["run on 1 and 2, beside 1 other", "never run"]
     assert row(page, "muon")[-2:] == ["never run", "never run"]
-    assert row(page, "tf32")[-2:] == ["never run", "run"]
+    assert row(page, "tf32")[-2:] == ["never run", "run on 1"]
+    assert row(page, "bf16")[-1] == "run on 1 and 8, beside 2 others", "of the measured matrix"
+    assert row(page, "zero3")[-1] == "run on 8, beside 1 other"
+    assert row(page, "eager")[-1] == "never run", "it ran out of memory"
     assert row(page, "fp8")[-1] == "never run"
-    assert "[gpu/nvidia-a100.json](../benchmarks/results/gpu/nvidia-a100.json), 1 recipes" in page
+    assert "[gpu/nvidia-a100.json](../benchmarks/results/gpu/nvidia-a100.json), 3 recipes" in page
     assert "GPUs: none yet" not in page
 
 
@@ -67,7 +80,10 @@ def test_exclusions_are_listed_with_their_reason(tmp_path: Path) -> None:
     assert f"| `prefix_tuning` | `gradient_checkpointing` | {reason} |" in page
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"device": "x"}'])
+NO_NUMBER = '{"device": "x", "technique_runs": [{"techniques": ["lora"], "ended": "completed"}]}'
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"device": "x"}', NO_NUMBER])
 def test_a_broken_result_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "techniques-cpu.json").write_text(text)
     with pytest.raises(StudyError, match=r"techniques-cpu\.json"):

@@ -123,6 +123,20 @@ def test_bad_configuration_is_one_message_before_anything_runs(fresh: Workplace,
     assert not fresh.results.exists()
 
 
+def test_a_python_that_is_not_there_stops_the_start_of_runs_alone(fresh: Workplace) -> None:
+    raw = fresh.read()
+    raw["hardware"]["cpu"]["software"] = {"python": "no/such/python"}
+    fresh.write(raw)
+    for does_without in (("--dry-run",), (str(fresh.results.relative_to(fresh.folder) / "plan.json"),)):
+        answer = fresh.snakemake(*does_without)
+        assert answer.returncode == 0, answer.stdout
+        assert "warning, no run can start there yet: There is no such interpreter" in answer.stdout
+    answer = fresh.snakemake()
+    assert answer.returncode != 0
+    assert "hardware.cpu.software.python" in answer.stdout
+    assert not (fresh.results / "prepared").exists(), "seen before anything is fetched"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

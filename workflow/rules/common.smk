@@ -36,15 +36,26 @@ def get_data_of_run(wildcards):
 
 
 def get_prepared(wildcards):
-    """Models, data and compiled ops of all runs that are to be trained."""
+    """Models, data, kernels of the hub and compiled ops of all runs that are to be trained."""
     runs = [STUDY.run(run_id) for run_id in STUDY.pending]
     folders = {RESULTS.model(run.model_key) for run in runs}
     folders |= {RESULTS.data(run.data_key) for run in runs}
     manifests = sorted(folder / "manifest.json" for folder in folders)
-    return [*manifests, *(RESULTS.op(hardware, op) for hardware, op in STUDY.ops)]
+    kernels = {path for run_id in STUDY.pending for path in STUDY.kernels_of(run_id)}
+    ops = [RESULTS.op(hardware, op) for hardware, op in STUDY.ops]
+    return [*manifests, *sorted(kernels), *ops]
+
+
+def check_software(hardware):
+    """Stops before a job starts whose Python is not there. Plan, forecast and dry runs do without."""
+    missing = STUDY.missing_software.get(hardware)
+    if missing is not None and not workflow.output_settings.dryrun:
+        raise WorkflowError(str(missing))
 
 
 def get_ops_of_run(wildcards):
+    """What must be compiled; an input, so that a missing Python is seen before anything is done for the run."""
+    check_software(STUDY.run(wildcards.run_id).hardware.name)
     return STUDY.ops_of(wildcards.run_id)
 
 
@@ -54,6 +65,7 @@ def run_that_needs(wildcards):
 
 
 def get_run_file_of_op(wildcards):
+    check_software(wildcards.hardware)
     return RESULTS.run(run_that_needs(wildcards)).run_yaml
 
 
@@ -144,6 +156,7 @@ def get_calibration_threads(wildcards):
 
 
 def get_calibration_interpreter(wildcards):
+    check_software(wildcards.hardware)
     return STUDY.interpreter(STUDY.largest_runs[wildcards.hardware], sys.executable)
 
 

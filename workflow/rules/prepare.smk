@@ -33,6 +33,19 @@ rule prepare_data:
         "../scripts/prepare_data.py"
 
 
+rule prepare_kernel:
+    output:
+        RESULTS.kernel("{kernel}"),
+    log:
+        "logs/prepare_kernel/{kernel}.log",
+    priority: 10
+    localrule: True
+    conda:
+        "../../envs/controller.yaml"
+    script:
+        "../scripts/prepare_kernel.py"
+
+
 # On a node of the hardware entry: an op depends on its processor and on the software there.
 rule prepare_op:
     input:

@@ -16,7 +16,9 @@ class ActivationOffload(Technique):
 
     name: ClassVar[str] = "activation_offload"
     kind: ClassVar[Kind] = "activation offload"
-    effect: ClassVar[str] = "no activations of earlier layers on the device; every pass waits for PCIe"
+    effect: ClassVar[str] = (
+        "memory: no activations of earlier layers on the device; speed: every pass waits for PCIe; quality: unchanged"
+    )
     source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/autograd.html, torch.autograd.graph.save_on_cpu"
 
     pin_memory: bool = False

@@ -4,12 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from finetune_study.techniques.peft_method import MIXED, PeftMethod
+from finetune_study.techniques.peft_method import MIXED, PeftMethod, model_type
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
 TargetModules = Literal["all-linear"] | list[str]
+
+ADAPTION_PROMPT_MODELS = frozenset({"llama", "mistral", "gpt2"})
+"""Model types of which peft knows the attention (peft.tuners.adaption_prompt.config.TRANSFORMERS_MODEL_CONFIG)."""
 
 
 class Adalora(PeftMethod):
@@ -20,7 +23,11 @@ class Adalora(PeftMethod):
     excludes: ClassVar[dict[str, str]] = {
         "zero3": "peft needs whole weights to move ranks, and ZeRO-3 leaves none (The size of tensor a (0) must match)",
     }
-    effect: ClassVar[str] = "memory as lora of init_r; slower by its bookkeeping; better loss at an equal budget"
+    effect: ClassVar[str] = (
+        "memory: as lora of init_r; "
+        "speed: slower than lora by its bookkeeping; "
+        "quality: better than lora at an equal budget"
+    )
     source: ClassVar[str] = "Zhang et al., arXiv 2303.10512"
 
     init_r: PositiveInt = 12
@@ -81,7 +88,11 @@ class Ia3(PeftMethod):
 
     name: ClassVar[str] = "ia3"
     method: ClassVar[str] = "IA3"
-    effect: ClassVar[str] = "a hundred times fewer trained weights than lora; activations as full fine-tuning"
+    effect: ClassVar[str] = (
+        "memory: a hundred times fewer trained weights than lora, activations as full fine-tuning; "
+        "speed: about as lora; "
+        "quality: below lora with much data, good with few examples"
+    )
     source: ClassVar[str] = "Liu et al., arXiv 2205.05638"
 
     target_modules: list[str] | None = None
@@ -95,8 +106,13 @@ class Loha(PeftMethod):
 
     name: ClassVar[str] = "loha"
     method: ClassVar[str] = "LOHA"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"loha"}
-    effect: ClassVar[str] = "twice lora's trained weights for a rank of r squared; slower than lora"
+    effect: ClassVar[str] = (
+        "memory: twice lora's trained weights, for a rank of r squared; "
+        "speed: slower than lora; "
+        "quality: as lora, or better where updates need a high rank"
+    )
     source: ClassVar[str] = "Hyeon-Woo et al., arXiv 2108.06098"
 
     r: PositiveInt = 8
@@ -112,8 +128,13 @@ class Lokr(PeftMethod):
 
     name: ClassVar[str] = "lokr"
     method: ClassVar[str] = "LOKR"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"lokr"}
-    effect: ClassVar[str] = "fewer trained weights than lora; slower than lora"
+    effect: ClassVar[str] = (
+        "memory: fewer trained weights than lora; "
+        "speed: slower than lora; "
+        "quality: as lora with fewer weights, or below it"
+    )
     source: ClassVar[str] = "Edalati et al., arXiv 2212.10650"
 
     r: PositiveInt = 8
@@ -129,8 +150,13 @@ class Oft(PeftMethod):
 
     name: ClassVar[str] = "oft"
     method: ClassVar[str] = "OFT"
+    takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"oft"}
-    effect: ClassVar[str] = "trained weights as lora; slower than lora; keeps the angles between neurons"
+    effect: ClassVar[str] = (
+        "memory: trained weights as lora; "
+        "speed: slower than lora; "
+        "quality: close to lora, keeps the angles between neurons"
+    )
     source: ClassVar[str] = "Qiu et al., arXiv 2306.07280"
 
     oft_block_size: PositiveInt = 32
@@ -144,13 +170,24 @@ class AdaptionPrompt(PeftMethod):
 
     name: ClassVar[str] = "adaption_prompt"
     method: ClassVar[str] = "ADAPTION_PROMPT"
-    effect: ClassVar[str] = "about a million trained weights for a 7B model; a second attention over a few tokens"
+    effect: ClassVar[str] = (
+        "memory: about a million trained weights for a 7B model; "
+        "speed: a second attention over a few tokens for each layer; "
+        "quality: begins as the base model, below lora on hard tasks"
+    )
     source: ClassVar[str] = "Zhang et al., arXiv 2303.16199"
 
     adapter_len: PositiveInt = 10
     """Trained tokens of a layer."""
     adapter_layers: PositiveInt | None = None
     """How many layers from the last on; null: all."""
+
+    def why_not_run(self, run: "Run") -> str | None:
+        found = model_type(run)
+        if found is not None and found not in ADAPTION_PROMPT_MODELS:
+            known = ", ".join(sorted(ADAPTION_PROMPT_MODELS))
+            return f"peft: Unsupported model type for adaption prompt: '{found}'. It knows {known}: use another method"
+        return None
 
     def is_exported(self) -> bool:
         return False

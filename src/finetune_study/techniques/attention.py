@@ -22,7 +22,11 @@ class Eager(_Attention):
     """Attention written out: scores, softmax and product are tensors of their own."""
 
     name: ClassVar[str] = "eager"
-    effect: ClassVar[str] = "memory and traffic grow with the square of the context"
+    effect: ClassVar[str] = (
+        "memory: grows with the square of the context; "
+        "speed: slows down with the square of the context, and moves all scores through memory; "
+        "quality: the reference"
+    )
     source: ClassVar[str] = "Vaswani et al., arXiv 1706.03762"
 
 
@@ -30,7 +34,11 @@ class Sdpa(_Attention):
     """`torch.nn.functional.scaled_dot_product_attention`: torch chooses the kernel."""
 
     name: ClassVar[str] = "sdpa"
-    effect: ClassVar[str] = "memory linear in the context where a fused kernel is chosen; the default"
+    effect: ClassVar[str] = (
+        "memory: linear in the context where a fused kernel is chosen; "
+        "speed: faster than eager where a fused kernel is chosen; "
+        "quality: as eager within rounding"
+    )
     source: ClassVar[str] = (
         "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html"
     )
@@ -49,8 +57,9 @@ class _FlashAttention(_Attention):
         default=None, json_schema_extra=LATER
     )
     """A kernel of the hub, used instead of the package: `kernels-community/…`, from where alone transformers takes one.
-    It is a program that somebody else compiled, so none is loaded that is not named here. Runs are offline: it must be
-    in the hub's cache before (`hf download <name>`, with HF_HOME as the study's)."""
+    It is a program that somebody else compiled, so none is fetched or loaded that is not named here. Runs are offline:
+    `prepare` fetches it into the study's cache (`places.cache`; a hardware entry with a cache of its own does not see
+    it). The environment of the runs needs the package kernels."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability, (lowest, too_high) = hardware.compute_capability, self.capabilities
@@ -82,7 +91,11 @@ class FlashAttention2(_FlashAttention):
     packages: ClassVar[tuple[str, ...]] = ("flash_attn",)
     version: ClassVar[int] = 2
     capabilities: ClassVar[tuple[float, float]] = (8.0, float("inf"))  # README of the flash-attn package
-    effect: ClassVar[str] = "memory linear in the context, faster at long contexts; little below 1024 tokens"
+    effect: ClassVar[str] = (
+        "memory: linear in the context; "
+        "speed: faster at long contexts, little below 1024 tokens; "
+        "quality: as eager within rounding"
+    )
     source: ClassVar[str] = "Dao, arXiv 2307.08691"
 
 
@@ -94,7 +107,11 @@ class FlashAttention3(_FlashAttention):
     version: ClassVar[int] = 3
     # README of flash-attention, "FlashAttention-3 beta release": H100 and H800
     capabilities: ClassVar[tuple[float, float]] = (9.0, 10.0)
-    effect: ClassVar[str] = "memory as flash_attention_2, up to twice as fast on Hopper"
+    effect: ClassVar[str] = (
+        "memory: as flash_attention_2; "
+        "speed: up to twice as fast as flash_attention_2 on Hopper; "
+        "quality: as eager within rounding"
+    )
     source: ClassVar[str] = "Shah et al., arXiv 2407.08608"
 
 
@@ -105,5 +122,9 @@ class FlashAttention4(_FlashAttention):
     packages: ClassVar[tuple[str, ...]] = ("flash_attn.cute",)
     version: ClassVar[int] = 4
     capabilities: ClassVar[tuple[float, float]] = (9.0, float("inf"))  # README of flash_attn/cute: Hopper, Blackwell
-    effect: ClassVar[str] = "memory as flash_attention_2, faster on Blackwell"
+    effect: ClassVar[str] = (
+        "memory: as flash_attention_2; "
+        "speed: faster than flash_attention_2 on Blackwell; "
+        "quality: as eager within rounding"
+    )
     source: ClassVar[str] = "https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute"

@@ -54,7 +54,7 @@ class Technique(Section):
     is_deepspeed: ClassVar[bool] = False
     """DeepSpeed's engine runs the steps."""
     effect: ClassVar[str]
-    """What it is expected to do to memory, speed and quality, in one line."""
+    """What it is expected to do, in one line: `memory: ...; speed: ...; quality: ...`."""
     source: ClassVar[str]
     """Where it comes from."""
 

@@ -24,7 +24,11 @@ class Fp8(Technique):
         "qlora": "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape",
         "adalora": "peft's AdaLoRA changes the output of a layer in place, which torch forbids for torchao's layers",
     }
-    effect: ClassVar[str] = "memory as bf16; large matrix products up to twice as fast; slower where they are small"
+    effect: ClassVar[str] = (
+        "memory: as bf16; "
+        "speed: large matrix products up to twice as fast, slower where they are small; "
+        "quality: close to bf16, products are rounded to 8 bit"
+    )
     source: ClassVar[str] = "Micikevicius et al., arXiv 2209.05433; https://github.com/pytorch/ao (torchao.float8)"
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"

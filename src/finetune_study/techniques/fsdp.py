@@ -16,7 +16,9 @@ class Fsdp(Technique):
     excludes: ClassVar[dict[str, str]] = {
         "muon": "torch.optim.Muon needs whole matrices, and FSDP2 gives it shards: use ddp",
     }
-    effect: ClassVar[str] = "everything divided by the number of devices; weights travel in every pass"
+    effect: ClassVar[str] = (
+        "memory: everything divided by the number of devices; speed: weights travel in every pass; quality: unchanged"
+    )
     source: ClassVar[str] = (
         "Zhao et al., arXiv 2304.11277; https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"
     )

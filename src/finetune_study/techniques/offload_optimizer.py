@@ -21,7 +21,9 @@ class OffloadOptimizer(Technique):
     name: ClassVar[str] = "offload_optimizer"
     kind: ClassVar[Kind] = "offload"
     needs: ClassVar[frozenset[str]] = frozenset({"zero1", "zero2", "zero3"})
-    effect: ClassVar[str] = "no optimizer states on the device; every step waits for PCIe and the CPU"
+    effect: ClassVar[str] = (
+        "memory: no optimizer states on the device; speed: every step waits for PCIe and the CPU; quality: unchanged"
+    )
     source: ClassVar[str] = "Ren et al., arXiv 2101.06840; on NVMe Rajbhandari et al., arXiv 2104.07857"
 
     device: Literal["cpu", "nvme"] = "cpu"

@@ -15,7 +15,11 @@ class OffloadParam(Technique):
     name: ClassVar[str] = "offload_param"
     kind: ClassVar[Kind] = "parameter offload"
     needs: ClassVar[frozenset[str]] = frozenset({"zero3", "fsdp"})
-    effect: ClassVar[str] = "one layer's weights on the device at a time; every pass waits for PCIe or the drive"
+    effect: ClassVar[str] = (
+        "memory: one layer's weights on the device at a time; "
+        "speed: every pass waits for PCIe or the drive; "
+        "quality: unchanged"
+    )
     source: ClassVar[str] = "Rajbhandari et al., arXiv 2104.07857"
 
     device: Literal["cpu", "nvme"] = "cpu"

@@ -29,7 +29,9 @@ class AdamwTorch(_Adam):
     """torch.optim.AdamW: two states of the weights' own precision for each trained weight."""
 
     name: ClassVar[str] = "adamw_torch"
-    effect: ClassVar[str] = "8 bytes of states for each trained fp32 weight; the default"
+    effect: ClassVar[str] = (
+        "memory: 8 bytes of states for each trained fp32 weight; speed: the default; quality: the reference"
+    )
     source: ClassVar[str] = "Loshchilov and Hutter, arXiv 1711.05101"
 
 
@@ -37,7 +39,9 @@ class AdamwTorchFused(_Adam):
     """torch.optim.AdamW(fused=True): the whole step is one kernel."""
 
     name: ClassVar[str] = "adamw_torch_fused"
-    effect: ClassVar[str] = "states as adamw_torch, without its temporary copy; the fastest step"
+    effect: ClassVar[str] = (
+        "memory: states as adamw_torch, without its temporary copy; speed: the fastest step; quality: as adamw_torch"
+    )
     source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html"
 
 
@@ -49,7 +53,11 @@ class AdamwTorch8bit(_Torchao):
     """torchao's AdamW with states in 8 bit, quantised in blocks."""
 
     name: ClassVar[str] = "adamw_torch_8bit"
-    effect: ClassVar[str] = "2 bytes of states for each trained weight; compiled at its first step"
+    effect: ClassVar[str] = (
+        "memory: 2 bytes of states for each trained weight; "
+        "speed: compiled at its first step, which is slow; "
+        "quality: close to adamw_torch"
+    )
     source: ClassVar[str] = "https://github.com/pytorch/ao (torchao.optim)"
 
 
@@ -57,7 +65,11 @@ class AdamwTorch4bit(_Torchao):
     """torchao's AdamW with states in 4 bit, quantised in blocks."""
 
     name: ClassVar[str] = "adamw_torch_4bit"
-    effect: ClassVar[str] = "1 byte of states for each trained weight; compiled at its first step"
+    effect: ClassVar[str] = (
+        "memory: 1 byte of states for each trained weight; "
+        "speed: compiled at its first step, which is slow; "
+        "quality: a little below adamw_torch"
+    )
     source: ClassVar[str] = "Li et al., arXiv 2309.01507; https://github.com/pytorch/ao (torchao.optim)"
 
 
@@ -69,7 +81,11 @@ class Adamw8bit(_Bitsandbytes):
     """bitsandbytes' AdamW with states in 8 bit, quantised in blocks; those of embeddings stay in 32 bit."""
 
     name: ClassVar[str] = "adamw_8bit"
-    effect: ClassVar[str] = "2 bytes of states for each trained weight instead of 8; losses as adamw_torch"
+    effect: ClassVar[str] = (
+        "memory: 2 bytes of states for each trained weight instead of 8; "
+        "speed: a step about as adamw_torch; "
+        "quality: as adamw_torch within noise"
+    )
     source: ClassVar[str] = "Dettmers et al., arXiv 2110.02861"
 
 
@@ -77,7 +93,11 @@ class PagedAdamw32bit(_Bitsandbytes):
     """bitsandbytes' AdamW with states in unified memory, which moves to the host when the device is full."""
 
     name: ClassVar[str] = "paged_adamw_32bit"
-    effect: ClassVar[str] = "states as adamw_torch, in unified memory: peaks go to the host, at PCIe's speed"
+    effect: ClassVar[str] = (
+        "memory: states as adamw_torch, in unified memory, so that peaks go to the host; "
+        "speed: as adamw_torch, at PCIe's speed where states are on the host; "
+        "quality: as adamw_torch"
+    )
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
 
 
@@ -85,7 +105,11 @@ class PagedAdamw8bit(_Bitsandbytes):
     """bitsandbytes' 8-bit AdamW with states in unified memory."""
 
     name: ClassVar[str] = "paged_adamw_8bit"
-    effect: ClassVar[str] = "states as adamw_8bit, in unified memory: peaks go to the host, at PCIe's speed"
+    effect: ClassVar[str] = (
+        "memory: states as adamw_8bit, in unified memory, so that peaks go to the host; "
+        "speed: as adamw_8bit, at PCIe's speed where states are on the host; "
+        "quality: as adamw_8bit"
+    )
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
 
 
@@ -102,7 +126,11 @@ class Adafactor(Optimizer):
         ("zero1", "zero2", "zero3"),
         "Adafactor sums rows and columns of matrices; of DeepSpeed's flat pieces it keeps whole states: use ddp",
     )
-    effect: ClassVar[str] = "hardly any states; another update than AdamW's, so another learning rate"
+    effect: ClassVar[str] = (
+        "memory: hardly any states; "
+        "speed: a step somewhat slower than adamw_torch; "
+        "quality: another update than AdamW's, so another learning rate"
+    )
     source: ClassVar[str] = "Shazeer and Stern, arXiv 1804.04235"
 
 
@@ -135,7 +163,11 @@ class GaloreAdamw(_LowRank):
     name: ClassVar[str] = "galore_adamw"
     packages: ClassVar[tuple[str, ...]] = ("galore_torch",)
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), f"GaLore {_ONE_DIMENSION}")
-    effect: ClassVar[str] = "states of rank times width instead of whole matrices; an SVD every update_proj_gap steps"
+    effect: ClassVar[str] = (
+        "memory: states of rank times width instead of whole matrices; "
+        "speed: an SVD every update_proj_gap steps; "
+        "quality: close to adamw_torch at a sufficient rank"
+    )
     source: ClassVar[str] = "Zhao et al., arXiv 2403.03507"
 
 
@@ -145,7 +177,9 @@ class ApolloAdamw(_LowRank):
     name: ClassVar[str] = "apollo_adamw"
     packages: ClassVar[tuple[str, ...]] = ("apollo_torch",)
     excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), f"APOLLO {_ONE_DIMENSION}")
-    effect: ClassVar[str] = "states as galore_adamw without its SVD"
+    effect: ClassVar[str] = (
+        "memory: states as galore_adamw; speed: no SVD, so faster than galore_adamw; quality: close to adamw_torch"
+    )
     source: ClassVar[str] = "Zhu et al., arXiv 2412.05270"
 
     scale: PositiveFloat = 1.0

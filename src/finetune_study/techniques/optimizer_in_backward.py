@@ -24,7 +24,11 @@ class OptimizerInBackward(Technique):
         **dict.fromkeys(("galore_adamw", "apollo_adamw"), "transformers makes it for a whole model, not for a weight"),
         "muon": "it is two optimizers for different weights: use another one",
     }
-    effect: ClassVar[str] = "gradients of one layer instead of all; as fast; no clipping and no gradient accumulation"
+    effect: ClassVar[str] = (
+        "memory: gradients of one layer instead of all; "
+        "speed: as fast; "
+        "quality: unchanged, but without clipping and gradient accumulation"
+    )
     source: ClassVar[str] = (
         "Lv et al., arXiv 2306.09782; https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html"
     )

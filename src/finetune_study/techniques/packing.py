@@ -14,5 +14,9 @@ class Packing(Technique):
 
     name: ClassVar[str] = "packing"
     kind: ClassVar[Kind] = "sequences"
-    effect: ClassVar[str] = "fewer padded positions: more real tokens in the same time and memory"
+    effect: ClassVar[str] = (
+        "memory: more real tokens in the same; "
+        "speed: fewer padded positions, so more real tokens in the same time; "
+        "quality: more examples in a step, attention may look across them"
+    )
     source: ClassVar[str] = "Raffel et al., arXiv 1910.10683, section 3.5.2"

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from finetune_study.errors import StudyError
 from finetune_study.techniques.base import Kind, Technique
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ MIXED = frozenset({"lora", "loha", "lokr", "oft"})
 """Those that peft trains together on one model (peft.tuners.mixed.COMPATIBLE_TUNER_TYPES; AdaLoRA stands there too, but
 the mixed model never moves its ranks)."""
 
+CONV1D = frozenset({"gpt2", "openai-gpt"})
+"""Types of causal language models whose layers are transformers' Conv1D (transformers.pytorch_utils), not Linear."""
+
 
 class PeftMethod(Technique):
     """Freezes the weights and trains what peft adds to them. Settings are those of the method's `PeftConfig`."""
@@ -19,6 +23,13 @@ class PeftMethod(Technique):
     freezes_weights: ClassVar[bool] = True
     method: ClassVar[str]
     """Name in `peft.PeftType`."""
+    takes_conv1d: ClassVar[bool] = True
+    """Whether peft has it for transformers' Conv1D."""
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if not self.takes_conv1d and (found := model_type(run)) in CONV1D:
+            return f"peft: Target module Conv1D() is not supported by {self.name}, and a {found} has no other: use lora"
+        return None
 
     def peft_settings(self, run: "Run") -> dict[str, Any]:
         """Fields of the method's `PeftConfig` for a run."""
@@ -42,3 +53,15 @@ class PeftMethod(Technique):
         model.add_adapter(self.name, self.peft_config(run))
         model.set_adapter(names)
         return model
+
+
+def model_type(run: "Run") -> str | None:
+    """transformers' word for the architecture of a run's model; None where it is known only when it was fetched."""
+    if run.model.architecture is not None:
+        return str(run.model.architecture["model_type"])
+    from finetune_study.forecast import predict
+
+    try:
+        return predict.model_config({"model": run.model.name_or_path}).get("model_type")
+    except StudyError:
+        return None

@@ -29,7 +29,11 @@ class Fp32(Technique):
 
     name: ClassVar[str] = "fp32"
     kind: ClassVar[Kind] = "precision"
-    effect: ClassVar[str] = "the reference: 4 bytes for every weight, gradient and activation"
+    effect: ClassVar[str] = (
+        "memory: the reference, 4 bytes for every weight, gradient and activation; "
+        "speed: the reference, without matrix units; "
+        "quality: the reference"
+    )
     source: ClassVar[str] = "IEEE 754"
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +47,9 @@ class Tf32(Fp32):
     """32-bit floating point, whose matrix products round their inputs to TF32's 10 bits of mantissa."""
 
     name: ClassVar[str] = "tf32"
-    effect: ClassVar[str] = "memory as fp32; matrix products several times faster; loss as fp32 within noise"
+    effect: ClassVar[str] = (
+        "memory: as fp32; speed: matrix products several times faster; quality: as fp32 within noise"
+    )
     source: ClassVar[str] = "https://docs.pytorch.org/docs/stable/notes/cuda.html, TF32"
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
@@ -60,7 +66,11 @@ class Bf16(Technique):
 
     name: ClassVar[str] = "bf16"
     kind: ClassVar[Kind] = "precision"
-    effect: ClassVar[str] = "halves activations and uses matrix units; weights that are trained stay in fp32"
+    effect: ClassVar[str] = (
+        "memory: halves activations, weights that are trained stay in fp32; "
+        "speed: matrix units; "
+        "quality: as fp32 within noise"
+    )
     source: ClassVar[str] = "https://huggingface.co/docs/transformers/main/en/perf_train_gpu_one"
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -82,7 +92,11 @@ class Bf16Pure(Technique):
 
     name: ClassVar[str] = "bf16_pure"
     kind: ClassVar[Kind] = "precision"
-    effect: ClassVar[str] = "a quarter to a half of mixed precision's model states; small updates are rounded away"
+    effect: ClassVar[str] = (
+        "memory: a quarter to a half of mixed precision's model states; "
+        "speed: as bf16 or faster, with less to move; "
+        "quality: small updates are rounded away"
+    )
     source: ClassVar[str] = "Zamirai et al., arXiv 2010.06192"
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
@@ -105,7 +119,9 @@ class Fp16(Technique):
     name: ClassVar[str] = "fp16"
     kind: ClassVar[Kind] = "precision"
     effect: ClassVar[str] = (
-        "halves activations and uses matrix units; the first steps are skipped while the scale settles"
+        "memory: halves activations, weights that are trained stay in fp32; "
+        "speed: matrix units, the first steps are skipped while the scale settles; "
+        "quality: as fp32 within noise, unless the scale never settles"
     )
     source: ClassVar[str] = "Micikevicius et al., arXiv 1710.03740"
 

@@ -24,7 +24,11 @@ class PromptTuning(_Prompt):
 
     name: ClassVar[str] = "prompt_tuning"
     method: ClassVar[str] = "PROMPT_TUNING"
-    effect: ClassVar[str] = "some ten thousand trained weights; activations as full fine-tuning; weak on small models"
+    effect: ClassVar[str] = (
+        "memory: some ten thousand trained weights, activations as full fine-tuning; "
+        "speed: longer sequences by the trained tokens; "
+        "quality: weak on small models"
+    )
     source: ClassVar[str] = "Lester et al., arXiv 2104.08691"
 
     def peft_settings(self, run: "Run") -> dict[str, Any]:
@@ -36,7 +40,11 @@ class PTuning(_Prompt):
 
     name: ClassVar[str] = "p_tuning"
     method: ClassVar[str] = "P_TUNING"
-    effect: ClassVar[str] = "as prompt_tuning, with a small network more; steadier in training"
+    effect: ClassVar[str] = (
+        "memory: as prompt_tuning, with a small network more; "
+        "speed: as prompt_tuning; "
+        "quality: steadier in training than prompt_tuning"
+    )
     source: ClassVar[str] = "Liu et al., arXiv 2103.10385"
 
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
@@ -54,7 +62,11 @@ class PrefixTuning(_Prompt):
 
     name: ClassVar[str] = "prefix_tuning"
     method: ClassVar[str] = "PREFIX_TUNING"
-    effect: ClassVar[str] = "fewer trained weights than lora; longer keys and values; no gradient checkpointing"
+    effect: ClassVar[str] = (
+        "memory: fewer trained weights than lora, longer keys and values, no gradient checkpointing; "
+        "speed: longer attention by the trained tokens; "
+        "quality: below lora on most tasks, depends on the number of tokens"
+    )
     source: ClassVar[str] = "Li and Liang, arXiv 2101.00190"
 
     prefix_projection: bool = False

@@ -19,7 +19,9 @@ class Qlora(Lora):
     beside: ClassVar[frozenset[str]] = frozenset()
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     effect: ClassVar[str] = (
-        "weights in a quarter of 16 bit, the rest as lora; about 30 % slower; a little worse in loss"
+        "memory: weights in a quarter of 16 bit, the rest as lora; "
+        "speed: about 30 % slower than lora; "
+        "quality: a little worse than lora"
     )
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314"
 

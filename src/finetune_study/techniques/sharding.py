@@ -12,7 +12,7 @@ class Ddp(Technique):
 
     name: ClassVar[str] = "ddp"
     kind: ClassVar[Kind] = "sharding"
-    effect: ClassVar[str] = "no memory saved; the least communication"
+    effect: ClassVar[str] = "memory: none saved; speed: the least communication; quality: unchanged"
     source: ClassVar[str] = "Li et al., arXiv 2006.15704"
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
@@ -44,7 +44,9 @@ class Zero1(_Zero):
 
     name: ClassVar[str] = "zero1"
     stage: ClassVar[int] = 1
-    effect: ClassVar[str] = "optimizer states divided by the number of devices"
+    effect: ClassVar[str] = (
+        "memory: optimizer states divided by the number of devices; speed: about as ddp; quality: unchanged"
+    )
 
 
 class Zero2(_Zero):
@@ -52,7 +54,11 @@ class Zero2(_Zero):
 
     name: ClassVar[str] = "zero2"
     stage: ClassVar[int] = 2
-    effect: ClassVar[str] = "optimizer states and gradients divided by the number of devices, plus buckets"
+    effect: ClassVar[str] = (
+        "memory: optimizer states and gradients divided by the number of devices, plus buckets; "
+        "speed: about as ddp; "
+        "quality: unchanged"
+    )
 
 
 class Zero3(_Zero):
@@ -60,7 +66,11 @@ class Zero3(_Zero):
 
     name: ClassVar[str] = "zero3"
     stage: ClassVar[int] = 3
-    effect: ClassVar[str] = "everything divided by the number of devices; weights travel in every pass, so it is slower"
+    effect: ClassVar[str] = (
+        "memory: everything divided by the number of devices; "
+        "speed: slower, since weights travel in every pass; "
+        "quality: unchanged"
+    )
 
     stage3_prefetch_bucket_size: BucketSize = "auto"
     """Elements of weights that are fetched ahead."""
