@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
-from finetune_study.forecast.build import Stack
+from finetune_study.forecast.build import Stack, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
 
@@ -207,6 +208,56 @@ def test_flash_attention_is_linear_in_the_context_and_eager_quadratic() -> None:
         grown[name] = two / one
     assert grown["flash_attention_2"] < 2.01
     assert grown["eager"] > 3.5
+
+
+REAL: dict[str, tuple[dict[str, Any], bool]] = {
+    **{name: (ARCHITECTURES[name], False) for name in ("llama", "gpt_neox", "falcon")},
+    "falcon with groups": ({**ARCHITECTURES["falcon"], "new_decoder_architecture": True, "num_kv_heads": 2}, False),
+    "gemma": ({**SMALL, "model_type": "gemma", "head_dim": 64}, False),
+    "mistral within its window": ({**SMALL, "model_type": "mistral", "sliding_window": 512}, False),
+    "mistral beyond its window": ({**SMALL, "model_type": "mistral", "sliding_window": 100}, True),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("with_mask", [False, True], ids=["no mask", "mask of ones"])
+def test_sdpa_saves_the_quadratic_tensors_of_a_real_step_and_no_other(name: str, with_mask: bool) -> None:
+    """A step on real tensors: Llama, Gemma, GPT-NeoX, and Mistral within its window save none; Falcon has a mask."""
+    config, windowed = REAL[name]
+    config, batch, context = {**config, "num_hidden_layers": 3}, 2, 211
+    profile = TRACES.get(Layout(canonical(config), weights="bfloat16", windowed=windowed))
+    quadratic = (profile.monomials[:, 1] == 2) & np.isin(profile.kinds, ["saved", "pointwise"])
+    traced = profile.alive[:, quadratic].sum(axis=1)[profile.turn].max() * batch * context**2
+
+    model = build(make_config(config), torch.bfloat16, "sdpa")
+    ids, saved = torch.zeros(batch, context, dtype=torch.long), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() % context**2 == 0:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids) if with_mask else None).loss
+    assert loss.requires_grad
+    assert traced == pytest.approx(sum(saved.values()), abs=batch * context**2)  # the mask itself, a byte a position
+    if not windowed and "falcon" not in name:
+        assert traced == 0
+
+
+@pytest.mark.parametrize("name", [name for name, (_, windowed) in REAL.items() if "falcon" not in name and not windowed])
+def test_sdpa_of_whole_sequences_takes_what_flash_attention_takes(name: str) -> None:
+    shape = {**REAL[name][0], "vocab_size": 64, "sliding_window": None, "max_position_embeddings": 1 << 20}
+    found = {}
+    for kernel in ("sdpa", "flash_attention_2"):
+        answers = [
+            predict.answer(row(model_config=shape, techniques={kernel: {}}, sequence_length=s), TRACES)
+            for s in (8192, 16384)
+        ]
+        found[kernel] = [a["predicted_memory_gib"]["by_category"]["activations"] for a in answers]
+    assert found["sdpa"] == pytest.approx(found["flash_attention_2"], rel=0.03)
+    assert found["sdpa"][1] == pytest.approx(2 * found["sdpa"][0], rel=0.01)
 
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:
