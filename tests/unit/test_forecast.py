@@ -351,7 +351,23 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
         ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
-        ({"model_config": {**SMALL, "vocab_size": -1}}, "negative"),
+        ({"model_config": {**SMALL, "vocab_size": -1}}, "vocab_size"),
+        ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
+        ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
+        ({"model_config": {**SMALL, "num_key_value_heads": 8}}, "divides 4"),
+        ({"model_config": {**SMALL, "hidden_size": 10**9}}, "hidden_size"),
+        ({"model_config": {**SMALL, "intermediate_size": 0}}, "intermediate_size"),
+        ({"model_config": {**SMALL, "num_attention_heads": 0}}, "num_attention_heads"),
+        ({"model_config": {**SMALL, "hidden_act": "nonesuch"}}, "activation is not known"),
+        ({"model_config": {**SMALL, "rope_scaling": {"type": "nonesuch", "factor": 2}}}, "rotary embedding"),
+        ({"model_config": {**SMALL, "rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}}, "rotary embedding"),
+        ({"model_config": {"model_type": "bert"}}, "encoder"),
+        ({"model_config": {"model_type": "rwkv", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        ({"techniques": {"lora": {"lora_dropout": 5}}}, "lora_dropout"),
+        ({"techniques": {"qlora": {"lora_dropout": "some"}}}, "lora_dropout"),
+        ({"techniques": {"gradient_checkpointing": {"every": 0}}}, "every"),
+        ({"techniques": {"zero3": {}, "zeropp": {"zero_hpz_partition_size": 3}}, "num_gpus": 8}, "divides num_gpus"),
+        ({"hardware": {"name": "a100-80gb", "gpus_per_node": 0}}, "gpus_per_node"),
         ({"hardware": {"memory_gib": -3}}, "memory_gib"),
         ({"sequence_length": float("nan")}, "sequence_length"),
         ({"techniques": {"qlora": {"quantized_from": "int3"}}}, "quantized_from"),
@@ -368,6 +384,41 @@ def test_shipped_hardware_is_complete() -> None:
 def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=says):
         predict.answer(row(**changes), TRACES)
+
+
+@pytest.mark.parametrize("most", range(20, 60))
+def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised inside some operations, such as a view's detach, the same error would end the process."""
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", most)
+    with pytest.raises(ModelError, match="operations"):
+        trace.trace(Layout(canonical({**SMALL, "num_hidden_layers": 1})))
+    assert torch.is_grad_enabled()
+
+
+def test_lines_that_are_nested_too_deeply_are_told_so() -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    lines = [deep, f'{{"techniques": {deep}}}', f'{{"model_config": {deep}}}', json.dumps(row())]
+    *bad, good = (json.loads(line) for line in predict.answer_lines(lines, TRACES))
+    assert all("nested too deeply" in answer["error"] for answer in bad)
+    assert "error" not in good
+
+
+@pytest.mark.parametrize(
+    ("gpu", "techniques", "says"),
+    [
+        ("v100-16gb", {"flash_attention_2": {}}, "compute capability 8.0"),
+        ("v100-16gb", {"bf16": {}}, "bf16 needs compute capability"),
+        ("a100-80gb", {"flash_attention_3": {}}, "compute capability 9.0"),
+        ("a100-80gb", {"fp8": {}}, "fp8 needs compute capability"),
+        ("a100-80gb", {"flash_attention_2": {}, "fp32": {}}, "fp16 and bf16 alone, not fp32"),
+        ("h100-80gb", {"flash_attention_3": {}, "fp8": {}}, None),
+        ("v100-16gb", {}, None),
+        ("a100-80gb", {"lora": {"r": 300}}, "rank 300"),
+    ],
+)
+def test_what_a_gpu_can_not_run_is_warned_of(gpu: str, techniques: dict[str, Any], says: str | None) -> None:
+    warnings = predict.answer(row(hardware=gpu, techniques=techniques), TRACES)["warnings"]
+    assert any(says in warning for warning in warnings) if says else not warnings
 
 
 OWN_CODE = """

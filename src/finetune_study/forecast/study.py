@@ -126,7 +126,7 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
     return predict.Question(
         config_of(run, results), device, run.num_gpus, run.sequence_length, run.micro_batch,
-        run.gradient_accumulation_steps or 1, resolved, False, list(resolved.warnings),
+        run.gradient_accumulation_steps or 1, resolved, False, [],
     )  # fmt: skip
 
 

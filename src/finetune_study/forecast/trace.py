@@ -177,7 +177,8 @@ class _Tracer:
         self.sizes = Sizes(batch, context, self.rank_prime, layout.virtual_tokens)
 
     def run(self) -> Profile:
-        with FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
+        # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
+        with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime)
             tape = Tape(self.sizes)
             self._step(model, tape)
