@@ -347,13 +347,16 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     }
 
 
+DOES_NOT_FIT = "does not fit"
+
+
 def _word(found: memory.Memory, available: float | None) -> str | None:
     """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
     if available is None:
         return None
     if (found.reserved + found.context) / memory.GIB <= available:
         return "fits"
-    return "tight" if found.needed / memory.GIB <= available else "does not fit"
+    return "tight" if found.needed / memory.GIB <= available else DOES_NOT_FIT
 
 
 def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
