@@ -45,7 +45,9 @@ def test_every_run_has_its_row_and_the_bill_is_their_sum(gpu_raw: Raw, tmp_path:
     assert f"predicted: {total['gpu_hours']:.1f} GPU-hours, {total['cost_usd']:.2f} US dollars" in again.summary()
 
 
-def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neither(gpu_raw: Raw, tmp_path: Path) -> None:
+def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neither(
+    gpu_raw: Raw, tmp_path: Path
+) -> None:
     charged = forecast.totals(forecast.write(opened(gpu_raw, tmp_path / "all")))["a100"]
     rows = forecast.write(opened(gpu_raw, tmp_path / "some"))
     rows[0]["fits"] = "does not fit"

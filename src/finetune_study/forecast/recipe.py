@@ -250,6 +250,17 @@ class Recipe:
         return self._setting_of("liger", "fused_linear_cross_entropy", True) if self.has("liger") else False
 
     @property
+    def overlaps(self) -> bool:
+        """Whether communication runs beside the pass that it belongs to.
+
+        DDP and FSDP do so (arXiv 2006.15704, section 3.2.3; arXiv 2304.11277, section 3.3); DeepSpeed's stage 3 does,
+        its stages 1 and 2 do where `overlap_comm` is set (runtime/zero/config.py, overlap_comm_valid).
+        """
+        if not self.deepspeed:
+            return True
+        return self._setting_of(str(self.sharding), "overlap_comm", self.sharding == "zero3")
+
+    @property
     def keeps_gathered(self) -> bool:
         """FSDP keeps the weights that it gathered in forward for backward."""
         return not self._setting_of("fsdp", "reshard_after_forward", True)
