@@ -542,7 +542,7 @@ def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:
 
 
 def test_communication_runs_beside_the_passes_where_deepspeed_lets_it() -> None:
-    """`overlap_comm` is stage 3's default alone; set for all stages alike, less sharding is not slower in its passes."""
+    """`overlap_comm` is stage 3's default alone; set for all alike, less sharding is not slower in its passes."""
 
     def seconds(stage: str, accumulation: int = 1, **settings: Any) -> float:
         asked = row(model_config=predict.architectures()["meta-llama/Llama-2-7b-hf"], techniques={stage: settings},
@@ -554,8 +554,8 @@ def test_communication_runs_beside_the_passes_where_deepspeed_lets_it() -> None:
     assert seconds("zero1") == pytest.approx(seconds("zero2"))
     assert seconds("zero1") - seconds("zero1", overlap_comm=True) == pytest.approx(transfer, rel=0.01)
     assert seconds("zero3", overlap_comm=False) - seconds("zero3") == pytest.approx(3 * transfer, rel=0.01)
-    for settings in ({"overlap_comm": True}, {"overlap_comm": False}):
-        one, two, three = (seconds(stage, **settings) for stage in ("zero1", "zero2", "zero3"))
+    for overlap in (True, False):
+        one, two, three = (seconds(stage, overlap_comm=overlap) for stage in ("zero1", "zero2", "zero3"))
         assert one <= two * 1.001
         assert one - transfer <= three * 1.001, "stages 1 and 2 gather after the step, beside nothing"
     assert seconds("zero1", 4) < seconds("zero2", 4), "stage 2 scatters after every micro-batch"

@@ -208,8 +208,8 @@ def _row(
 
 
 def _sequences(run: Run, results: Results) -> tuple[int | None, str]:
-    """Sequences of a pass over the data, and what is not known of them: counted where it is prepared, else known of data
-    that is made here, whose examples are a sequence each unless a recipe packs."""
+    """Sequences of a pass over the data, and what is not known of them: counted where it is prepared, else known of
+    data that is made here, whose examples are a sequence each unless a recipe packs."""
     manifest = read_manifest(results.data(run.data_key))
     if manifest:
         return int(manifest["num_train_available"]), ""
@@ -383,6 +383,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         unsupported = f", {total['unsupported']} more are not supported" if total["unsupported"] else ""
         lines.append(
             f"{name}: {total['runs']} runs to train{unknown}; {total['gpu_hours']:.1f} GPU-hours, "
-            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit, and are not in the sums{unsupported}"
+            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit, and are not in the sums"
+            f"{unsupported}"
         )
     return "\n".join(lines)

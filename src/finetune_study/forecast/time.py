@@ -117,8 +117,8 @@ class StepTime:
 def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None) -> StepTime:
     """Time of an optimizer step, with all its micro-batches.
 
-    Passes overlap with their communication where the library does so (`Recipe.overlaps`); what is started slower than it
-    is computed waits for the host.
+    Passes overlap with their communication where the library does so (`Recipe.overlaps`); what is started slower than
+    it is computed waits for the host.
     """
     if rates is None:
         return StepTime(None, None, warnings=("the hardware's rates are not known: no step time",))
@@ -198,7 +198,7 @@ def _ring(at: Situation) -> float:
 
 
 def _shard_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, backward: bool) -> float:
-    """What travels in every pass: weights that are gathered, and in every backward pass gradients that are scattered."""
+    """What travels in every pass: weights that are gathered, in every backward pass gradients that are scattered."""
     if rates.link is None or at.num_gpus == 1:
         return 0.0
     everything, trained = _counts(profile, recipe)

@@ -148,8 +148,8 @@ def _quiet() -> Iterator[None]:
 def _whole_sequences() -> Iterator[None]:
     """No sequences are packed into one: positions count up.
 
-    transformers looks for the seams in the positions' values. Fake ones have none, and it then takes a mask of context ×
-    context to be on the safe side, which a real run without packing does not have (masking_utils.py,
+    transformers looks for the seams in the positions' values. Fake ones have none, and it then takes a mask of context
+    × context to be on the safe side, which a real run without packing does not have (masking_utils.py,
     find_packed_sequence_indices). Masks that a model or its window really needs are made all the same.
     """
     masking = transformers.masking_utils
