@@ -296,14 +296,18 @@ class Study:
         return "\n".join([", ".join(parts) + self._bill(), *missing])
 
     def _bill(self) -> str:
-        """What the runs to train are predicted to take, where a forecast knows it of all of them."""
+        """What the runs to train are predicted to take, where a forecast knows it of all of them.
+
+        Runs that are predicted not to fit end before their first step: they are counted, and not charged."""
         known = self._last_forecast.get("runs", {})
-        expected = [known.get(run_id, [None, None]) for run_id in self.pending]
-        if not expected or any(hours is None for hours, _ in expected):
+        too_large = set(self._last_forecast.get("do_not_fit", [])) & set(self.pending)
+        expected = [known.get(run_id, [None, None]) for run_id in self.pending if run_id not in too_large]
+        if not self.pending or any(hours is None for hours, _ in expected):
             return ""
         dollars = [cost for _, cost in expected]
         cost = "" if None in dollars else f", {sum(dollars):.2f} US dollars"
-        return f"; predicted: {sum(hours for hours, _ in expected):.1f} GPU-hours{cost}"
+        without = f" without {len(too_large)} that do not fit" if too_large else ""
+        return f"; predicted: {sum(hours for hours, _ in expected):.1f} GPU-hours{cost}{without}"
 
 
 def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG) -> Study:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
-from finetune_study.forecast.build import Stack
+from finetune_study.forecast.build import Stack, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
 
@@ -209,6 +210,58 @@ def test_flash_attention_is_linear_in_the_context_and_eager_quadratic() -> None:
     assert grown["eager"] > 3.5
 
 
+REAL: dict[str, tuple[dict[str, Any], bool]] = {
+    **{name: (ARCHITECTURES[name], False) for name in ("llama", "gpt_neox", "falcon")},
+    "falcon with groups": ({**ARCHITECTURES["falcon"], "new_decoder_architecture": True, "num_kv_heads": 2}, False),
+    "gemma": ({**SMALL, "model_type": "gemma", "head_dim": 64}, False),
+    "mistral within its window": ({**SMALL, "model_type": "mistral", "sliding_window": 512}, False),
+    "mistral beyond its window": ({**SMALL, "model_type": "mistral", "sliding_window": 100}, True),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("with_mask", [False, True], ids=["no mask", "mask of ones"])
+def test_sdpa_saves_the_quadratic_tensors_of_a_real_step_and_no_other(name: str, with_mask: bool) -> None:
+    """A step on real tensors: Llama, Gemma, GPT-NeoX, and Mistral within its window save none; Falcon has a mask."""
+    config, windowed = REAL[name]
+    config, batch, context = {**config, "num_hidden_layers": 3}, 2, 211
+    profile = TRACES.get(Layout(canonical(config), weights="bfloat16", windowed=windowed))
+    quadratic = (profile.monomials[:, 1] == 2) & np.isin(profile.kinds, ["saved", "pointwise"])
+    traced = profile.alive[:, quadratic].sum(axis=1)[profile.turn].max() * batch * context**2
+
+    model = build(make_config(config), torch.bfloat16, "sdpa")
+    ids, saved = torch.zeros(batch, context, dtype=torch.long), {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() % context**2 == 0:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids) if with_mask else None).loss
+    assert loss.requires_grad
+    assert traced == pytest.approx(sum(saved.values()), abs=batch * context**2)  # the mask itself, a byte a position
+    if not windowed and "falcon" not in name:
+        assert traced == 0
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, windowed) in REAL.items() if "falcon" not in name and not windowed]
+)
+def test_sdpa_of_whole_sequences_takes_what_flash_attention_takes(name: str) -> None:
+    shape = {**REAL[name][0], "vocab_size": 64, "sliding_window": None, "max_position_embeddings": 1 << 20}
+    found = {}
+    for kernel in ("sdpa", "flash_attention_2"):
+        answers = [
+            predict.answer(row(model_config=shape, techniques={kernel: {}}, sequence_length=s), TRACES)
+            for s in (8192, 16384)
+        ]
+        found[kernel] = [a["predicted_memory_gib"]["by_category"]["activations"] for a in answers]
+    assert found["sdpa"] == pytest.approx(found["flash_attention_2"], rel=0.03)
+    assert found["sdpa"][1] == pytest.approx(2 * found["sdpa"][0], rel=0.01)
+
+
 def test_checkpointing_keeps_less_and_computes_more() -> None:
     plain = predict.answer(row(per_device_train_batch_size=32), TRACES)
     checkpointed = predict.answer(
@@ -300,7 +353,23 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
         ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
-        ({"model_config": {**SMALL, "vocab_size": -1}}, "negative"),
+        ({"model_config": {**SMALL, "vocab_size": -1}}, "vocab_size"),
+        ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
+        ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
+        ({"model_config": {**SMALL, "num_key_value_heads": 8}}, "divides 4"),
+        ({"model_config": {**SMALL, "hidden_size": 10**9}}, "hidden_size"),
+        ({"model_config": {**SMALL, "intermediate_size": 0}}, "intermediate_size"),
+        ({"model_config": {**SMALL, "num_attention_heads": 0}}, "num_attention_heads"),
+        ({"model_config": {**SMALL, "hidden_act": "nonesuch"}}, "activation is not known"),
+        ({"model_config": {**SMALL, "rope_scaling": {"type": "nonesuch", "factor": 2}}}, "rotary embedding"),
+        ({"model_config": {**SMALL, "rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}}, "rotary embedding"),
+        ({"model_config": {"model_type": "bert"}}, "encoder"),
+        ({"model_config": {"model_type": "rwkv", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        ({"techniques": {"lora": {"lora_dropout": 5}}}, "lora_dropout"),
+        ({"techniques": {"qlora": {"lora_dropout": "some"}}}, "lora_dropout"),
+        ({"techniques": {"gradient_checkpointing": {"every": 0}}}, "every"),
+        ({"techniques": {"zero3": {}, "zeropp": {"zero_hpz_partition_size": 3}}, "num_gpus": 8}, "divides num_gpus"),
+        ({"hardware": {"name": "a100-80gb", "gpus_per_node": 0}}, "gpus_per_node"),
         ({"hardware": {"memory_gib": -3}}, "memory_gib"),
         ({"sequence_length": float("nan")}, "sequence_length"),
         ({"techniques": {"qlora": {"quantized_from": "int3"}}}, "quantized_from"),
@@ -317,6 +386,41 @@ def test_shipped_hardware_is_complete() -> None:
 def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=says):
         predict.answer(row(**changes), TRACES)
+
+
+@pytest.mark.parametrize("most", range(20, 60))
+def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised inside some operations, such as a view's detach, the same error would end the process."""
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", most)
+    with pytest.raises(ModelError, match="operations"):
+        trace.trace(Layout(canonical({**SMALL, "num_hidden_layers": 1})))
+    assert torch.is_grad_enabled()
+
+
+def test_lines_that_are_nested_too_deeply_are_told_so() -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    lines = [deep, f'{{"techniques": {deep}}}', f'{{"model_config": {deep}}}', json.dumps(row())]
+    *bad, good = (json.loads(line) for line in predict.answer_lines(lines, TRACES))
+    assert all("nested too deeply" in answer["error"] for answer in bad)
+    assert "error" not in good
+
+
+@pytest.mark.parametrize(
+    ("gpu", "techniques", "says"),
+    [
+        ("v100-16gb", {"flash_attention_2": {}}, "compute capability 8.0"),
+        ("v100-16gb", {"bf16": {}}, "bf16 needs compute capability"),
+        ("a100-80gb", {"flash_attention_3": {}}, "compute capability 9.0"),
+        ("a100-80gb", {"fp8": {}}, "fp8 needs compute capability"),
+        ("a100-80gb", {"flash_attention_2": {}, "fp32": {}}, "fp16 and bf16 alone, not fp32"),
+        ("h100-80gb", {"flash_attention_3": {}, "fp8": {}}, None),
+        ("v100-16gb", {}, None),
+        ("a100-80gb", {"lora": {"r": 300}}, "rank 300"),
+    ],
+)
+def test_what_a_gpu_can_not_run_is_warned_of(gpu: str, techniques: dict[str, Any], says: str | None) -> None:
+    warnings = predict.answer(row(hardware=gpu, techniques=techniques), TRACES)["warnings"]
+    assert any(says in warning for warning in warnings) if says else not warnings
 
 
 OWN_CODE = """
@@ -435,6 +539,26 @@ def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:
     weights = plain["predicted_memory_gib"]["by_category"]["parameters"] * 8
     grown = copied["predicted_peak_memory_allocated_gib"] - plain["predicted_peak_memory_allocated_gib"]
     assert grown == pytest.approx(weights / 2, rel=0.01)
+
+
+def test_communication_runs_beside_the_passes_where_deepspeed_lets_it() -> None:
+    """`overlap_comm` is stage 3's default alone; set for all alike, less sharding is not slower in its passes."""
+
+    def seconds(stage: str, accumulation: int = 1, **settings: Any) -> float:
+        asked = row(model_config=predict.architectures()["meta-llama/Llama-2-7b-hf"], techniques={stage: settings},
+                    num_gpus=8, sequence_length=2048, gradient_accumulation_steps=accumulation)  # fmt: skip
+        return float(predict.answer(asked, TRACES)["predicted_step_time_seconds"])
+
+    # A scatter and a gather travel either way: each moves 7/8 of 6.74 billion 16-bit weights at 0.7 × 300 GB/s
+    transfer = 7 / 8 * 6.738e9 * 2 / (0.7 * 300e9)
+    assert seconds("zero1") == pytest.approx(seconds("zero2"))
+    assert seconds("zero1") - seconds("zero1", overlap_comm=True) == pytest.approx(transfer, rel=0.01)
+    assert seconds("zero3", overlap_comm=False) - seconds("zero3") == pytest.approx(3 * transfer, rel=0.01)
+    for overlap in (True, False):
+        one, two, three = (seconds(stage, overlap_comm=overlap) for stage in ("zero1", "zero2", "zero3"))
+        assert one <= two * 1.001
+        assert one - transfer <= three * 1.001, "stages 1 and 2 gather after the step, beside nothing"
+    assert seconds("zero1", 4) < seconds("zero2", 4), "stage 2 scatters after every micro-batch"
 
 
 def test_many_traces_are_made_in_processes_of_their_own(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,44 @@ def test_every_run_has_its_row_and_the_bill_is_their_sum(gpu_raw: Raw, tmp_path:
     assert f"predicted: {total['gpu_hours']:.1f} GPU-hours, {total['cost_usd']:.2f} US dollars" in again.summary()
 
 
+def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neither(
+    gpu_raw: Raw, tmp_path: Path
+) -> None:
+    charged = forecast.totals(forecast.write(opened(gpu_raw, tmp_path / "all")))["a100"]
+    rows = forecast.write(opened(gpu_raw, tmp_path / "some"))
+    rows[0]["fits"] = "does not fit"
+    total = forecast.totals(rows)["a100"]
+    assert (total["runs"], total["do_not_fit"], total["unsupported"]) == (2, 1, 0)
+    assert total["gpu_hours"] == pytest.approx(rows[1]["predicted_gpu_hours"])
+    assert total["cost_usd"] < charged["cost_usd"]
+    rows[1]["state"] = "unsupported"
+    total = forecast.totals(rows)["a100"]
+    assert (total["runs"], total["unsupported"], total["gpu_hours"], total["cost_usd"]) == (1, 1, 0, 0)
+    assert "1 do not fit, and are not in the sums, 1 more are not supported" in forecast.table(rows)
+
+
+def test_the_summary_charges_no_run_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:
+    wide = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 64, "num_attention_heads": 64}
+    gpu_raw["models"]["tiny"]["architecture"] |= wide
+    rows = forecast.write(opened(gpu_raw, tmp_path))
+    assert all(row["fits"] == "does not fit" and row["predicted_gpu_hours"] > 0 for row in rows)
+    summary = open_study(gpu_raw, Results(tmp_path)).summary()
+    assert "predicted: 0.0 GPU-hours, 0.00 US dollars without 2 that do not fit" in summary
+
+
+def test_epoch_hours_are_known_before_data_is_prepared_or_it_is_said_why_not(gpu_raw: Raw, tmp_path: Path) -> None:
+    def row(name: str, **data: Any) -> dict[str, Any]:
+        return forecast.write(opened({**gpu_raw, "data": {**gpu_raw.get("data", {}), **data}}, tmp_path / name))[0]
+
+    made = row("made", dataset="generated")
+    assert made["predicted_epoch_hours"] > 0
+    assert "epoch" not in made["warnings"]
+    assert "at most" in row("dropped", dataset="generated", overlong="drop")["warnings"]
+    other = row("hub", dataset="knkarthick/samsum")
+    assert other["predicted_epoch_hours"] is None
+    assert "knkarthick/samsum has is known when it is prepared: no epoch hours" in other["warnings"]
+
+
 def test_a_forecast_stands_beside_each_run_to_train_and_freezes_nothing(gpu_raw: Raw, tmp_path: Path) -> None:
     study = opened(gpu_raw, tmp_path)
     row = forecast.write(study)[0]

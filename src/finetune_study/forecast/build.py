@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,41 @@ transformers.AttentionInterface.register(FUSED, _fused_attention)
 transformers.AttentionMaskInterface.register(FUSED, lambda *args, **kwargs: None)
 
 
+LARGEST = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
+}
+"""What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Checks what transformers does not, or says in words of its own code.
+
+    Raises:
+        ModelError: for a size that is out of range, or heads that can't be shared out.
+    """
+    for key, most in LARGEST.items():
+        size = settings.get(key)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise ModelError(
+                "A size of the model is out of range",
+                where=f"model_config.{key}",
+                given=size,
+                allowed=f"a whole number from 1 to {most}",
+            )
+    heads = settings.get("num_attention_heads")
+    for key in ("num_key_value_heads", "num_kv_heads"):
+        shared = settings.get(key)
+        if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+            raise ModelError(
+                "The attention heads can't share the key-value heads evenly",
+                where=f"model_config.{key}",
+                given=f"{shared} for {heads} attention heads",
+                allowed=f"a number that divides {heads}",
+            )
+
+
 def make_config(settings: dict[str, Any]) -> Any:
     """transformers' configuration of a model.
 
@@ -38,6 +73,7 @@ def make_config(settings: dict[str, Any]) -> Any:
     settings = dict(settings)
     if CODE in settings:
         return _with_own_code(settings[CODE][0])
+    check_sizes(settings)
     model_type = settings.pop("model_type", None)
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
     if not isinstance(model_type, str) or model_type not in known:
@@ -55,6 +91,14 @@ def make_config(settings: dict[str, Any]) -> Any:
         raise ModelError(
             "transformers refuses this configuration", where="model_config", given=one_line(error)
         ) from None
+    masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if model_type in masked and not getattr(config, "is_decoder", True) and not config.is_encoder_decoder:
+        raise ModelError(
+            "The model is an encoder, which sees the tokens that it is to predict",
+            where="model_config.model_type",
+            given=model_type,
+            allowed="a causal language model; or the same with is_decoder: true, if its layers are to be a decoder's",
+        )
     config.use_cache = False
     return config
 
@@ -118,6 +162,8 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         with _default_dtype(dtype), _no_initialisation():
             model = kind._from_config(config, attn_implementation=attention, dtype=dtype)
     except Exception as error:
+        if isinstance(error, KeyError):
+            _explain_name(config, error.args[0])
         raise ModelError(
             "No causal language model can be made of this configuration",
             where="model_config",
@@ -126,6 +172,36 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
         ) from None
     model.config.use_cache = False
     return model
+
+
+def _explain_name(config: Any, name: Any) -> None:
+    """transformers looks up activations and rotary embeddings by name, and says no more than the name it lacks.
+
+    Raises:
+        ModelError: where the name is one of these.
+    """
+    text = config.get_text_config()
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        if getattr(text, key, None) == name:
+            known = transformers.activations.ACT2FN
+            raise ModelError(
+                "The activation is not known", where=f"model_config.{key}", given=name, allowed=", ".join(sorted(known))
+            )
+    if name in _rope_types(getattr(text, "rope_parameters", None)):
+        known = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS
+        raise ModelError(
+            "The rotary embedding is not known",
+            where="model_config.rope_parameters.rope_type (or rope_scaling.type)",
+            given=name,
+            allowed=", ".join(["default", *sorted(known)]),
+        )
+
+
+def _rope_types(parameters: Any) -> list[Any]:
+    """Of all layers, or of each kind of layers."""
+    if not isinstance(parameters, dict):
+        return []
+    return [one.get("rope_type") for one in (parameters, *parameters.values()) if isinstance(one, dict)]
 
 
 def _class_of(config: Any) -> Any:

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any, Literal
 
 import yaml
-from pydantic import NonNegativeFloat, PositiveFloat, ValidationError
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from finetune_study.errors import ConfigError
 from finetune_study.section import Section
@@ -36,7 +36,7 @@ class Device(Section):
     """To the host, one direction."""
     maps_tensors: bool = False
     """On a CPU: the C library maps every tensor by itself, and its heap holds nothing back."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """Devices of a node."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
     """US dollars."""

@@ -150,7 +150,8 @@ class _States:
             return self.whole_bytes
         second = 0.0
         if self.recipe.secondary_shards > 1:  # 16-bit weights shared by a node (arXiv 2306.10209, section 3.2, hpZ)
-            second = self.all * BYTES[self.recipe.compute] / self.recipe.secondary_shards
+            shards = min(self.recipe.secondary_shards, self.at.num_gpus)
+            second = self.all * BYTES[self.recipe.compute] / shards
         return second + (0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards)
 
     @property

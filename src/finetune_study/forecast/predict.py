@@ -192,7 +192,7 @@ def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Ques
         row.get("techniques"), num_gpus=numbers["num_gpus"], device=device.device, has_bf16=device.has_bf16
     )
     config = model_config(row, own_code)
-    warnings = list(resolved.warnings)
+    warnings: list[str] = []
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(longest, int) and numbers["sequence_length"] > longest:
         warnings.append(f"sequence_length is above the model's {longest} positions")
@@ -317,7 +317,9 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     )
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
-    warnings = [*question.warnings, *took.warnings]
+    warnings = [*question.warnings, *resolved.why_not(device), *took.warnings]
+    if resolved.rank > profile.hidden_size:
+        warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:
         warnings.append(
             f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short"
@@ -345,13 +347,16 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     }
 
 
+DOES_NOT_FIT = "does not fit"
+
+
 def _word(found: memory.Memory, available: float | None) -> str | None:
     """`fits` with all that the allocator may hold, `tight` where it must give something back, else `does not fit`."""
     if available is None:
         return None
     if (found.reserved + found.context) / memory.GIB <= available:
         return "fits"
-    return "tight" if found.needed / memory.GIB <= available else "does not fit"
+    return "tight" if found.needed / memory.GIB <= available else DOES_NOT_FIT
 
 
 def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
@@ -367,6 +372,8 @@ def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] 
             result = answer(row, traces, own_code)
         except json.JSONDecodeError as error:
             result = {"line": number, "error": f"The line is not JSON: {error}"}
+        except RecursionError:
+            result = {"line": number, "error": "The line's objects and arrays are nested too deeply"}
         except StudyError as error:
             result = (row if isinstance(row, dict) else {"line": number}) | {"error": str(error)}
         except Exception as error:  # ours, then: the other lines are still answered

@@ -6,10 +6,13 @@ are one part of the names: the predictor also knows what the study can't run yet
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune_study import techniques as known
+from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError
+from finetune_study.forecast.hardware import Device
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
@@ -191,14 +194,14 @@ def _wrong(where: str, given: object, allowed: str, what: str = "This is not und
     return ConfigError(what, where=where, given=given, allowed=allowed)
 
 
-def _number(settings: Mapping[str, Any], key: str, default: int, where: str) -> int:
+def _number(settings: Mapping[str, Any], key: str, default: int, where: str, least: int = 0) -> int:
     value = settings.get(key, default)
     if value == "auto":
         return default
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _wrong(f"{where}.{key}", value, "a whole number, 0 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise _wrong(f"{where}.{key}", value, f"a whole number, {least} or more")
     return value
 
 
@@ -218,7 +221,6 @@ class Recipe:
     weights: Dtype
     autocast: Dtype | None
     adapters: Dtype
-    warnings: tuple[str, ...] = field(default=())
 
     def has(self, name: str) -> bool:
         return name in self.techniques
@@ -226,10 +228,37 @@ class Recipe:
     def setting(self, name: str, key: str, default: int) -> int:
         return _number(self.techniques.get(name, {}), key, default, f"techniques.{name}")
 
+    def why_not(self, device: Device) -> list[str]:
+        """Why a device can't run it, in the words of the techniques that the study knows; none where nothing does."""
+        chosen = (self.precision, self.attention, self.optimizer, self.sharding)
+        completed = self.techniques | {name: {} for name in chosen if name and name not in self.techniques}
+        parsed = {
+            # Not validated: what the predictor allows differs in some settings.
+            name: known.ALL[name].model_construct(
+                **{k: v for k, v in settings.items() if k in known.ALL[name].model_fields}
+            )
+            for name, settings in completed.items()
+            if name in known.ALL
+        }
+        place = Hardware.model_construct(device=device.device, gpu=device.gpu,
+                                         compute_capability=device.compute_capability)  # fmt: skip
+        return list(known.reasons(parsed, place))
+
     @property
     def fused_loss(self) -> bool:
         """liger computes logits and loss together, chunk by chunk, unless it is told not to."""
         return self._setting_of("liger", "fused_linear_cross_entropy", True) if self.has("liger") else False
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether communication runs beside the pass that it belongs to.
+
+        DDP and FSDP do so (arXiv 2006.15704, section 3.2.3; arXiv 2304.11277, section 3.3); DeepSpeed's stage 3 does,
+        its stages 1 and 2 do where `overlap_comm` is set (runtime/zero/config.py, overlap_comm_valid).
+        """
+        if not self.deepspeed:
+            return True
+        return self._setting_of(str(self.sharding), "overlap_comm", self.sharding == "zero3")
 
     @property
     def keeps_gathered(self) -> bool:
@@ -365,10 +394,7 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         ConfigError: for a recipe that does not hold together.
     """
     recipe = names(techniques)
-    warnings: list[str] = []
     precision = _first(recipe, PRECISIONS) or ("fp32" if device == "cpu" else "bf16" if has_bf16 else "fp16")
-    if precision in ("bf16", "bf16_pure") and not has_bf16:
-        warnings.append("bf16 has no matrix units on this GPU: it would run, slowly, or be refused")
     sharding = _first(recipe, SHARDINGS) or ("ddp" if num_gpus > 1 else None)
     peft = _first(recipe, PEFT)
     half: Dtype | None = {"fp16": "float16", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp8": "bfloat16"}.get(
@@ -388,9 +414,8 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
     settings = recipe.get(peft or "", {})
     in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure")
     adapters: Dtype = weights if (deepspeed or sharding == "fsdp" or not in_fp32) and half else "float32"
-    rank = _number(settings, "r", 8, f"techniques.{peft}") if peft in ("lora", "qlora") else 0
-    if peft in ("lora", "qlora") and rank < 1:
-        raise _wrong(f"techniques.{peft}.r", rank, "a whole number, 1 or more")
+    rank = _number(settings, "r", 8, f"techniques.{peft}", least=1) if peft in ("lora", "qlora") else 0
+    _check_settings(recipe, num_gpus)
     return Recipe(
         techniques=recipe,
         precision=precision,
@@ -403,8 +428,25 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         weights=weights,
         autocast=autocast,
         adapters=adapters,
-        warnings=tuple(warnings),
     )
+
+
+def _check_settings(recipe: Mapping[str, dict[str, Any]], num_gpus: int) -> None:
+    """Checks settings that must lie in a range.
+
+    Raises:
+        ConfigError: for one that does not.
+    """
+    for name in PEFT:
+        dropout = recipe.get(name, {}).get("lora_dropout") or 0.0
+        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+            raise _wrong(f"techniques.{name}.lora_dropout", dropout, "a number from 0, below 1")
+    _number(recipe.get("gradient_checkpointing", {}), "every", 1, "techniques.gradient_checkpointing", least=1)
+    share = _number(recipe.get("zeropp", {}), "zero_hpz_partition_size", 1, "techniques.zeropp", least=1)
+    if num_gpus % min(share, num_gpus):  # deepspeed/utils/groups.py, _create_zero_param_parallel_group
+        raise _wrong(
+            "techniques.zeropp.zero_hpz_partition_size", share, f"a number that divides num_gpus, here {num_gpus}"
+        )
 
 
 def _first(recipe: Mapping[str, Any], group: tuple[str, ...]) -> str | None:

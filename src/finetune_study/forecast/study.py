@@ -126,7 +126,7 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
     return predict.Question(
         config_of(run, results), device, run.num_gpus, run.sequence_length, run.micro_batch,
-        run.gradient_accumulation_steps or 1, resolved, False, list(resolved.warnings),
+        run.gradient_accumulation_steps or 1, resolved, False, [],
     )  # fmt: skip
 
 
@@ -183,7 +183,7 @@ def _row(
         return row | {"warnings": " ".join(str(error).split())}
     seconds = found["predicted_step_time_seconds"]
     price = question.device.price_usd_per_gpu_hour
-    sequences = _sequences(run, results)
+    sequences, unknown = _sequences(run, results)
     epoch = None
     if seconds and sequences:
         epoch = sequences / run.training.effective_batch_size * seconds / 3600
@@ -203,18 +203,23 @@ def _row(
         "predicted_cost_usd_per_epoch": None if epoch is None or price is None else epoch * run.num_gpus * price,
         "predicted_gpu_hours": hours,
         "predicted_cost_usd": None if hours is None or price is None else hours * price,
-        "warnings": "; ".join(found["warnings"]),
+        "warnings": "; ".join([*found["warnings"], *filter(None, [unknown])]),
     }
 
 
-def _sequences(run: Run, results: Results) -> int | None:
-    """Sequences of a pass over the data: counted where it is prepared, else known of data that is made here."""
+def _sequences(run: Run, results: Results) -> tuple[int | None, str]:
+    """Sequences of a pass over the data, and what is not known of them: counted where it is prepared, else known of
+    data that is made here, whose examples are a sequence each unless a recipe packs."""
     manifest = read_manifest(results.data(run.data_key))
     if manifest:
-        return int(manifest["num_train_available"])
-    if run.data.dataset == "generated" and "packing" not in run.techniques:
-        return run.data.num_dialogues - run.data.num_eval_samples
-    return None
+        return int(manifest["num_train_available"]), ""
+    data = run.data
+    if "packing" in run.techniques:
+        return None, "how many packed sequences there are is known when the data is prepared: no epoch hours"
+    if data.dataset != "generated":
+        return None, f"how many examples {data.dataset} has is known when it is prepared: no epoch hours"
+    at_most = "" if data.overlong != "drop" else "epoch hours are at most these: overlong examples will be dropped"
+    return data.num_dialogues - data.num_eval_samples, at_most
 
 
 def _state(study: "Study", run_id: str) -> str:
@@ -237,17 +242,24 @@ def read_calibration(results: Results, hardware: str) -> dict[str, float] | None
 def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of the runs to train: how many, GPU-hours and US dollars for each hardware entry.
 
-    What is not known of a run is left out of the sums, and counted."""
+    What is not known of a run is left out of the sums, and counted; so are runs that will not fit, which end before
+    their first step, and those that are not supported there, which are not tried."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["state"] != "to train":
+        if row["state"] not in ("to train", "unsupported"):
             continue
         total = sums.setdefault(
-            row["hardware"], {"runs": 0, "gpu_hours": 0.0, "cost_usd": 0.0, "not_predicted": 0, "do_not_fit": 0}
+            row["hardware"],
+            {"runs": 0, "gpu_hours": 0.0, "cost_usd": 0.0, "not_predicted": 0, "do_not_fit": 0, "unsupported": 0},
         )
+        if row["state"] == "unsupported":
+            total["unsupported"] += 1
+            continue
         total["runs"] += 1
+        if row["fits"] == predict.DOES_NOT_FIT:
+            total["do_not_fit"] += 1
+            continue
         total["not_predicted"] += row["predicted_gpu_hours"] is None
-        total["do_not_fit"] += row["fits"] == "does not fit"
         total["gpu_hours"] += row["predicted_gpu_hours"] or 0.0
         total["cost_usd"] += row["predicted_cost_usd"] or 0.0
     return sums
@@ -283,6 +295,7 @@ def write(study: "Study") -> list[dict[str, Any]]:
         "totals": totals(rows),
         "predicted_oom": skipped + _still_skipped(study),
         "runs": {r["run_id"]: [r["predicted_gpu_hours"], r["predicted_cost_usd"]] for r in rows},
+        "do_not_fit": [r["run_id"] for r in rows if r["fits"] == predict.DOES_NOT_FIT],
     }
     write_atomically(study.results.forecast, json.dumps(document) + "\n")
     return rows
@@ -367,8 +380,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     for name, total in totals(rows).items():
         unknown = f", {total['not_predicted']} of them without a time" if total["not_predicted"] else ""
+        unsupported = f", {total['unsupported']} more are not supported" if total["unsupported"] else ""
         lines.append(
             f"{name}: {total['runs']} runs to train{unknown}; {total['gpu_hours']:.1f} GPU-hours, "
-            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit"
+            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit, and are not in the sums"
+            f"{unsupported}"
         )
     return "\n".join(lines)

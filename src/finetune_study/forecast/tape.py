@@ -117,14 +117,21 @@ class Tape(TorchDispatchMode):
 
     def tick(self) -> None:
         self.now += 1
-        if self.forward and self.now > MOST_OPERATIONS:  # an error raised in backward's C++ may end the process
+        self.layer_of_time.append(self.layer)
+        self.turn_of_time.append(self.after_layers)
+
+    def check(self) -> None:
+        """To be asked between operations: torch runs some, such as a view's `detach`, where an error ends the process.
+
+        Raises:
+            ModelError: where a forward pass takes too many of them.
+        """
+        if self.forward and self.now > MOST_OPERATIONS:
             raise ModelError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
                 given=f"more than {MOST_OPERATIONS}: a loop over positions, as in recurrent layers without a kernel?",
             )
-        self.layer_of_time.append(self.layer)
-        self.turn_of_time.append(self.after_layers)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
@@ -258,6 +265,7 @@ class CudaManners(TorchFunctionMode):
         self._in_fp32 = set() if autocast is None else IN_FP32
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tape.check()
         kwargs = kwargs or {}
         if func is torch.nn.functional.dropout:
             return self._dropout(*args, **kwargs)

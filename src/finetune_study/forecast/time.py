@@ -117,23 +117,30 @@ class StepTime:
 def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None) -> StepTime:
     """Time of an optimizer step, with all its micro-batches.
 
-    Passes overlap with their communication; what is started slower than it is computed waits for the host.
+    Passes overlap with their communication where the library does so (`Recipe.overlaps`); what is started slower than
+    it is computed waits for the host.
     """
     if rates is None:
         return StepTime(None, None, warnings=("the hardware's rates are not known: no step time",))
     parts = dict.fromkeys(BOTTLENECKS, 0.0)
     total = 0.0
-    for phases, gathers in ((("forward",), 1.0), (("recompute", "backward"), 1.0)):
+    for phases in (("forward",), ("recompute", "backward")):
         compute = _matmul_seconds(profile, recipe, at, rates, phases)
         if compute is None:
             given = f"no rate is known for {recipe.precision} on this hardware: no step time"
             return StepTime(None, None, warnings=(given,))
         memory = _memory_seconds(profile, recipe, at, rates, phases)
         launch = _launch_seconds(profile, recipe, rates, phases)
-        link = _shard_seconds(profile, recipe, at, rates, gathers, "backward" in phases)
+        link = _shard_seconds(profile, recipe, at, rates, "backward" in phases)
         pcie = _offload_seconds(profile, recipe, at, rates)
-        busy = compute + memory
-        total += at.gradient_accumulation_steps * max(busy, launch, link, pcie)
+        busy = max(compute + memory, launch, pcie)
+        together = max(busy, link) if recipe.overlaps else busy + link
+        if "backward" in phases:
+            once = _once_seconds(profile, recipe, at, rates)
+            parts["interconnect"] += once
+            # The gradients of the last micro-batch alone travel, beside what that one computes.
+            total += max(once, together) - together if recipe.overlaps else once
+        total += at.gradient_accumulation_steps * together
         for name, seconds in zip(BOTTLENECKS, (compute, memory, link, pcie, 0.0, launch), strict=True):
             parts[name] += at.gradient_accumulation_steps * seconds
     total += _update(profile, recipe, at, rates, parts)
@@ -190,20 +197,33 @@ def _ring(at: Situation) -> float:
     return (at.num_gpus - 1) / at.num_gpus
 
 
-def _shard_seconds(
-    profile: Profile, recipe: Recipe, at: Situation, rates: Rates, gathers: float, backward: bool
-) -> float:
-    """Weights that are gathered in every pass, gradients that are scattered in every backward pass."""
+def _shard_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, backward: bool) -> float:
+    """What travels in every pass: weights that are gathered, in every backward pass gradients that are scattered."""
     if rates.link is None or at.num_gpus == 1:
         return 0.0
     everything, trained = _counts(profile, recipe)
     width = BYTES[recipe.compute]
     moved = 0.0
     if recipe.sharding in ("zero3", "fsdp") and not (backward and recipe.keeps_gathered):
-        moved += gathers * everything * width * recipe.gathered_share
+        moved += everything * width * recipe.gathered_share
     if backward and recipe.sharding in ("zero2", "zero3", "fsdp"):
         moved += trained * width * recipe.scattered_share
     return moved * _ring(at) / rates.link
+
+
+def _once_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> float:
+    """Gradients that travel once a step, in its last backward pass.
+
+    DDP sums them everywhere, a scatter and a gather; ZeRO-1 scatters them (DeepSpeed, stage_1_and_2.py: at the boundary
+    of accumulation alone where gradients are not partitioned)."""
+    if rates.link is None or at.num_gpus == 1:
+        return 0.0
+    passes = {"ddp": 2, "zero1": 1}.get(str(recipe.sharding), 0)
+    return passes * _trained_bytes(profile, recipe) * _ring(at) / rates.link
+
+
+def _trained_bytes(profile: Profile, recipe: Recipe) -> float:
+    return _counts(profile, recipe)[1] * BYTES[recipe.adapters if recipe.peft else recipe.weights]
 
 
 def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> float:
@@ -239,10 +259,9 @@ def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts
     else:
         parts["memory bandwidth"] += traffic / rates.memory
         seconds += traffic / rates.memory
-    if rates.link is not None and at.num_gpus > 1:
-        passes = {"ddp": 2, "zero1": 2, "zero2": 1}.get(str(recipe.sharding), 0)
-        link = passes * trained * BYTES[recipe.adapters if recipe.peft else recipe.weights] * _ring(at) / rates.link
+    if rates.link is not None and recipe.sharding in ("zero1", "zero2"):
+        # Each device updates its share and gathers the others' (stage_1_and_2.py, step: all_gather_dp_groups)
+        link = _trained_bytes(profile, recipe) * _ring(at) / rates.link
         parts["interconnect"] += link
-        hidden = 0.5 if recipe.sharding == "ddp" else 0.0  # its first half runs while backward does
-        seconds += link * (1 - hidden)
+        seconds += link
     return seconds

@@ -144,6 +144,23 @@ def _quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(levels[1])
 
 
+@contextlib.contextmanager
+def _whole_sequences() -> Iterator[None]:
+    """No sequences are packed into one: positions count up.
+
+    transformers looks for the seams in the positions' values. Fake ones have none, and it then takes a mask of context
+    × context to be on the safe side, which a real run without packing does not have (masking_utils.py,
+    find_packed_sequence_indices). Masks that a model or its window really needs are made all the same.
+    """
+    masking = transformers.masking_utils
+    original = masking.find_packed_sequence_indices
+    masking.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking.find_packed_sequence_indices = original
+
+
 class _Tracer:
     def __init__(self, config: Any, stack: Stack, layout: Layout, skeleton: Any) -> None:
         self.config, self.stack, self.layout, self.skeleton = config, stack, layout, skeleton
@@ -160,7 +177,8 @@ class _Tracer:
         self.sizes = Sizes(batch, context, self.rank_prime, layout.virtual_tokens)
 
     def run(self) -> Profile:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
+        with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime)
             tape = Tape(self.sizes)
             self._step(model, tape)

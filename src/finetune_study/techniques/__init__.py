@@ -1,7 +1,7 @@
 """The registry of techniques, and what a recipe of them means."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
@@ -133,12 +133,17 @@ def complete(recipe: Mapping[str, Mapping[str, Any]], hardware: "Hardware", num_
 
 def why_not(recipe: Techniques, hardware: "Hardware") -> str | None:
     """Why a recipe can't run on some hardware; None when nothing speaks against it."""
-    reasons = (
-        technique.why_not(hardware, recipe)
-        or next((technique.excludes[o] for o in recipe if o in technique.excludes), None)
-        for technique in recipe.values()
-    )
-    return next((reason for reason in reasons if reason), None)
+    return next(reasons(recipe, hardware), None)
+
+
+def reasons(recipe: Techniques, hardware: "Hardware") -> Iterator[str]:
+    """All that speaks against a recipe on some hardware: the first reason of each technique."""
+    for technique in recipe.values():
+        reason = technique.why_not(hardware, recipe) or next(
+            (technique.excludes[other] for other in recipe if other in technique.excludes), None
+        )
+        if reason:
+            yield reason
 
 
 def why_not_run(run: "Run") -> str | None:
