@@ -30,7 +30,11 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     ),
     "recipe": (pl.String, "Recipe of the config."),
     "num_repeats": (pl.Int64, "Repeats that are planned."),
-    "num_completed": (pl.Int64, "Repeats that completed; every number is over these alone."),
+    "num_completed": (
+        pl.Int64,
+        "Repeats that completed; every number is over these alone, and empty where their software, weights or data "
+        "differ.",
+    ),
     "states": (pl.List(pl.String), "How each repeat ended, or `failed` or `not_run`."),
     "step_time_seconds_median": (pl.Float64, "Median over the repeats of their median step time, seconds."),
     "step_time_seconds_min": (pl.Float64, "Smallest median step time of a repeat, seconds."),
@@ -84,6 +88,8 @@ _MEDIANS = (
     "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
     "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
 )  # fmt: skip
+
+_OF_REPEATS = ("nodes_of_repeats", "starts_of_repeats", "step_time_seconds_repeats", "peak_memory_gib_repeats")
 
 
 def completed_everywhere(row: Row) -> bool:
@@ -211,7 +217,12 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit("peak_device_used_gib")),
     )
     one_kind = pl.col("provenance").list.len() <= 1
-    return rows.with_columns(pl.when(one_kind).then(pl.col(name)).alias(name) for name in _MEASURES)
+    numbers = [*_MEASURES, *(f"{name}_median" for name in _MEDIANS)]
+    kept = pl.when(one_kind).then(pl.lit(None, pl.Int64)).otherwise(0)  # None: all of the list
+    return rows.with_columns(
+        *(pl.when(one_kind).then(pl.col(name)).alias(name) for name in numbers),
+        *(pl.col(name).list.slice(0, kept) for name in _OF_REPEATS),
+    )
 
 
 def _why_not_compared() -> pl.Expr:

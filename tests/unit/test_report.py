@@ -14,7 +14,7 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import figures, grammar, page, pair, scaling, tables, tradeoff
+from finetune_study.report import figures, grammar, page, pair, scaling, summary, tables, tradeoff
 from finetune_study.report.tables import STATES
 from tests.unit import handmade
 
@@ -98,6 +98,23 @@ def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     assert column(runs, "oom_requested_gib") == [0.0625, None]
     assert [one["name"] for one in runs["table"]][:3] == ["state", "target", "hardware"]
     assert json.loads(runs["settings"]["training"]["words"][0])["learning_rate"] == 4e-4
+
+
+def test_repeats_of_one_recipe_with_differing_software_give_a_page_with_a_warning(tmp_path: Path) -> None:
+    study = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 2})
+    runs = handmade.runs(study)
+    documents = [
+        handmade.completed(runs[recipe, number], 1.0, software=digest * 64)
+        for recipe in ("full", "lora")
+        for number, digest in ((1, "a"), (2, "b"))
+    ]
+    seen = Text(built(study, tmp_path, *documents)).text
+    assert "Software, weights or data differ among runs of one setting." in seen
+    assert "completed runs differ in software (" in seen
+    contents = report.gather(study, handmade.frame(study, tmp_path))
+    assert contents.costs == []
+    for text in (summary.markdown(contents), summary.terminal(contents)):
+        assert "not comparable" in text
 
 
 def test_the_page_defines_every_column_status_and_verdict(tmp_path: Path) -> None:
