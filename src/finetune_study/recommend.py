@@ -258,8 +258,9 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     by_recipe: dict[str, list[Evidence]] = {}
     for row in rows:
         by_recipe.setdefault(row["recipe"], []).append(Evidence(**{name: row[name] for name in Evidence.model_fields}))
-    evidence = [min(options, key=_preference) for options in by_recipe.values()]
-    verdict, named, reason, versus = _judge(evidence)
+    evidence = [_chosen(options) for options in by_recipe.values()]
+    mixed = [one for options in by_recipe.values() for one in options if one.fits]
+    verdict, named, reason, versus = _judge(evidence, [] if _one_kind(mixed) else mixed)
     return Recommendation(
         **{name: rows[0][name] for name in table.SETTING},
         verdict=verdict,
@@ -273,6 +274,19 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     )
 
 
+def _one_kind(group: list[Evidence]) -> bool:
+    """Whether all had the same software, weights, data and effective batch."""
+    return len({kind for one in group for kind in one.provenance}) <= 1
+
+
+def _chosen(options: list[Evidence]) -> Evidence:
+    """A recipe at one of its micro-batches; the times of two kinds are not compared: then the smallest that fits."""
+    fitting = [one for one in options if one.fits]
+    if not _one_kind(fitting):
+        return min(fitting, key=lambda one: one.per_device_train_batch_size or 0)
+    return min(options, key=_preference)
+
+
 def _preference(option: Evidence) -> tuple[int, float]:
     """Among micro-batches: the fastest that fits, else one that is still open, else the smallest."""
     if option.fits and option.step_time_seconds_median is not None:
@@ -280,8 +294,13 @@ def _preference(option: Evidence) -> tuple[int, float]:
     return (1 if option.fits else 2 if option.pending else 3), option.per_device_train_batch_size or 0
 
 
-def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
-    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios."""
+def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
+    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios.
+
+    Args:
+        evidence: each recipe at the micro-batch that counts.
+        mixed: recipes and micro-batches that fit, where they are not all of one kind; else nothing.
+    """
     fitting = [one for one in evidence if one.fits]
     others = [one for one in evidence if not one.fits]
     pending = [one for one in others if one.pending]
@@ -290,8 +309,9 @@ def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list
         if pending:
             return "no_data", [], f"Nothing completed yet: {_endings(others)}.", []
         return "nothing_fits", [], f"Nothing fits: {_endings(others)}.", []
-    if len({digest for one in fitting for digest in one.provenance}) > 1:
-        names = ", ".join(one.recipe for one in fitting)
+    if mixed:
+        sizes = len({one.recipe for one in mixed}) < len(mixed)
+        names = ", ".join(one.recipe + (f" at micro-batch {one.micro_batch}" if sizes else "") for one in mixed)
         differ = "not all with the same software, weights, data and effective batch"
         return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
@@ -360,8 +380,8 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
         return []
     steps = [run_id for one in evidence for run_id in one.missing]
     fitting = [one for one in evidence if one.fits]
-    if verdict == "not_comparable":
-        return [*steps, f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
+    if verdict == "not_comparable":  # no missing run makes those comparable that are there
+        return [f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(fitting) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {', '.join(short)}")

@@ -1,5 +1,6 @@
 """Comparisons: the spread over repeats, and each recipe against the baseline recipe in the same setting."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import polars as pl
@@ -95,6 +96,11 @@ _OF_REPEATS = ("nodes_of_repeats", "starts_of_repeats", "step_time_seconds_repea
 def completed_everywhere(row: Row) -> bool:
     """Whether every repeat of a configuration that ended has completed, and one has."""
     return row["num_completed"] > 0 and {*row["states"]} <= {"completed", "failed", "not_run"}
+
+
+def one_kind(rows: Iterable[Row]) -> bool:
+    """Whether the completed runs of all these had the same software, weights, data and effective batch."""
+    return len({kind for row in rows for kind in row["provenance"]}) <= 1
 
 
 def repeats(row: Row, column: str) -> list[Repeat]:

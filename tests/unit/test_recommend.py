@@ -222,6 +222,31 @@ def test_differing_software_is_never_ranked(tmp_path: Path) -> None:
     assert (one.verdict, one.recipe) == ("not_comparable", None)
 
 
+def two_sizes(root: Path, software: str) -> Config:
+    """One recipe, faster at micro-batch 2, whose runs had this software, and another."""
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+    study = repeats(3, grid=[{**block, "per_device_train_batch_size": [1, 2]}])
+    records = []
+    for number, planned in enumerate(handmade.planned(study)):
+        large = planned.run.micro_batch == 2
+        kind = software if large and planned.run.recipe == "full" else "a" * 64
+        seconds = (1.0 if large else 2.0) * (1 if planned.run.recipe == "full" else 3) + 0.001 * number
+        records.append(handmade.completed(planned.run, seconds, host=f"node-{planned.run.repeat}", software=kind))
+    handmade.write(root, *records)
+    return study
+
+
+def test_micro_batches_with_differing_software_are_not_chosen_between(tmp_path: Path) -> None:
+    one = the_only(two_sizes(tmp_path / "same", "a" * 64), tmp_path / "same")
+    assert (one.verdict, one.recipe, one.per_device_train_batch_size) == ("ranked", "full", 2)
+    one = the_only(two_sizes(tmp_path / "other", "b" * 64), tmp_path / "other")
+    assert (one.verdict, one.recipe) == ("not_comparable", None)
+    assert "full at micro-batch 1, full at micro-batch 2" in one.reason
+    assert "not all with the same software" in one.reason
+    assert {e.recipe: e.micro_batch for e in one.evidence}["full"] == "1"
+    assert one.settled_by == ["remeasure full, lora with one set of software"]
+
+
 def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path) -> None:
     block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
     study = repeats(1, grid=[{**block, "per_device_train_batch_size": [1, 2, 4]}])

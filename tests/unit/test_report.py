@@ -206,11 +206,13 @@ def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[str], expec
 
 
 def test_the_pareto_front_by_hand() -> None:
-    rows = [
-        {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory}
+    rows: list[dict[str, Any]] = [
+        {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory, "provenance": ["a"]}
         for name, time, memory in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 1.0), ("e", None, 1.0))
     ]
     assert [row["recipe"] for row in tradeoff.pareto_front(rows)] == ["a", "b", "d"]
+    rows[2]["provenance"] = ["b"]
+    assert tradeoff.pareto_front(rows) == []
 
 
 def test_the_exponent_of_a_power_law() -> None:
@@ -393,6 +395,31 @@ def test_nodes_are_named_where_there_are_several(tmp_path: Path) -> None:
     assert (cost["num_gpus"], cost["nodes"], cost["choice"]) == (2, 1, "the default")
     (walk,) = contents.walks
     assert (walk.num_gpus, walk.nodes) == (2, 1)
+
+
+@pytest.mark.parametrize("digest", ["a", "b"])
+def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, digest: str) -> None:
+    """One device is cheaper than the default's two; with other software it is not compared, nor is the micro-batch."""
+    study = handmade.study(grid=[BLOCK | {"num_gpus": 2}, BLOCK | {"num_gpus": 1}])
+    documents = [
+        handmade.completed(p.run, 1.0, software=("a" if p.run.num_gpus == 2 else digest) * 64)
+        for p in handmade.planned(study)
+    ]
+    contents = report.gather(study, handmade.frame(study, tmp_path, *documents), draw=False)
+    assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
+
+
+def test_figures_do_not_choose_between_micro_batches_of_differing_software(tmp_path: Path) -> None:
+    study = handmade.study(grid=[BLOCK | {"per_device_train_batch_size": [1, 2]}])
+    for root, digest, expected in ((tmp_path / "a", "a", "2"), (tmp_path / "b", "b", "1")):
+        documents = [
+            handmade.completed(
+                p.run, 3.0 - int(p.run.micro_batch), software=("a" if p.run.micro_batch == 1 else digest) * 64
+            )
+            for p in handmade.planned(study)
+        ]
+        (one,) = report.gather(study, handmade.frame(study, root, *documents), draw=False).pairs
+        assert {row["micro_batch"] for row in one.best_rows()} == {expected}
 
 
 def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:
