@@ -15,7 +15,7 @@ from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import figures, grammar, page, pair, scaling, summary, tables, tradeoff
-from finetune_study.report.tables import STATES
+from finetune_study.states import STATES
 from tests.unit import handmade
 
 STUDY = handmade.study()
@@ -89,7 +89,7 @@ def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
 def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     page = built(STUDY, tmp_path, *mixed())
     text = Text(page).text
-    assert "The fastest recipe that fits is lora for tiny on cpu." in text
+    assert "The fastest recipe that fits, as far as the runs can tell, is lora for tiny on cpu." in text
     runs = embedded_runs(page)
     assert column(runs, "run_id") == [FULL.run_id, LORA.run_id]
     assert column(runs, "state") == ["device_oom", "completed"]
@@ -184,25 +184,45 @@ def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
 
 def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_path: Path) -> None:
     (cell,) = drawn(STUDY, tmp_path, *mixed())["feasibility"].spec["datasets"]["cells"]
-    assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "lora", "1.10 s, 0.250 GiB")
+    assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "? lora", "1.10 s, 0.250 GiB")
     assert (cell["tone"], cell["link"]) == ("good", f"#run={LORA.run_id}")
-    assert "is the only one that fits" in cell["tip"]
+    assert "that no other one fits takes 3 runs of it" in cell["tip"]
 
 
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        (["device_oom"], ("device_oom", "")),
-        (["device_oom", "device_oom", "host_oom"], ("device_oom", "2 ✕ 1 ⊠")),
-        (["device_oom", "device_oom", "not_run"], ("not_run", "2 ✕ 1 ○")),
-        (["unsupported", "failed"], ("failed", "1 ⊘ 1 !")),
-        (["implied_oom"], ("implied_oom", "")),
-        (["predicted_oom"], ("predicted_oom", "")),
-        (["timeout"], ("timeout", "")),
+        ([["device_oom"]], ("device_oom", "")),
+        ([["device_oom", "device_oom", "host_oom"]], ("device_oom", "2 ✕ 1 ⊠")),
+        ([["device_oom", "device_oom"], ["not_run"]], ("not_run", "2 ✕ 1 ○")),
+        ([["device_oom", "not_run", "failed"], ["unsupported", "not_run"]], ("device_oom", "1 ✕ 1 ⊘")),
+        ([["completed", "device_oom"], ["host_oom", "failed"]], ("device_oom", "1 ✓ 1 ✕ 1 ⊠")),
+        ([["completed", "completed"]], ("completed", "")),
+        ([["unsupported"], ["failed"]], ("failed", "1 ⊘ 1 !")),
+        ([["implied_oom"]], ("implied_oom", "")),
+        ([["predicted_oom"]], ("predicted_oom", "")),
+        ([["timeout"]], ("timeout", "")),
+        ([], ("not_run", "")),
     ],
 )
-def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[str], expected: tuple[str, str]) -> None:
+def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[list[str]], expected: tuple[str, str]) -> None:
     assert tables.how_it_failed(states) == expected
+
+
+def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -> None:
+    study = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 2})
+    runs = handmade.runs(study)
+    ran_out = [handmade.out_of_memory(runs[recipe, 1]) for recipe in ("full", "lora")]
+    done = handmade.completed(runs["lora", 2], 1.0)
+    kinds = [handmade.completed(runs["lora", n], 1.0, software=digest * 64) for n, digest in ((1, "a"), (2, "b"))]
+    for name, documents, expected in (
+        ("out of memory", ran_out, ("✕ out of memory", "memory", "")),
+        ("open", ran_out[:1], ("○ not run", "none", "1 ✕ 2 ○")),
+        ("contradictory", [*ran_out, done], ("? contradictory", "none", "2 ✕ 1 ✓")),
+        ("mixed", [ran_out[0], *kinds], ("? not comparable", "none", "1 ✕ 2 ✓")),
+    ):
+        (cell,) = drawn(study, tmp_path / name, *documents)["feasibility"].spec["datasets"]["cells"]
+        assert (cell["first"], cell["tone"], cell["second"]) == expected, name
 
 
 def test_the_pareto_front_by_hand() -> None:
@@ -281,14 +301,14 @@ def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:
 def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path)).text
     assert "2 runs 2 ○ not run" in text
-    assert "No recipe can be recommended yet: no run has completed" in text
+    assert "No recipe can be recommended yet: nothing is known to fit yet" in text
 
 
 def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
     assert "2 runs 2 ✕ out of memory" in text
     assert "No recipe can be recommended yet: everything that was tried failed to fit" in text
-    assert "Nothing fits: full (device_oom), lora (device_oom)." in text
+    assert "Nothing fits: full (out of memory), lora (out of memory)." in text
 
 
 def test_one_run_gives_a_page(tmp_path: Path) -> None:

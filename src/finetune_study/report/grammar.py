@@ -8,7 +8,7 @@ from typing import Any
 import vl_convert
 
 from finetune_study.report.pair import Pair
-from finetune_study.report.tables import STATES
+from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, devices, show
 
 Spec = dict[str, Any]

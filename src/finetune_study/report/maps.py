@@ -21,7 +21,8 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import MAX_PAIRS, Pair
-from finetune_study.report.tables import STATES, how_it_failed
+from finetune_study.report.tables import how_it_failed
+from finetune_study.states import STATES
 from finetune_study.table import Row, count, devices, show
 
 MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 14
@@ -85,7 +86,7 @@ def _cell(one: Recommendation) -> dict[str, Any]:
     places = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}: "
     best = one.best
     if best is not None:
-        sure = {"tie": "≈ ", "too_few_data": "? "}.get(one.verdict, "")
+        sure = {"tie": "≈ ", "too_few_data": "? ", "contradictory": "? "}.get(one.verdict, "")
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
         micro = best.per_device_train_batch_size or 1
         return here | {
@@ -95,11 +96,12 @@ def _cell(one: Recommendation) -> dict[str, Any]:
             "tip": places + one.reason,
             "link": run_link(best.model_dump()),
         }
-    state, words = how_it_failed([state for e in one.evidence for state in e.states])
+    state, words = how_it_failed(e.states for e in one.evidence)
     first = one.evidence[0] if one.evidence else None
+    doubt = one.verdict in ("not_comparable", "contradictory")
     return here | {
-        "tone": STATES[state].tone,
-        "first": f"{STATES[state].symbol} {STATES[state].words}",
+        "tone": "none" if doubt else STATES[state].tone,
+        "first": f"? {one.verdict.replace('_', ' ')}" if doubt else f"{STATES[state].symbol} {STATES[state].words}",
         "second": words,
         "tip": places + one.reason,
         "link": run_link(first.model_dump()) if first else "#runs",
@@ -149,7 +151,7 @@ def _size_cell(pair: Pair, row: Row) -> dict[str, Any]:
     if row["step_time_seconds_median"] is not None:
         seconds, memory = show(row["step_time_seconds_median"], "s"), show(row["peak_memory_gib_median"], "GiB")
         return common | {"tone": "good", "first": seconds, "second": memory}
-    state, counts = how_it_failed(row["states"])
+    state, counts = how_it_failed([row["states"]])
     return common | {
         "tone": STATES[state].tone,
         "first": f"{STATES[state].symbol} {STATES[state].words}",
