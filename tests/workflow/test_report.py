@@ -1,7 +1,6 @@
 """The report by Snakemake's own means, of a study whose records are made by hand: nothing is trained."""
 
 import json
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -67,11 +66,12 @@ def test_two_studies_are_compared_by_their_files_alone(reported: Workplace) -> N
     """A run that is missing since is not asked for, and changed outcomes are compared anew."""
     outcomes, changes = reported.results / "outcomes.parquet", reported.results / "changes.csv"
     shutil.copy(outcomes, reported.folder / "earlier.parquet")
-    next(reported.results.glob("runs/*/record.json")).unlink()
+    record = next(reported.results.glob("runs/*/record.json"))
+    record.unlink()
     compare = ("compare", "--config", "earlier=earlier.parquet")
     answer = reported.snakemake(*compare)
     assert answer.returncode == 0, answer.stdout
-    assert re.findall(r"^(?:local)?rule (\w+):", answer.stdout, re.MULTILINE) == ["compare"]
+    assert not record.exists()
     assert "4 of 4 configurations are in both" in (reported.folder / "logs" / "compare.log").read_text()
     assert changes.read_text().count("tiny") == 4
     pl.read_parquet(outcomes).head(3).write_parquet(outcomes)
