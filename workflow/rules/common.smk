@@ -222,9 +222,7 @@ def get_outcomes_there(wildcards):
 
 def get_digest_of_outcomes(wildcards):
     """Other outcomes are a reason to compare anew."""
-    return hashlib.sha256(
-        Path(get_outcomes_there(wildcards)).read_bytes()
-    ).hexdigest()
+    return hashlib.sha256(Path(get_outcomes_there(wildcards)).read_bytes()).hexdigest()
 
 
 def say_the_answer():
