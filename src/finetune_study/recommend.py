@@ -62,6 +62,10 @@ class Evidence(Section):
     step_time_seconds_max: float | None
     peak_memory_column: str | None
     peak_memory_gib_median: float | None
+    predicted_peak_memory_gib: float | None
+    oom_requested_gib: float | None
+    """Size of the allocation that failed, where a repeat ran out of memory."""
+    oom_held_gib: float | None
     tokens_per_second_per_gpu_median: float | None
     epoch_hours_median: float | None
     cost_usd_per_epoch_median: float | None

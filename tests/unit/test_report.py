@@ -225,6 +225,22 @@ def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -
         assert (cell["first"], cell["tone"], cell["second"]) == expected, name
 
 
+def test_hovering_over_the_map_tells_memory_and_limit_in_numbers(tmp_path: Path) -> None:
+    (cell,) = drawn(STUDY, tmp_path / "fits", *mixed())["feasibility"].spec["datasets"]["cells"]
+    assert cell["tip"].endswith(" lora: peak 0.250 GiB, of the device's 1.00 GiB.")
+    paths = Results(tmp_path / "none").run(LORA.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.prior.write_text(json.dumps({"predicted_peak_memory_allocated_gib": 3.5}))
+    skipped = Record(run=LORA, ending=record.Ending(status="predicted_oom"))
+    (cell,) = drawn(STUDY, tmp_path / "none", handmade.out_of_memory(FULL), skipped)["feasibility"].spec["datasets"][
+        "cells"
+    ]
+    assert "full: 64.0 MiB asked for, 0.879 GiB held, of the device's 1.00 GiB" in cell["tip"]
+    assert "lora: 3.50 GiB predicted, of the device's 1.00 GiB" in cell["tip"]
+    assert "lora (predicted out of memory)" in cell["tip"]
+    assert "_oom" not in cell["tip"]
+
+
 def test_the_pareto_front_by_hand() -> None:
     rows: list[dict[str, Any]] = [
         {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory, "provenance": ["a"]}

@@ -33,13 +33,31 @@ def _out_of_memory(row: Row) -> str:
     where = [f"in {row['oom_phase']}"] if row["oom_phase"] else []
     where += [f"step {row['oom_step']}"] if row["oom_step"] else []
     where += [f"rank {row['oom_rank']}"] if row["oom_rank"] is not None and row["num_gpus"] > 1 else []
-    sizes = [f"{size(row[name])} {word}" for name, word in _OOM_SIZES if row[name] is not None]
+    sizes = asked_and_held(row)
     parts = [", ".join(part) for part in (where, sizes) if part]
     parts += ["fragmented: more was free than was asked for"] if row["oom_fragmented"] else []
     return "; ".join(parts) or (row["reason"] or "")
 
 
-_OOM_SIZES = (("oom_requested_gib", "asked for"), ("oom_held_gib", "held"))
+OOM_SIZES = (("oom_requested_gib", "asked for"), ("oom_held_gib", "held"))
+
+
+def asked_and_held(row: Row) -> list[str]:
+    """What was asked for and what was held when memory ran out, as far as it is known."""
+    return [f"{size(row[name])} {word}" for name, word in OOM_SIZES if row[name] is not None]
+
+
+def against_limit(row: Row, limit: float) -> str:
+    """Memory of a configuration beside the device's, in numbers; empty where none is known.
+
+    Args:
+        row: a configuration (`table.SCHEMA`), or a recipe's evidence.
+        limit: memory of the device, GiB.
+    """
+    peak, predicted = row["peak_memory_gib_median"], row["predicted_peak_memory_gib"]
+    parts = [f"peak {show(peak, 'GiB')}"] if peak is not None else asked_and_held(row)
+    parts += [f"{show(predicted, 'GiB')} predicted"] if predicted is not None else []
+    return f"{', '.join(parts)}, of the device's {show(limit, 'GiB')}" if parts else ""
 
 
 def size(gib: float) -> str:
