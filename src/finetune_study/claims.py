@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from finetune_study import techniques as registry
-from finetune_study.ratio import ratio
-from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, repeats, show
+from finetune_study.ratio import Repeat, ratio
+from finetune_study.states import OPEN
+from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, one_kind, repeats, show
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 
@@ -167,8 +168,8 @@ def _best_balance(rows: list[Row]) -> Claim:
         "balance",
         "ZeRO-2 with LoRA is the best balance of memory and runtime.",
         PAPER,
-        "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all recipes that "
-        "fit, at least three of them, without FlashAttention on either side.",
+        "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all other recipes "
+        "that fit, at least two of them, without FlashAttention on either side; with the interval over repeats.",
     )
     for group in _settings(rows):
         fitting = [
@@ -182,23 +183,28 @@ def _best_balance(rows: list[Row]) -> Claim:
         ours = [
             r for r in fitting if {"zero2", "lora"} <= techniques(r) and "gradient_checkpointing" not in techniques(r)
         ]
-        if group[0]["num_gpus"] < 2 or not ours or len(fitting) < 3:
+        others = [r for r in fitting if r not in ours]
+        if group[0]["num_gpus"] < 2 or not ours or len(others) < 2 or not one_kind(fitting):
             continue
-        product = {r["recipe"]: r["step_time_seconds_median"] * r["peak_memory_gib_median"] for r in fitting}
-        best = min(product, key=lambda name: product[name])
-        own = min((r["recipe"] for r in ours), key=lambda name: product[name])
-        mixed = len({p for r in fitting for p in r["provenance"]}) != 1
-        few = min(r["num_completed"] for r in fitting) < 3
-        share = product[own] / product[best]
+        own, best = min(ours, key=_product), min(others, key=_product)
+        found = ratio(_products(own), _products(best))
+        interval = found.value, found.low, found.high
+        what = f"{_text('time and memory', interval)} of the smallest of {len(others)} other recipes"
         claim.comparisons.append(
-            Comparison(
-                where(group[0]),
-                f"{own}: × {show(share)} of the smallest ({best}) of {len(fitting)} recipes",
-                None if mixed or few else share <= 1 + LITTLE,
-                _ids(*ours),
-            )
+            Comparison(where(group[0]), _pair_text(best, own, what), _side(interval, None, 1 + LITTLE), _ids(own, best))
         )
     return claim
+
+
+def _product(row: Row) -> float:
+    return float(row["step_time_seconds_median"] * row["peak_memory_gib_median"])
+
+
+def _products(row: Row) -> list[Repeat]:
+    """Step time by peak memory of each repeat, with its node."""
+    columns = ("nodes_of_repeats", "step_time_seconds_repeats", "peak_memory_gib_repeats")
+    values = zip(*(row[name] for name in columns), strict=True)
+    return [Repeat(node, seconds * gib) for node, seconds, gib in values if seconds and gib]
 
 
 def _pairs_claim(
@@ -238,8 +244,8 @@ def _very_large(rows: list[Row]) -> Claim:
         "very-large",
         "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
         PAPER,
-        "The mix completes where at least one recipe with fewer of the three ran out of memory; against it "
-        "speaks that the mix runs out as well while a lesser one fits, or that every lesser one fits.",
+        "The mix completes, every recipe with fewer of the three has an outcome, none of them completes and at least "
+        "one ran out of memory. Against it speaks that one of them completes.",
     )
     three = {"zero3", "lora", "gradient_checkpointing"}
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
@@ -248,19 +254,18 @@ def _very_large(rows: list[Row]) -> Claim:
         lesser = [r for r in group if len(three & techniques(r)) < 3]
         if not mixes or not lesser:
             continue
-        mix_fits, ran_out = (
-            any(completed_everywhere(r) for r in mixes),
-            [r for r in lesser if RAN_OUT & {*r["states"]}],
-        )
+        mix_fits = any(completed_everywhere(r) for r in mixes)
+        ran_out = [r for r in lesser if RAN_OUT & {*r["states"]}]
         fitting = [r for r in lesser if completed_everywhere(r)]
-        speaks = True if mix_fits and ran_out else False if fitting and not mix_fits else None
+        unanswered = [r for r in lesser if {*r["states"]} <= OPEN]
+        # One that completes suffices against it: then the mix is one way, not a need.
+        speaks = False if fitting else True if mix_fits and ran_out and not unanswered else None
         what = (
-            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit'}; of {len(lesser)} lesser mixes "
-            f"{len(ran_out)} ran out of memory, {len(fitting)} fit"
+            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit, or is not known to'}; of "
+            f"{len(lesser)} lesser mixes {len(ran_out)} ran out of memory, {len(fitting)} fit"
         )
-        if mix_fits and fitting:
-            what += f" ({', '.join(r['recipe'] for r in fitting)})"
-            speaks = False  # it is one way, not a need
+        what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
+        what += f", {len(unanswered)} have no outcome" if unanswered else ""
         claim.comparisons.append(Comparison(where(group[0]), what, speaks, _ids(mixes[0])))
     return claim
 
@@ -361,18 +366,17 @@ def _lora_memory(rows: list[Row]) -> Claim:
         "lora-memory",
         "LoRA saves up to two thirds of the memory.",
         f"{PAPER}; {LECTURE}",
-        "The largest saving among the pairs of one target on one hardware is 60 % or more.",
+        "The largest saving among the pairs of one target on one hardware is 60 % or more, by its interval.",
     )
-    best: dict[tuple[str, str], tuple[float, Row, Row]] = {}
+    best: dict[tuple[str, str], tuple[tuple[float, float | None, float | None], Row, Row]] = {}
     for first, second in exchanged(rows, frozenset(), frozenset({"lora"})):
         found = measured(first, second, "peak_memory_gib") if _same_kind(first, second) else None
         key = first["target"], first["hardware"]
-        if found and (key not in best or found[0] < best[key][0]):
-            best[key] = found[0], first, second
-    for value, first, second in best.values():
-        enough = min(first["num_completed"], second["num_completed"]) >= 3
-        what = _pair_text(first, second, f"memory × {show(value)}, a saving of {show(100 * (1 - value))} %")
-        claim.comparisons.append(Comparison(where(first), what, value <= 0.4 if enough else None, _ids(first, second)))
+        if found and (key not in best or found[0] < best[key][0][0]):
+            best[key] = found, first, second
+    for found, first, second in best.values():
+        what = _pair_text(first, second, _text("memory", found), f"a saving of {show(100 * (1 - found[0]))} %")
+        claim.comparisons.append(Comparison(where(first), what, _side(found, None, 0.4), _ids(first, second)))
     return claim
 
 

@@ -25,10 +25,12 @@ def study(recipes: dict[str, Any], lengths: list[int], num_gpus: int = 2) -> Con
 def checked(
     config: Config, root: Path, numbers: dict[tuple[str, int], tuple[float, float] | None], **parameters: int
 ) -> dict[str, Claim]:
-    """The claims where each recipe at each context took (seconds, GiB), or ran out of memory (None)."""
+    """The claims where each recipe at each context took (seconds, GiB), ran out of memory (None), or has no outcome."""
     records: list[Record] = []
     for one in handmade.planned(config):
         run = one.run
+        if (run.recipe, run.sequence_length) not in numbers:
+            continue
         found = numbers[run.recipe, run.sequence_length]
         if found is None:
             records.append(handmade.out_of_memory(run))
@@ -129,8 +131,45 @@ def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> N
         config, tmp_path, {("full", 256): (1.0, 40.0), ("lora", 256): (0.9, 20.0), ("zero2-lora", 256): (0.9, 10.0)}
     )
     assert found["balance"].answer == "holds"
-    assert found["lora-memory"].comparisons[0].what.endswith("memory × 0.500, a saving of 50.0 %")
+    assert found["balance"].comparisons[0].what.startswith("zero2-lora against lora: time and memory × 0.5")
+    assert " to 0.5" in found["balance"].comparisons[0].what
+    assert found["lora-memory"].comparisons[0].what.endswith("memory × 0.500 (0.500 to 0.500), a saving of 50.0 %")
     assert found["lora-memory"].answer == "does not hold"
+
+
+def test_balance_and_saving_are_undecided_without_an_interval(tmp_path: Path) -> None:
+    """One run of each: the numbers are shown, and decide nothing."""
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+    config = study(recipes, [256])
+    records = [
+        handmade.completed(one.run, 1.0, used={"full": 40.0, "lora": 10.0, "zero2-lora": 10.0}[one.run.recipe])
+        for one in handmade.planned(config)
+        if one.run.repeat == 1
+    ]
+    found = {claim.name: claim for claim in claims.check(handmade.compared(config, tmp_path, *records).to_dicts())}
+    for name in ("balance", "lora-memory"):
+        assert [one.speaks_for for one in found[name].comparisons] == [None], name
+        assert "(no interval)" in found[name].comparisons[0].what
+
+
+def test_very_large_counts_what_its_criterion_says(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {
+        "lora": {"lora": {}},
+        "zero3-lora": {"zero3": {}, "lora": {}},
+        "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
+    }
+    config = study(recipes, [256])
+    mix, lesser, least = ((name, 256) for name in ("zero3-lora-gc", "zero3-lora", "lora"))
+    large = {"total_parameters": 70_000_000_000}
+    cases = {
+        "none of two fits": ({mix: (1.0, 70.0), lesser: None, least: None}, True),
+        "one of two fits": ({mix: (1.0, 70.0), lesser: (1.0, 75.0), least: None}, False),
+        "a lesser one fits, the mix does not": ({mix: None, lesser: (1.0, 75.0), least: None}, False),
+        "one of two is not run": ({mix: (1.0, 70.0), lesser: None}, None),
+    }
+    for name, (numbers, speaks) in cases.items():
+        (one,) = checked(config, tmp_path / name, numbers, **large)["very-large"].comparisons
+        assert one.speaks_for is speaks, name
 
 
 def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
