@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_study import claims
+from finetune_study import claims, recommend
 from finetune_study.claims import Claim
 from finetune_study.config import Config
 from finetune_study.record import Ending, Record
@@ -200,7 +200,51 @@ def test_the_tree_ends_in_what_fits_though_the_ladder_does_not_name_it(tmp_path:
     ]
     walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
     last = walk.first[-1]
-    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._ANY_OTHER, "odd", True)
+    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._FASTEST, "odd", True)
+
+
+def test_the_tree_ends_in_what_is_recommended(tmp_path: Path) -> None:
+    """LoRA is the first rung that fits, by a recipe that saves activations, too; another recipe is faster."""
+    recipes: dict[str, Any] = {
+        "full": {},
+        "lora": {"lora": {}},
+        "lora-gc": {"lora": {}, "gradient_checkpointing": {}},
+        "zero2-lora": {"zero2": {}, "lora": {}},
+        "zero1": {"zero1": {}, "gradient_checkpointing": {}},
+    }
+    config = study(recipes, [256, 4096])
+    seconds = {("lora-gc", 256): 2.0, ("zero2-lora", 256): 1.0, ("zero1", 4096): 5.0}
+    records: list[Record] = []
+    for one in handmade.planned(config):
+        time = seconds.get((one.run.recipe, one.run.sequence_length))
+        if time is None:
+            records.append(handmade.out_of_memory(one.run))
+            continue
+        done = handmade.completed(one.run, time, used=30.0, host=f"node-{one.run.repeat}")
+        for rank in done.ranks:
+            rank["memory"]["peak_allocated_bytes"] = 20 * 2**30
+        records.append(done)
+    compared = handmade.compared(config, tmp_path, *records)
+    walk = claims.walk(compared.to_dicts(), 2, 1, 80.0)
+    assert [(step.row["recipe"], step.fits, step.taken) for step in walk.first if step.row] == [
+        ("full", False, False),
+        ("lora-gc", True, False),
+        ("zero2-lora", True, True),
+    ]
+    assert walk.first[-1].room == 50.0  # of the device's peak, not of what tensors held
+    short, long = recommend.recommend(compared)
+    assert [walk.first[-1].row["recipe"], walk.second[-1].row["recipe"]] == [short.recipe, long.recipe]  # type: ignore[index]
+    assert [step.taken for step in walk.second].count(True) == 1
+
+
+def test_the_tree_names_no_fastest_across_software(tmp_path: Path) -> None:
+    config = study({"full": {}, "lora": {"lora": {}}}, [256])
+    records = [
+        handmade.completed(one.run, 1.0, software=("a" if one.run.recipe == "full" else "b") * 64)
+        for one in handmade.planned(config)
+    ]
+    walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
+    assert [step.question for step in walk.first if step.taken] == ["All weights trained, nothing sharded"]
 
 
 def test_nodes_are_never_mixed(tmp_path: Path) -> None:
