@@ -170,7 +170,7 @@ def test_the_keyboard_reaches_contents_cells_and_headings(opened: Opened) -> Non
     page.locator("#feasibility figure svg a").nth(1).focus()
     assert not page.locator("#tip").is_hidden()
     page.keyboard.press("Enter")
-    assert page.locator("#panel").is_visible()
+    page.locator("#panel").wait_for()  # the address changes first, the panel follows
     page.keyboard.press("Escape")
     page.locator("#headings button").first.focus()
     page.keyboard.press("Enter")
