@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from finetune_study import accounting
+from finetune_study import accounting, implied
 from finetune_study import config as config_module
 from finetune_study.config import Config
 from finetune_study.measure.peaks import peak_tflops
@@ -94,6 +94,10 @@ KERNELS_GIB, FRAGMENTATION = 1.1, 1.05
 NODES = 6
 NODE_SPREAD, TRY_SPREAD, STEP_SPREAD = 0.02, 0.008, 0.01
 """Standard deviations of logarithms: among nodes (one of them is 8 % slower still), tries, steps."""
+TIME_LIMIT_MINUTES = 8
+"""Short, so that the slowest runs end in a timeout."""
+SKIP_PREDICTED_OOM = 9.0
+"""What is predicted to need ten times the device's memory is not tried."""
 TRAIN_SEQUENCES = 14732
 """Of Samsum."""
 
@@ -136,7 +140,13 @@ def settings(repeats: int = 3, targets: int | None = None) -> dict[str, Any]:
             },
         ],
         "training": {"effective_batch_size": 8},
-        "protocol": {"num_untimed_steps": 2, "num_timed_steps": 8, "repeats": repeats, "time_limit_minutes": 30},
+        "protocol": {
+            "num_untimed_steps": 2,
+            "num_timed_steps": 8,
+            "repeats": repeats,
+            "time_limit_minutes": TIME_LIMIT_MINUTES,
+            "skip_predicted_oom": SKIP_PREDICTED_OOM,
+        },
         "report": {"title": "Synthetic study of the paper's size", "notice": NOTICE, "baseline": "full"},
     }
 
@@ -156,10 +166,17 @@ def records(
         hardware: [draw.gauss(0, NODE_SPREAD) + (0.08 if number == NODES - 1 else 0) for number in range(NODES)]
         for hardware in config.hardware
     }
-    for number, planned in enumerate(plan(config)):
+    runs = plan(config)
+    rungs = implied.rungs(planned.run for planned in runs)
+    ran_out: dict[str, list[implied.Rung]] = {}
+    for number, (planned, rung) in enumerate(zip(runs, rungs, strict=True)):
         run = planned.run
         if planned.unsupported:
             yield planned, Record(run=run, ending=Ending(status="unsupported", reason=planned.unsupported))
+            continue
+        skipped = _skipped(run) or _implied(rung, ran_out.get(rung.kind, []))
+        if skipped is not None:
+            yield planned, Record(run=run, ending=skipped)
             continue
         chance = 1.0 if complete else draw.random()
         if chance < 0.006:
@@ -179,7 +196,26 @@ def records(
             )
         else:
             node = draw.randrange(NODES)
-            yield planned, _record(run, node, nodes[run.hardware.name][node], number, draw)
+            record = _record(run, node, nodes[run.hardware.name][node], number, draw)
+            if implied.ran_out(record.ending.model_dump()):
+                ran_out.setdefault(rung.kind, []).append(rung)
+            yield planned, record
+
+
+def _skipped(run: Run) -> Ending | None:
+    """What is not tried because the forecast is far beyond the device."""
+    needed, there = sum(memory_gib(run).values()), HARDWARE[run.hardware.name]["memory_gib"]
+    if needed <= there * (1 + SKIP_PREDICTED_OOM):
+        return None
+    return Ending(status="predicted_oom", reason=f"{needed:.0f} GiB are predicted, the device has {there} (synthetic)")
+
+
+def _implied(rung: implied.Rung, ran_out: list[implied.Rung]) -> Ending | None:
+    """What is not tried because an easier run of its kind ran out of memory."""
+    witness = next((one.run_id for one in ran_out if rung.is_harder_than(one)), None)
+    if witness is None:
+        return None
+    return Ending(status="implied_oom", reason=f"{witness} ran out of memory (synthetic)", witness=witness)
 
 
 def _shape(target: str) -> Shape:
@@ -255,7 +291,7 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
     reserved = allocated * FRAGMENTATION
     limit = HARDWARE[run.hardware.name]["memory_gib"] - KERNELS_GIB - 0.5
     base = step_seconds(run) * math.exp(slower + draw.gauss(0, TRY_SPREAD))
-    limit_seconds = 30 * 60
+    limit_seconds = TIME_LIMIT_MINUTES * 60
     about: dict[str, Any] = {
         "run": run,
         "started_at": _start(number),
@@ -275,7 +311,7 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
     if duration > limit_seconds:
         done = sum(1 for i in range(1, 11) if loading + sum(s["seconds"] for s in steps[:i]) < limit_seconds)
         steps, duration = steps[:done], float(limit_seconds)
-        ending = Ending(status="timeout", reason="30 minutes are over.")
+        ending = Ending(status="timeout", reason=f"{TIME_LIMIT_MINUTES} minutes are over.")
     rank = {
         "steps": steps,
         "startup_seconds": 12.0,

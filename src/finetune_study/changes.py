@@ -17,6 +17,7 @@ from finetune_study.cells import SCHEMA, table_column
 from finetune_study.errors import StudyError
 from finetune_study.ratio import Ratio, ratio
 from finetune_study.record import write_atomically
+from finetune_study.states import in_words
 from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
 
 ORDER = ("better", "worse", "differs", "same", "not known")
@@ -163,7 +164,7 @@ def _answered(row: Row) -> bool:
 
 
 def _states(row: Row) -> str:
-    return ", ".join(f"{n} {state}" for state, n in Counter[str](row["states"]).items())
+    return in_words(row["states"])
 
 
 def _text(found: Ratio | None) -> str:

@@ -1,13 +1,14 @@
 """What the literature claims, checked on this study's own numbers, and the decision tree walked with them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 from finetune_study import techniques as registry
-from finetune_study.ratio import ratio
-from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, repeats, show
+from finetune_study.ratio import Repeat, ratio
+from finetune_study.states import OPEN
+from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, one_kind, repeats, show
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 
@@ -167,8 +168,8 @@ def _best_balance(rows: list[Row]) -> Claim:
         "balance",
         "ZeRO-2 with LoRA is the best balance of memory and runtime.",
         PAPER,
-        "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all recipes that "
-        "fit, at least three of them, without FlashAttention on either side.",
+        "On several GPUs its product of step time and peak memory is within 10 % of the smallest of all other recipes "
+        "that fit, at least two of them, without FlashAttention on either side; with the interval over repeats.",
     )
     for group in _settings(rows):
         fitting = [
@@ -182,23 +183,28 @@ def _best_balance(rows: list[Row]) -> Claim:
         ours = [
             r for r in fitting if {"zero2", "lora"} <= techniques(r) and "gradient_checkpointing" not in techniques(r)
         ]
-        if group[0]["num_gpus"] < 2 or not ours or len(fitting) < 3:
+        others = [r for r in fitting if r not in ours]
+        if group[0]["num_gpus"] < 2 or not ours or len(others) < 2 or not one_kind(fitting):
             continue
-        product = {r["recipe"]: r["step_time_seconds_median"] * r["peak_memory_gib_median"] for r in fitting}
-        best = min(product, key=lambda name: product[name])
-        own = min((r["recipe"] for r in ours), key=lambda name: product[name])
-        mixed = len({p for r in fitting for p in r["provenance"]}) != 1
-        few = min(r["num_completed"] for r in fitting) < 3
-        share = product[own] / product[best]
+        own, best = min(ours, key=_product), min(others, key=_product)
+        found = ratio(_products(own), _products(best))
+        interval = found.value, found.low, found.high
+        what = f"{_text('time and memory', interval)} of the smallest of {len(others)} other recipes"
         claim.comparisons.append(
-            Comparison(
-                where(group[0]),
-                f"{own}: × {show(share)} of the smallest ({best}) of {len(fitting)} recipes",
-                None if mixed or few else share <= 1 + LITTLE,
-                _ids(*ours),
-            )
+            Comparison(where(group[0]), _pair_text(best, own, what), _side(interval, None, 1 + LITTLE), _ids(own, best))
         )
     return claim
+
+
+def _product(row: Row) -> float:
+    return float(row["step_time_seconds_median"] * row["peak_memory_gib_median"])
+
+
+def _products(row: Row) -> list[Repeat]:
+    """Step time by peak memory of each repeat, with its node."""
+    columns = ("nodes_of_repeats", "step_time_seconds_repeats", "peak_memory_gib_repeats")
+    values = zip(*(row[name] for name in columns), strict=True)
+    return [Repeat(node, seconds * gib) for node, seconds, gib in values if seconds and gib]
 
 
 def _pairs_claim(
@@ -238,8 +244,8 @@ def _very_large(rows: list[Row]) -> Claim:
         "very-large",
         "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
         PAPER,
-        "The mix completes where at least one recipe with fewer of the three ran out of memory; against it "
-        "speaks that the mix runs out as well while a lesser one fits, or that every lesser one fits.",
+        "The mix completes, every recipe with fewer of the three has an outcome, none of them completes and at least "
+        "one ran out of memory. Against it speaks that one of them completes.",
     )
     three = {"zero3", "lora", "gradient_checkpointing"}
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
@@ -248,19 +254,18 @@ def _very_large(rows: list[Row]) -> Claim:
         lesser = [r for r in group if len(three & techniques(r)) < 3]
         if not mixes or not lesser:
             continue
-        mix_fits, ran_out = (
-            any(completed_everywhere(r) for r in mixes),
-            [r for r in lesser if RAN_OUT & {*r["states"]}],
-        )
+        mix_fits = any(completed_everywhere(r) for r in mixes)
+        ran_out = [r for r in lesser if RAN_OUT & {*r["states"]}]
         fitting = [r for r in lesser if completed_everywhere(r)]
-        speaks = True if mix_fits and ran_out else False if fitting and not mix_fits else None
+        unanswered = [r for r in lesser if {*r["states"]} <= OPEN]
+        # One that completes suffices against it: then the mix is one way, not a need.
+        speaks = False if fitting else True if mix_fits and ran_out and not unanswered else None
         what = (
-            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit'}; of {len(lesser)} lesser mixes "
-            f"{len(ran_out)} ran out of memory, {len(fitting)} fit"
+            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit, or is not known to'}; of "
+            f"{len(lesser)} lesser mixes {len(ran_out)} ran out of memory, {len(fitting)} fit"
         )
-        if mix_fits and fitting:
-            what += f" ({', '.join(r['recipe'] for r in fitting)})"
-            speaks = False  # it is one way, not a need
+        what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
+        what += f", {len(unanswered)} have no outcome" if unanswered else ""
         claim.comparisons.append(Comparison(where(group[0]), what, speaks, _ids(mixes[0])))
     return claim
 
@@ -361,18 +366,17 @@ def _lora_memory(rows: list[Row]) -> Claim:
         "lora-memory",
         "LoRA saves up to two thirds of the memory.",
         f"{PAPER}; {LECTURE}",
-        "The largest saving among the pairs of one target on one hardware is 60 % or more.",
+        "The largest saving among the pairs of one target on one hardware is 60 % or more, by its interval.",
     )
-    best: dict[tuple[str, str], tuple[float, Row, Row]] = {}
+    best: dict[tuple[str, str], tuple[tuple[float, float | None, float | None], Row, Row]] = {}
     for first, second in exchanged(rows, frozenset(), frozenset({"lora"})):
         found = measured(first, second, "peak_memory_gib") if _same_kind(first, second) else None
         key = first["target"], first["hardware"]
-        if found and (key not in best or found[0] < best[key][0]):
-            best[key] = found[0], first, second
-    for value, first, second in best.values():
-        enough = min(first["num_completed"], second["num_completed"]) >= 3
-        what = _pair_text(first, second, f"memory × {show(value)}, a saving of {show(100 * (1 - value))} %")
-        claim.comparisons.append(Comparison(where(first), what, value <= 0.4 if enough else None, _ids(first, second)))
+        if found and (key not in best or found[0] < best[key][0][0]):
+            best[key] = found, first, second
+    for found, first, second in best.values():
+        what = _pair_text(first, second, _text("memory", found), f"a saving of {show(100 * (1 - found[0]))} %")
+        claim.comparisons.append(Comparison(where(first), what, _side(found, None, 0.4), _ids(first, second)))
     return claim
 
 
@@ -429,9 +433,14 @@ class Step:
     row: Row | None
     """The configuration that answers; None: no run of the study does."""
     room: float | None
-    """Memory of the device less the peak, GiB; below zero it would not fit."""
+    """Memory of the device less the peak of all that was in use on it, GiB; of what tensors held where that is all
+    that is known."""
     taken: bool
     """The walk stops here: this is enough."""
+
+    @property
+    def fits(self) -> bool:
+        return self.row is not None and completed_everywhere(self.row)
 
 
 @dataclass(frozen=True)
@@ -457,8 +466,8 @@ _LADDER: tuple[tuple[str, frozenset[str]], ...] = (
     ("Quantized weights (costs throughput: only where it must be)", frozenset({"qlora"})),
 )
 """What each rung adds to save memory of weights, gradients and optimizer states, from the fastest on."""
-_ANY_OTHER = "Anything else that was tried and fits"
-"""The last rung: techniques that the ladder does not name."""
+_FASTEST = "The fastest of all recipes that fit there"
+"""The last rung, where it is not what the ladder stopped at: what is recommended."""
 
 
 def _of_kinds(*kinds: str) -> frozenset[str]:
@@ -471,72 +480,95 @@ _ACTIVATIONS = _of_kinds("activations", "activation offload") | {
 }
 
 
-def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float) -> Walk:
+def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float, shortest: int | None = None) -> Walk:
     """The decision tree of the lectures: first weights, gradients, optimizer; then activations.
+
+    Each rung is answered by every recipe that shards, offloads and trains as it says, whatever else it has; the walk
+    ends in the fastest recipe that fits, so that it names what is recommended.
 
     Args:
         rows: each configuration of one target on one hardware (`table.SCHEMA`).
         num_gpus: how many devices there are.
         nodes: that they are on.
         limit: memory of a device, GiB.
+        shortest: the context to start at; default: the shortest that is planned there.
     """
     here = [row for row in rows if (row["num_gpus"], row["nodes"]) == (num_gpus, nodes)]
     contexts = sorted({row["sequence_length"] for row in here})
-    smallest = min(map(micro_batch_order, here))
-    short = [r for r in here if r["sequence_length"] == contexts[0] and micro_batch_order(r) == smallest]
+    start = contexts[0] if shortest is None else shortest
+    short = [row for row in here if row["sequence_length"] == start]
+    smallest = min(map(micro_batch_order, short))
     first: list[Step] = []
-    chosen: Row | None = None
     for question, rung in _LADDER:
         if num_gpus == 1 and rung & {"zero2", "zero3"} and "offload_optimizer" not in rung:
             continue
-        answer = _answer(short, rung, frozenset())
-        fits = answer is not None and completed_everywhere(answer)
-        first.append(Step(question, answer, _room(answer, limit), fits))
-        if fits:
-            chosen = answer
+        there = [r for r in short if micro_batch_order(r) == smallest and techniques(r) & _STATES == rung]
+        first.append(_step(question, _answer(there), limit))
+        if first[-1].taken:
             break
-    if chosen is None:
-        fitting = [row for row in short if completed_everywhere(row) and row["step_time_seconds_median"] is not None]
-        chosen = min(fitting, key=lambda row: row["step_time_seconds_median"], default=None)
-        if chosen is not None:
-            first.append(Step(_ANY_OTHER, chosen, _room(chosen, limit), True))
-    second = _activations(here, contexts, chosen, limit) if chosen is not None else []
+    chosen = _finished(first, short, limit)
+    second = _activations(here, contexts[-1], start, chosen, limit) if chosen is not None else []
     return Walk(here[0]["target"], here[0]["hardware"], num_gpus, nodes, first, second)
 
 
-def _answer(rows: list[Row], states: frozenset[str], activations: frozenset[str]) -> Row | None:
-    fitting = [r for r in rows if techniques(r) & _STATES == states and techniques(r) & _ACTIVATIONS == activations]
-    return min(fitting, key=lambda r: (not completed_everywhere(r), r["step_time_seconds_median"] or 0.0), default=None)
+def _step(question: str, row: Row | None, limit: float) -> Step:
+    return Step(question, row, _room(row, limit), row is not None and completed_everywhere(row))
 
 
-def _activations(here: list[Row], contexts: list[int], chosen: Row, limit: float) -> list[Step]:
+def _finished(steps: list[Step], rows: list[Row], limit: float) -> Row | None:
+    """Ends a walk in the fastest of the rows, with one more step where it stopped at another or at none."""
+    fastest = _fastest(rows)
+    last = steps[-1] if steps else None
+    if fastest is not None and (last is None or not last.taken or last.row is not fastest):
+        steps[:] = [replace(step, taken=False) for step in steps]
+        steps.append(_step(_FASTEST, fastest, limit))
+    return fastest or (last.row if last is not None and last.taken else None)
+
+
+def _fastest(rows: list[Row]) -> Row | None:
+    """None where nothing fits, or where those that fit may not be compared."""
+    fitting = [row for row in rows if completed_everywhere(row)]
+    timed = [row for row in fitting if row["step_time_seconds_median"] is not None]
+    return min(timed, key=lambda row: row["step_time_seconds_median"], default=None) if one_kind(fitting) else None
+
+
+def _answer(rows: list[Row]) -> Row | None:
+    """The fastest of a rung that fits; else one of those that do not: an outcome tells more than a missing run."""
+    fitting = [row for row in rows if completed_everywhere(row)]
+    if fitting:
+        return _fastest(fitting) or fitting[0]
+    return min(rows, key=lambda row: {*row["states"]} <= OPEN, default=None)
+
+
+def _activations(here: list[Row], longest: int, start: int, chosen: Row, limit: float) -> list[Step]:
     states = techniques(chosen) & _STATES
     same = [row for row in here if techniques(row) & _STATES == states]
+    at_longest = [row for row in here if row["sequence_length"] == longest]
+    smallest = min(map(micro_batch_order, at_longest))
+    there = [row for row in same if row["sequence_length"] == longest and micro_batch_order(row) == smallest]
     steps: list[Step] = []
-    smallest = min(map(micro_batch_order, here))
-    longest = [r for r in same if r["sequence_length"] == contexts[-1] and micro_batch_order(r) == smallest]
     for words, used in (
         ("nothing more", frozenset[str]()),
         ("FlashAttention-2", frozenset({"flash_attention_2"})),
         ("gradient checkpointing", frozenset({"gradient_checkpointing"})),
         ("both", frozenset({"flash_attention_2", "gradient_checkpointing"})),
     ):
-        answer = _answer(longest, states, used)
-        fits = answer is not None and completed_everywhere(answer)
-        steps.append(Step(f"Context {contexts[-1]}: {words}", answer, _room(answer, limit), fits))
-        if fits:
+        answer = _answer([row for row in there if techniques(row) & _ACTIVATIONS == used])
+        steps.append(_step(f"Context {longest}: {words}", answer, limit))
+        if steps[-1].taken:
             break
+    _finished(steps, at_longest, limit)
     larger = sorted(
-        (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == contexts[0]),
+        (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == start),
         key=micro_batch_order,
     )
-    for row in larger[1:]:
-        question = f"Micro-batch {row['micro_batch']} at context {contexts[0]}"
-        steps.append(Step(question, row, _room(row, limit), completed_everywhere(row)))
+    steps += [_step(f"Micro-batch {row['micro_batch']} at context {start}", row, limit) for row in larger[1:]]
     return steps
 
 
 def _room(row: Row | None, limit: float) -> float | None:
-    if row is None or row["peak_memory_gib_median"] is None:
+    """What a device has left, GiB: beside all that was in use on it, where that was measured, else beside tensors."""
+    if row is None:
         return None
-    return limit - float(row["peak_memory_gib_median"])
+    used = [row[name] for name in ("peak_device_used_gib_median", "peak_memory_gib_median") if row[name] is not None]
+    return limit - float(used[0]) if used else None

@@ -1,14 +1,13 @@
 """Which recipe, where, and how sure that is; a tie is called a tie."""
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import polars as pl
 
 from finetune_study import table
-from finetune_study.cells import FAILED, NOT_RUN, of_outcomes
+from finetune_study.cells import of_outcomes
 from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
@@ -16,30 +15,35 @@ from finetune_study.plan import PlannedRun
 from finetune_study.ratio import Repeat, ratio
 from finetune_study.record import write_atomically
 from finetune_study.section import Section
+from finetune_study.states import OPEN, ended_without, in_words
 from finetune_study.table import show
 
-FORMAT = 2
+FORMAT = 3
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
 MIN_NODES = 2
 """Nodes that the runs of two compared recipes must come from: nodes of one kind differ, often by several per cent."""
 
-Verdict = Literal["ranked", "tie", "too_few_data", "only_one_fits", "not_comparable", "nothing_fits", "no_data"]
+Verdict = Literal[
+    "ranked", "tie", "too_few_data", "only_one_fits", "contradictory", "not_comparable", "nothing_fits", "no_data"
+]
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
     "tie": "Fastest by median, but for at least one other recipe the interval of the ratio holds 1.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
-    f"over at least {MIN_NODES} nodes.",
-    "only_one_fits": "Every other recipe has an outcome, and none completed.",
+    f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
+    f"{MIN_REPEATS} completed runs, too.",
+    "only_one_fits": f"It completed {MIN_REPEATS} times or more; every other recipe did not fit, at least once, and "
+    "never completed.",
+    "contradictory": "At most one recipe fits, and repeats of another contradict each other: some completed, some did "
+    "not.",
     "not_comparable": "Runs with different software, weights, data or effective batch are not compared; measure them "
     "again.",
     "nothing_fits": "Every recipe has an outcome, and none completed.",
-    "no_data": "No recipe has completed, and some have no outcome yet.",
+    "no_data": "No recipe is known to fit, and some have no outcome yet.",
 }
 """Each verdict and what it means."""
-
-_PENDING = {FAILED, NOT_RUN}
 
 
 class Evidence(Section):
@@ -58,6 +62,10 @@ class Evidence(Section):
     step_time_seconds_max: float | None
     peak_memory_column: str | None
     peak_memory_gib_median: float | None
+    predicted_peak_memory_gib: float | None
+    oom_requested_gib: float | None
+    """Size of the allocation that failed, where a repeat ran out of memory."""
+    oom_held_gib: float | None
     tokens_per_second_per_gpu_median: float | None
     epoch_hours_median: float | None
     cost_usd_per_epoch_median: float | None
@@ -70,17 +78,27 @@ class Evidence(Section):
     @property
     def fits(self) -> bool:
         """Every repeat that ended has completed; one out-of-memory among completed repeats is not a fit."""
-        return self.num_completed > 0 and {*self.states} <= {"completed", *_PENDING}
+        return self.num_completed > 0 and not self.ended_without
+
+    @property
+    def ended_without(self) -> list[str]:
+        """run_ids of the repeats that ended and did not complete; where there is one, it can't fit any more."""
+        return [i for i, state in zip(self.run_ids, self.states, strict=True) if ended_without([state])]
+
+    @property
+    def contradictory(self) -> bool:
+        """Some repeats completed, some ended without."""
+        return self.num_completed > 0 and bool(self.ended_without)
 
     @property
     def pending(self) -> bool:
-        """No answer yet: a repeat without an outcome might still tell."""
-        return not self.fits and bool({*self.states} & _PENDING)
+        """No answer yet: no repeat has an outcome."""
+        return {*self.states} <= OPEN
 
     @property
     def missing(self) -> list[str]:
         """run_ids of the repeats that are planned and have no outcome."""
-        return [run_id for run_id, state in zip(self.run_ids, self.states, strict=True) if state in _PENDING]
+        return [run_id for run_id, state in zip(self.run_ids, self.states, strict=True) if state in OPEN]
 
     @property
     def repeats(self) -> list[Repeat]:
@@ -258,8 +276,9 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     by_recipe: dict[str, list[Evidence]] = {}
     for row in rows:
         by_recipe.setdefault(row["recipe"], []).append(Evidence(**{name: row[name] for name in Evidence.model_fields}))
-    evidence = [min(options, key=_preference) for options in by_recipe.values()]
-    verdict, named, reason, versus = _judge(evidence)
+    evidence = [_chosen(options) for options in by_recipe.values()]
+    mixed = [one for options in by_recipe.values() for one in options if one.fits]
+    verdict, named, reason, versus = _judge(evidence, [] if _one_kind(mixed) else mixed)
     return Recommendation(
         **{name: rows[0][name] for name in table.SETTING},
         verdict=verdict,
@@ -273,33 +292,55 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     )
 
 
+def _one_kind(group: list[Evidence]) -> bool:
+    """Whether all had the same software, weights, data and effective batch."""
+    return len({kind for one in group for kind in one.provenance}) <= 1
+
+
+def _chosen(options: list[Evidence]) -> Evidence:
+    """A recipe at one of its micro-batches; the times of two kinds are not compared: then the smallest that fits."""
+    fitting = [one for one in options if one.fits]
+    if not _one_kind(fitting):
+        return min(fitting, key=lambda one: one.per_device_train_batch_size or 0)
+    return min(options, key=_preference)
+
+
 def _preference(option: Evidence) -> tuple[int, float]:
-    """Among micro-batches: the fastest that fits, else one that is still open, else the smallest."""
+    """Among micro-batches: the fastest that fits, else one that is still open or unclear, else the smallest."""
     if option.fits and option.step_time_seconds_median is not None:
         return 0, option.step_time_seconds_median
-    return (1 if option.fits else 2 if option.pending else 3), option.per_device_train_batch_size or 0
+    rank = 1 if option.fits else 2 if option.pending else 3 if option.contradictory else 4
+    return rank, option.per_device_train_batch_size or 0
 
 
-def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
-    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios."""
+def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
+    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios.
+
+    Args:
+        evidence: each recipe at the micro-batch that counts.
+        mixed: recipes and micro-batches that fit, where they are not all of one kind; else nothing.
+    """
     fitting = [one for one in evidence if one.fits]
     others = [one for one in evidence if not one.fits]
     pending = [one for one in others if one.pending]
+    unclear = [one for one in others if one.contradictory]
     beside = f" Not compared: {_endings(others)}." if others else ""
     if not fitting:
         if pending:
-            return "no_data", [], f"Nothing completed yet: {_endings(others)}.", []
+            some = "No recipe fits so far" if len(pending) < len(others) else "Nothing completed yet"
+            return "no_data", [], f"{some}: {_endings(others)}.", []
+        if unclear:
+            return "contradictory", [], f"{_contradict(unclear)}; nothing else fits: {_endings(others)}.", []
         return "nothing_fits", [], f"Nothing fits: {_endings(others)}.", []
-    if len({digest for one in fitting for digest in one.provenance}) > 1:
-        names = ", ".join(one.recipe for one in fitting)
+    if mixed:
+        sizes = len({one.recipe for one in mixed}) < len(mixed)
+        names = ", ".join(one.recipe + (f" at micro-batch {one.micro_batch}" if sizes else "") for one in mixed)
         differ = "not all with the same software, weights, data and effective batch"
         return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
     if not rivals:
-        if pending or not others:
-            missing = "no other recipe completed yet" if pending else "no other recipe is planned here"
-            return "too_few_data", [best], f"{_timing(best)}; {missing}.{beside}", []
-        return "only_one_fits", [best], f"{_timing(best)} is the only one that fits.{beside}", []
+        verdict, why = _alone(best, others, pending, unclear)
+        return verdict, [best], f"{_timing(best)}{why}.{beside}", []
     versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
     numbers = "; ".join([_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals)])
     lacking = [one.too_few for one in versus if one.too_few]
@@ -310,10 +351,27 @@ def _judge(evidence: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
         names = ", ".join(one.recipe for one in tied)
-        nodes = [one.recipe for one in versus if one.low is None]
-        apart = f" What the nodes do can't be told from what {', '.join(nodes)} does." if nodes else ""
-        return "tie", [best, *tied], f"{numbers}. No difference beyond the noise from {names}.{apart}{beside}", versus
+        return "tie", [best, *tied], f"{numbers}. No difference beyond the noise from {names}.{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
+
+
+def _alone(
+    best: Evidence, others: list[Evidence], pending: list[Evidence], unclear: list[Evidence]
+) -> tuple[Verdict, str]:
+    """Verdict on the one recipe that fits, and why, to follow its step time."""
+    if not others:
+        return "too_few_data", "; no other recipe is planned here"
+    if pending:
+        return "too_few_data", "; no other recipe completed yet"
+    if unclear:
+        return "contradictory", f"; {_contradict(unclear)}"
+    if best.num_completed < MIN_REPEATS:
+        return "too_few_data", f"; that no other one fits takes {MIN_REPEATS} runs of it"
+    return "only_one_fits", " is the only one that fits"
+
+
+def _contradict(unclear: list[Evidence]) -> str:
+    return f"repeats of {', '.join(one.recipe for one in unclear)} contradict each other"
 
 
 def _of(versus: list[Versus], recipe: str) -> Versus:
@@ -329,7 +387,7 @@ def _versus(best: Evidence, rival: Evidence) -> Versus:
         high=found.high,
         num_nodes=len({*best.nodes_of_repeats, *rival.nodes_of_repeats}),
         differs=found.leaves_out_one,
-        too_few=_lacks(best, rival),
+        too_few=_lacks(best, rival) or (None if found.bounded else _no_interval(best, rival)),
     )
 
 
@@ -339,6 +397,9 @@ def _lacks(best: Evidence, rival: Evidence) -> str | None:
         return f"A ranking needs {MIN_REPEATS} runs of each"
     if len({*best.nodes_of_repeats, *rival.nodes_of_repeats}) < MIN_NODES:
         return f"All ran on one node; a ranking needs {MIN_NODES}"
+    unknown = [one.recipe for one in (best, rival) if None in one.starts_of_repeats]
+    if unknown:
+        return f"When {' and '.join(unknown)} started is not known; a ranking needs runs in random order"
     if _in_blocks(best.starts_of_repeats, rival.starts_of_repeats):
         return (
             f"All runs of one of {best.recipe}, {rival.recipe} were before those of the other; a ranking needs them "
@@ -347,29 +408,39 @@ def _lacks(best: Evidence, rival: Evidence) -> str | None:
     return None
 
 
+def _no_interval(best: Evidence, rival: Evidence) -> str:
+    return f"No interval: what the nodes do can't be told from what {best.recipe} and {rival.recipe} do"
+
+
 def _in_blocks(first: list[str | None], second: list[str | None]) -> bool:
     """Whether all of one started before all of the other, so that time may be what differs."""
     one, two = ([start for start in starts if start is not None] for starts in (first, second))
-    known = len(one) == len(first) and len(two) == len(second)
-    return known and (max(one) < min(two) or max(two) < min(one))
+    return max(one) < min(two) or max(two) < min(one)
 
 
 def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]) -> list[str]:
-    """Runs that are planned and missing, then what else to add."""
+    """Runs that are planned and missing and can change the verdict, then what else to add."""
     if verdict in ("ranked", "only_one_fits", "nothing_fits"):
         return []
-    steps = [run_id for one in evidence for run_id in one.missing]
     fitting = [one for one in evidence if one.fits]
-    if verdict == "not_comparable":
-        return [*steps, f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
+    if verdict == "not_comparable":  # no missing run makes those comparable that are there
+        return [f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
+    if verdict == "contradictory":
+        unclear = [one for one in evidence if one.contradictory]
+        return [f"another repeat of {one.recipe}: remeasure {i}" for one in unclear for i in one.ended_without]
+    # A recipe that ended without completing once does not fit, whatever its missing repeats do.
+    steps = [run_id for one in evidence if one.fits or one.pending for run_id in one.missing]
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
-    if short and len(fitting) > 1:
+    if short and len(evidence) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {', '.join(short)}")
     lacking = [one.too_few or "" for one in versus]
-    if any("node" in lack for lack in lacking) or any(one.low is None for one in versus if not one.too_few):
+    if any("node" in lack for lack in lacking):
         steps.append(f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones")
-    if any("order" in lack for lack in lacking):
+    if any("were before" in lack for lack in lacking):
         steps.append("remeasure the recipes that were measured first")
+    undated = [one.recipe for one in fitting if None in one.starts_of_repeats]
+    if undated and any("started" in lack for lack in lacking):
+        steps.append(f"remeasure {', '.join(undated)}: when they started is not known")
     if verdict == "tie" and not steps:
         steps.append("more repeats; or take the one with less memory")
     return steps
@@ -390,10 +461,4 @@ def _ratio(versus: Versus | None) -> str:
 
 
 def _endings(group: list[Evidence]) -> str:
-    return ", ".join(f"{one.recipe} ({count_states(one.states)})" for one in group)
-
-
-def count_states(states: list[str]) -> str:
-    """States of repeats in words, for example `2 completed, 1 device_oom`; a single one by its name."""
-    counts = Counter(states)
-    return next(iter(counts)) if len(states) == 1 else ", ".join(f"{n} {state}" for state, n in counts.items())
+    return ", ".join(f"{one.recipe} ({in_words(one.states)})" for one in group)

@@ -21,8 +21,8 @@ from rich.text import Text
 
 from finetune_study import record
 from finetune_study.errors import RecordError
-from finetune_study.report.tables import STATES
 from finetune_study.run import Run
+from finetune_study.states import STATES
 from finetune_study.study import Study
 from finetune_study.table import show
 

@@ -1,5 +1,6 @@
 """Comparisons: the spread over repeats, and each recipe against the baseline recipe in the same setting."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import polars as pl
@@ -30,7 +31,11 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     ),
     "recipe": (pl.String, "Recipe of the config."),
     "num_repeats": (pl.Int64, "Repeats that are planned."),
-    "num_completed": (pl.Int64, "Repeats that completed; every number is over these alone."),
+    "num_completed": (
+        pl.Int64,
+        "Repeats that completed; every number is over these alone, and empty where their software, weights or data "
+        "differ.",
+    ),
     "states": (pl.List(pl.String), "How each repeat ended, or `failed` or `not_run`."),
     "step_time_seconds_median": (pl.Float64, "Median over the repeats of their median step time, seconds."),
     "step_time_seconds_min": (pl.Float64, "Smallest median step time of a repeat, seconds."),
@@ -65,6 +70,8 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "gpu_hours": (pl.Float64, "GPU-hours that all repeats took, whatever became of them."),
     "predicted_peak_memory_gib": (pl.Float64, "Forecast of the peak memory before the runs, GiB."),
     "predicted_step_time_seconds": (pl.Float64, "Forecast of the step time before the runs, seconds."),
+    "oom_requested_gib": (pl.Float64, "Size of the allocation that failed, of the first repeat that says so, GiB."),
+    "oom_held_gib": (pl.Float64, "Device memory that its rank held then, GiB."),
     "baseline": (pl.String, "Recipe that this one is compared with, at the same micro-batch or both at their largest."),
     "step_time_ratio": (pl.Float64, "Step time over the baseline's: below 1 is faster."),
     "peak_memory_ratio": (pl.Float64, "Peak memory over the baseline's: below 1 is less."),
@@ -85,10 +92,17 @@ _MEDIANS = (
     "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
 )  # fmt: skip
 
+_OF_REPEATS = ("nodes_of_repeats", "starts_of_repeats", "step_time_seconds_repeats", "peak_memory_gib_repeats")
+
 
 def completed_everywhere(row: Row) -> bool:
     """Whether every repeat of a configuration that ended has completed, and one has."""
     return row["num_completed"] > 0 and {*row["states"]} <= {"completed", "failed", "not_run"}
+
+
+def one_kind(rows: Iterable[Row]) -> bool:
+    """Whether the completed runs of all these had the same software, weights, data and effective batch."""
+    return len({kind for row in rows for kind in row["provenance"]}) <= 1
 
 
 def repeats(row: Row, column: str) -> list[Repeat]:
@@ -195,6 +209,8 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         gpu_hours=pl.col("gpu_hours").sum(),
         predicted_peak_memory_gib=pl.col("predicted_peak_memory_allocated_gib").drop_nulls().first(),
         predicted_step_time_seconds=pl.col("predicted_step_time_seconds").drop_nulls().first(),
+        oom_requested_gib=pl.col("oom_requested_gib").drop_nulls().first(),
+        oom_held_gib=pl.col("oom_held_gib").drop_nulls().first(),
         num_repeats=pl.len(),
         num_completed=completed.sum(),
         states=pl.col("state"),
@@ -211,7 +227,12 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit("peak_device_used_gib")),
     )
     one_kind = pl.col("provenance").list.len() <= 1
-    return rows.with_columns(pl.when(one_kind).then(pl.col(name)).alias(name) for name in _MEASURES)
+    numbers = [*_MEASURES, *(f"{name}_median" for name in _MEDIANS)]
+    kept = pl.when(one_kind).then(pl.lit(None, pl.Int64)).otherwise(0)  # None: all of the list
+    return rows.with_columns(
+        *(pl.when(one_kind).then(pl.col(name)).alias(name) for name in numbers),
+        *(pl.col(name).list.slice(0, kept) for name in _OF_REPEATS),
+    )
 
 
 def _why_not_compared() -> pl.Expr:

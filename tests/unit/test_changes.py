@@ -45,7 +45,7 @@ def test_better_and_worse_beyond_the_noise_and_the_same_within_it(tmp_path: Path
 def test_what_fits_now_and_did_not_is_better(tmp_path: Path) -> None:
     ran_out = [handmade.out_of_memory(RUNS["full", number]) for number in (1, 2, 3)]
     fits = timed("full", 1.0, 1.0, 1.0)
-    assert compared(tmp_path, fits, ran_out)["full"] == ("better", "3 device_oom then, 3 completed now")
+    assert compared(tmp_path, fits, ran_out)["full"] == ("better", "3 out of memory then, 3 completed now")
     assert compared(tmp_path / "b", ran_out, fits)["full"][0] == "worse"
 
 

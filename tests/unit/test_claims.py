@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_study import claims
+from finetune_study import claims, recommend
 from finetune_study.claims import Claim
 from finetune_study.config import Config
 from finetune_study.record import Ending, Record
@@ -25,10 +25,12 @@ def study(recipes: dict[str, Any], lengths: list[int], num_gpus: int = 2) -> Con
 def checked(
     config: Config, root: Path, numbers: dict[tuple[str, int], tuple[float, float] | None], **parameters: int
 ) -> dict[str, Claim]:
-    """The claims where each recipe at each context took (seconds, GiB), or ran out of memory (None)."""
+    """The claims where each recipe at each context took (seconds, GiB), ran out of memory (None), or has no outcome."""
     records: list[Record] = []
     for one in handmade.planned(config):
         run = one.run
+        if (run.recipe, run.sequence_length) not in numbers:
+            continue
         found = numbers[run.recipe, run.sequence_length]
         if found is None:
             records.append(handmade.out_of_memory(run))
@@ -129,8 +131,45 @@ def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> N
         config, tmp_path, {("full", 256): (1.0, 40.0), ("lora", 256): (0.9, 20.0), ("zero2-lora", 256): (0.9, 10.0)}
     )
     assert found["balance"].answer == "holds"
-    assert found["lora-memory"].comparisons[0].what.endswith("memory × 0.500, a saving of 50.0 %")
+    assert found["balance"].comparisons[0].what.startswith("zero2-lora against lora: time and memory × 0.5")
+    assert " to 0.5" in found["balance"].comparisons[0].what
+    assert found["lora-memory"].comparisons[0].what.endswith("memory × 0.500 (0.500 to 0.500), a saving of 50.0 %")
     assert found["lora-memory"].answer == "does not hold"
+
+
+def test_balance_and_saving_are_undecided_without_an_interval(tmp_path: Path) -> None:
+    """One run of each: the numbers are shown, and decide nothing."""
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+    config = study(recipes, [256])
+    records = [
+        handmade.completed(one.run, 1.0, used={"full": 40.0, "lora": 10.0, "zero2-lora": 10.0}[one.run.recipe])
+        for one in handmade.planned(config)
+        if one.run.repeat == 1
+    ]
+    found = {claim.name: claim for claim in claims.check(handmade.compared(config, tmp_path, *records).to_dicts())}
+    for name in ("balance", "lora-memory"):
+        assert [one.speaks_for for one in found[name].comparisons] == [None], name
+        assert "(no interval)" in found[name].comparisons[0].what
+
+
+def test_very_large_counts_what_its_criterion_says(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {
+        "lora": {"lora": {}},
+        "zero3-lora": {"zero3": {}, "lora": {}},
+        "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
+    }
+    config = study(recipes, [256])
+    mix, lesser, least = ((name, 256) for name in ("zero3-lora-gc", "zero3-lora", "lora"))
+    large = {"total_parameters": 70_000_000_000}
+    cases = {
+        "none of two fits": ({mix: (1.0, 70.0), lesser: None, least: None}, True),
+        "one of two fits": ({mix: (1.0, 70.0), lesser: (1.0, 75.0), least: None}, False),
+        "a lesser one fits, the mix does not": ({mix: None, lesser: (1.0, 75.0), least: None}, False),
+        "one of two is not run": ({mix: (1.0, 70.0), lesser: None}, None),
+    }
+    for name, (numbers, speaks) in cases.items():
+        (one,) = checked(config, tmp_path / name, numbers, **large)["very-large"].comparisons
+        assert one.speaks_for is speaks, name
 
 
 def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
@@ -161,7 +200,51 @@ def test_the_tree_ends_in_what_fits_though_the_ladder_does_not_name_it(tmp_path:
     ]
     walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
     last = walk.first[-1]
-    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._ANY_OTHER, "odd", True)
+    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._FASTEST, "odd", True)
+
+
+def test_the_tree_ends_in_what_is_recommended(tmp_path: Path) -> None:
+    """LoRA is the first rung that fits, by a recipe that saves activations, too; another recipe is faster."""
+    recipes: dict[str, Any] = {
+        "full": {},
+        "lora": {"lora": {}},
+        "lora-gc": {"lora": {}, "gradient_checkpointing": {}},
+        "zero2-lora": {"zero2": {}, "lora": {}},
+        "zero1": {"zero1": {}, "gradient_checkpointing": {}},
+    }
+    config = study(recipes, [256, 4096])
+    seconds = {("lora-gc", 256): 2.0, ("zero2-lora", 256): 1.0, ("zero1", 4096): 5.0}
+    records: list[Record] = []
+    for one in handmade.planned(config):
+        time = seconds.get((one.run.recipe, one.run.sequence_length))
+        if time is None:
+            records.append(handmade.out_of_memory(one.run))
+            continue
+        done = handmade.completed(one.run, time, used=30.0, host=f"node-{one.run.repeat}")
+        for rank in done.ranks:
+            rank["memory"]["peak_allocated_bytes"] = 20 * 2**30
+        records.append(done)
+    compared = handmade.compared(config, tmp_path, *records)
+    walk = claims.walk(compared.to_dicts(), 2, 1, 80.0)
+    assert [(step.row["recipe"], step.fits, step.taken) for step in walk.first if step.row] == [
+        ("full", False, False),
+        ("lora-gc", True, False),
+        ("zero2-lora", True, True),
+    ]
+    assert walk.first[-1].room == 50.0  # of the device's peak, not of what tensors held
+    short, long = recommend.recommend(compared)
+    assert [walk.first[-1].row["recipe"], walk.second[-1].row["recipe"]] == [short.recipe, long.recipe]  # type: ignore[index]
+    assert [step.taken for step in walk.second].count(True) == 1
+
+
+def test_the_tree_names_no_fastest_across_software(tmp_path: Path) -> None:
+    config = study({"full": {}, "lora": {"lora": {}}}, [256])
+    records = [
+        handmade.completed(one.run, 1.0, software=("a" if one.run.recipe == "full" else "b") * 64)
+        for one in handmade.planned(config)
+    ]
+    walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
+    assert [step.question for step in walk.first if step.taken] == ["All weights trained, nothing sharded"]
 
 
 def test_nodes_are_never_mixed(tmp_path: Path) -> None:

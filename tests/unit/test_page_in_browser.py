@@ -5,6 +5,7 @@ The study is synthetic and says so. Screenshots stay in build/screenshots, to be
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def test_the_keyboard_reaches_contents_cells_and_headings(opened: Opened) -> Non
     page.locator("#feasibility figure svg a").nth(1).focus()
     assert not page.locator("#tip").is_hidden()
     page.keyboard.press("Enter")
-    assert page.locator("#panel").is_visible()
+    page.locator("#panel").wait_for()  # the address changes first, the panel follows
     page.keyboard.press("Escape")
     page.locator("#headings button").first.focus()
     page.keyboard.press("Enter")
@@ -220,7 +221,15 @@ def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     printed = Opened(browser, page_file)
     written = printed.page.pdf(path=SCREENSHOTS / "print.pdf", prefer_css_page_size=True)
     assert written.startswith(b"%PDF")
+    headings = {text.strip() for text in printed.texts("section:has(> .figures) > :is(h2, h3)")}
     printed.page.close()
+    need("pdftotext", "poppler-utils")
+    command = ["pdftotext", "-layout", str(SCREENSHOTS / "print.pdf"), "-"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pages = [[line.strip() for line in page.splitlines() if line.strip()] for page in text.split("\f")]
+    assert headings & {line for lines in pages for line in lines}
+    # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.
+    assert [line for lines in pages for line in lines[-6:] if line in headings] == []
 
 
 def test_a_link_opens_the_panel_of_its_run(browser: Any, page_file: Path) -> None:

@@ -84,13 +84,27 @@ EIGHT_PER_CENT = {
 }  # fmt: skip
 
 
+NO_INTERVAL = ("each recipe on a node of its own", "one recipe on one node")
+
+
 @pytest.mark.parametrize("case", EIGHT_PER_CENT)
-def test_a_node_effect_of_eight_per_cent_is_a_tie(tmp_path: Path, case: str) -> None:
+def test_a_node_effect_of_eight_per_cent_is_never_ranked(tmp_path: Path, case: str) -> None:
+    """A tie where the ratio has an interval; it holds 1. Without one nothing is known of the noise."""
     study = repeats(3)
     lora, full = EIGHT_PER_CENT[case]
     one = the_only(study, tmp_path, *placed(study, lora=lora, full=full))
-    assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
-    assert one.settled_by
+    (versus,) = one.versus
+    if case in NO_INTERVAL:
+        assert (one.verdict, one.recipe, one.tied_with) == ("too_few_data", "lora", [])
+        assert (versus.low, versus.high) == (None, None)
+        assert "No interval: what the nodes do can't be told from what lora and full do." in one.reason
+        assert one.settled_by == ["a repeat of each on another node, so that all were on at least 2 shared ones"]
+    else:
+        assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
+        assert versus.low is not None
+        assert versus.high is not None
+        assert versus.low <= 1 <= versus.high
+        assert one.settled_by
 
 
 def test_a_difference_of_four_per_cent_is_found_under_a_node_effect_of_eight(tmp_path: Path) -> None:
@@ -130,7 +144,17 @@ def test_runs_that_were_not_in_random_order_rank_nothing(tmp_path: Path) -> None
     assert one.settled_by == ["remeasure the recipes that were measured first"]
 
 
-def test_contradictory_repeats_are_a_tie(tmp_path: Path) -> None:
+def test_without_start_times_nothing_is_ranked(tmp_path: Path) -> None:
+    study = repeats(3)
+    records = timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02))
+    undated = [r.model_copy(update={"started_at": None}) if r.run.recipe == "full" else r for r in records]
+    one = the_only(study, tmp_path, *undated)
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert "When full started is not known; a ranking needs runs in random order." in one.reason
+    assert one.settled_by == ["remeasure full: when they started is not known"]
+
+
+def test_step_times_that_contradict_each_other_are_a_tie(tmp_path: Path) -> None:
     study = repeats(3)
     one = the_only(study, tmp_path, *timed(study, lora=(1.0, 3.0, 1.1), full=(1.2, 1.1, 2.9)))
     assert (one.verdict, one.tied_with) == ("tie", ["full"])
@@ -149,7 +173,7 @@ def test_a_rival_that_is_still_open_leaves_the_ranking_open(tmp_path: Path) -> N
     runs = handmade.runs(study)
     one = the_only(study, tmp_path, *timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02)))
     assert (one.verdict, one.recipe) == ("too_few_data", "lora")
-    assert "No outcome yet: late (3 not_run)." in one.reason
+    assert "No outcome yet: late (3 not run)." in one.reason
     assert one.settled_by == [runs["late", number].run_id for number in (1, 2, 3)]
 
 
@@ -172,12 +196,42 @@ def test_one_recipe_with_two_repeats_is_too_few_data_for_all(tmp_path: Path) -> 
     assert one.verdict == "too_few_data"
 
 
-def test_the_only_one_that_fits(tmp_path: Path) -> None:
-    study = repeats(1)
+def test_the_only_one_that_fits_has_completed_three_times(tmp_path: Path) -> None:
+    """What ran out of memory once does not fit; its missing repeats change nothing, and are not asked for."""
+    study = repeats(3)
+    ran_out = handmade.out_of_memory(handmade.runs(study)["full", 1])
+    one = the_only(study, tmp_path, ran_out, *timed(study, lora=(1.0, 1.01, 1.02)))
+    assert (one.verdict, one.recipe, one.settled_by) == ("only_one_fits", "lora", [])
+    assert "full (1 out of memory, 2 not run)" in one.reason
+
+
+def test_one_run_against_one_out_of_memory_is_too_few_data(tmp_path: Path) -> None:
+    once, thrice = repeats(1), repeats(3)
+    for study, settled in (
+        (once, ["protocol.repeats: 3 adds runs of lora"]),
+        (thrice, [handmade.runs(thrice)["lora", number].run_id for number in (2, 3)]),
+    ):
+        ran_out = handmade.out_of_memory(handmade.runs(study)["full", 1])
+        one = the_only(study, tmp_path / str(study.protocol.repeats), ran_out, *timed(study, lora=(1.0,)))
+        assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+        assert "that no other one fits takes 3 runs of it. Not compared: full (" in one.reason
+        assert one.settled_by == settled
+
+
+def test_an_out_of_memory_leaves_a_ranking_of_the_others_settled(tmp_path: Path) -> None:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "big"], "sequence_length": 128}
+    study = repeats(3, recipes={"full": [], "lora": ["lora"], "big": ["eager"]}, grid=[block])
+    ran_out = handmade.out_of_memory(handmade.runs(study)["big", 2])
+    one = the_only(study, tmp_path, ran_out, *timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02)))
+    assert (one.verdict, one.recipe, one.settled_by) == ("ranked", "lora", [])
+    assert "Not compared: big (1 out of memory, 2 not run)." in one.reason
+
+
+def test_one_out_of_memory_of_each_settles_that_nothing_fits(tmp_path: Path) -> None:
+    study = repeats(3)
     runs = handmade.runs(study)
-    one = the_only(study, tmp_path, handmade.out_of_memory(runs["full", 1]), *timed(study, lora=(1.0,)))
-    assert (one.verdict, one.recipe) == ("only_one_fits", "lora")
-    assert "full (device_oom)" in one.reason
+    one = the_only(study, tmp_path, *(handmade.out_of_memory(runs[recipe, 2]) for recipe in ("full", "lora")))
+    assert (one.verdict, one.settled_by) == ("nothing_fits", [])
 
 
 @pytest.mark.parametrize("failed", [True, False])
@@ -186,17 +240,28 @@ def test_a_rival_without_an_outcome_leaves_it_open(tmp_path: Path, failed: bool)
     failure = [handmade.failure(handmade.runs(study)["full", 1])] if failed else []
     one = the_only(study, tmp_path, *failure, *timed(study, lora=(1.0,)))
     assert (one.verdict, one.recipe) == ("too_few_data", "lora")
-    assert ("full (failed)" if failed else "full (not_run)") in one.reason
+    assert ("full (failed)" if failed else "full (not run)") in one.reason
 
 
-def test_a_recipe_that_ran_out_of_memory_once_does_not_fit(tmp_path: Path) -> None:
+def test_repeats_that_contradict_each_other_leave_it_open_whether_another_is_the_only_one(tmp_path: Path) -> None:
     study = repeats(3)
     runs = handmade.runs(study)
     lora = timed(study, lora=(1.0, 1.0, 1.0))[:2]
     records = [*lora, handmade.out_of_memory(runs["lora", 3]), *timed(study, full=(2.0, 2.0, 2.0))]
     one = the_only(study, tmp_path, *records)
-    assert (one.verdict, one.recipe) == ("only_one_fits", "full")
-    assert "lora (2 completed, 1 device_oom)" in one.reason
+    assert (one.verdict, one.recipe) == ("contradictory", "full")
+    assert "repeats of lora contradict each other. Not compared: lora (2 completed, 1 out of memory)." in one.reason
+    assert one.settled_by == [f"another repeat of lora: remeasure {runs['lora', 3].run_id}"]
+
+
+def test_repeats_that_contradict_each_other_leave_it_open_whether_nothing_fits(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    records = [*timed(study, lora=(1.0, 1.0)), *(handmade.out_of_memory(runs[r, 3]) for r in ("lora", "full"))]
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe) == ("contradictory", None)
+    assert one.reason.startswith("repeats of lora contradict each other; nothing else fits: ")
+    assert one.settled_by == [f"another repeat of lora: remeasure {runs['lora', 3].run_id}"]
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
@@ -205,7 +270,7 @@ def test_nothing_fits(tmp_path: Path) -> None:
     records = [handmade.out_of_memory(runs["full", 1]), handmade.unsupported(runs["lora", 1], "no such kernel")]
     one = the_only(study, tmp_path, *records)
     assert (one.verdict, one.recipe) == ("nothing_fits", None)
-    assert one.reason == "Nothing fits: full (device_oom), lora (unsupported)."
+    assert one.reason == "Nothing fits: full (out of memory), lora (unsupported)."
 
 
 def test_no_data_yet(tmp_path: Path) -> None:
@@ -220,6 +285,31 @@ def test_differing_software_is_never_ranked(tmp_path: Path) -> None:
     other = [handmade.completed(runs["lora", n], 1.0, software="b" * 64) for n in (1, 2, 3)]
     one = the_only(study, tmp_path, *timed(study, full=(2.0, 2.0, 2.0)), *other)
     assert (one.verdict, one.recipe) == ("not_comparable", None)
+
+
+def two_sizes(root: Path, software: str) -> Config:
+    """One recipe, faster at micro-batch 2, whose runs had this software, and another."""
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+    study = repeats(3, grid=[{**block, "per_device_train_batch_size": [1, 2]}])
+    records = []
+    for number, planned in enumerate(handmade.planned(study)):
+        large = planned.run.micro_batch == 2
+        kind = software if large and planned.run.recipe == "full" else "a" * 64
+        seconds = (1.0 if large else 2.0) * (1 if planned.run.recipe == "full" else 3) + 0.001 * number
+        records.append(handmade.completed(planned.run, seconds, host=f"node-{planned.run.repeat}", software=kind))
+    handmade.write(root, *records)
+    return study
+
+
+def test_micro_batches_with_differing_software_are_not_chosen_between(tmp_path: Path) -> None:
+    one = the_only(two_sizes(tmp_path / "same", "a" * 64), tmp_path / "same")
+    assert (one.verdict, one.recipe, one.per_device_train_batch_size) == ("ranked", "full", 2)
+    one = the_only(two_sizes(tmp_path / "other", "b" * 64), tmp_path / "other")
+    assert (one.verdict, one.recipe) == ("not_comparable", None)
+    assert "full at micro-batch 1, full at micro-batch 2" in one.reason
+    assert "not all with the same software" in one.reason
+    assert {e.recipe: e.micro_batch for e in one.evidence}["full"] == "1"
+    assert one.settled_by == ["remeasure full, lora with one set of software"]
 
 
 def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path) -> None:

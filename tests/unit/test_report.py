@@ -14,8 +14,8 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import figures, grammar, page, pair, scaling, tables, tradeoff
-from finetune_study.report.tables import STATES
+from finetune_study.report import figures, grammar, page, pair, scaling, summary, tables, tradeoff
+from finetune_study.states import STATES
 from tests.unit import handmade
 
 STUDY = handmade.study()
@@ -89,7 +89,7 @@ def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
 def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     page = built(STUDY, tmp_path, *mixed())
     text = Text(page).text
-    assert "The fastest recipe that fits is lora for tiny on cpu." in text
+    assert "The fastest recipe that fits, as far as the runs can tell, is lora for tiny on cpu." in text
     runs = embedded_runs(page)
     assert column(runs, "run_id") == [FULL.run_id, LORA.run_id]
     assert column(runs, "state") == ["device_oom", "completed"]
@@ -98,6 +98,23 @@ def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     assert column(runs, "oom_requested_gib") == [0.0625, None]
     assert [one["name"] for one in runs["table"]][:3] == ["state", "target", "hardware"]
     assert json.loads(runs["settings"]["training"]["words"][0])["learning_rate"] == 4e-4
+
+
+def test_repeats_of_one_recipe_with_differing_software_give_a_page_with_a_warning(tmp_path: Path) -> None:
+    study = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 2})
+    runs = handmade.runs(study)
+    documents = [
+        handmade.completed(runs[recipe, number], 1.0, software=digest * 64)
+        for recipe in ("full", "lora")
+        for number, digest in ((1, "a"), (2, "b"))
+    ]
+    seen = Text(built(study, tmp_path, *documents)).text
+    assert "Software, weights or data differ among runs of one setting." in seen
+    assert "completed runs differ in software (" in seen
+    contents = report.gather(study, handmade.frame(study, tmp_path))
+    assert contents.costs == []
+    for text in (summary.markdown(contents), summary.terminal(contents)):
+        assert "not comparable" in text
 
 
 def test_the_page_defines_every_column_status_and_verdict(tmp_path: Path) -> None:
@@ -167,33 +184,71 @@ def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
 
 def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_path: Path) -> None:
     (cell,) = drawn(STUDY, tmp_path, *mixed())["feasibility"].spec["datasets"]["cells"]
-    assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "lora", "1.10 s, 0.250 GiB")
+    assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "? lora", "1.10 s, 0.250 GiB")
     assert (cell["tone"], cell["link"]) == ("good", f"#run={LORA.run_id}")
-    assert "is the only one that fits" in cell["tip"]
+    assert "that no other one fits takes 3 runs of it" in cell["tip"]
 
 
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        (["device_oom"], ("device_oom", "")),
-        (["device_oom", "device_oom", "host_oom"], ("device_oom", "2 ✕ 1 ⊠")),
-        (["device_oom", "device_oom", "not_run"], ("not_run", "2 ✕ 1 ○")),
-        (["unsupported", "failed"], ("failed", "1 ⊘ 1 !")),
-        (["implied_oom"], ("implied_oom", "")),
-        (["predicted_oom"], ("predicted_oom", "")),
-        (["timeout"], ("timeout", "")),
+        ([["device_oom"]], ("device_oom", "")),
+        ([["device_oom", "device_oom", "host_oom"]], ("device_oom", "2 ✕ 1 ⊠")),
+        ([["device_oom", "device_oom"], ["not_run"]], ("not_run", "2 ✕ 1 ○")),
+        ([["device_oom", "not_run", "failed"], ["unsupported", "not_run"]], ("device_oom", "1 ✕ 1 ⊘")),
+        ([["completed", "device_oom"], ["host_oom", "failed"]], ("device_oom", "1 ✓ 1 ✕ 1 ⊠")),
+        ([["completed", "completed"]], ("completed", "")),
+        ([["unsupported"], ["failed"]], ("failed", "1 ⊘ 1 !")),
+        ([["implied_oom"]], ("implied_oom", "")),
+        ([["predicted_oom"]], ("predicted_oom", "")),
+        ([["timeout"]], ("timeout", "")),
+        ([], ("not_run", "")),
     ],
 )
-def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[str], expected: tuple[str, str]) -> None:
+def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[list[str]], expected: tuple[str, str]) -> None:
     assert tables.how_it_failed(states) == expected
 
 
+def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -> None:
+    study = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 2})
+    runs = handmade.runs(study)
+    ran_out = [handmade.out_of_memory(runs[recipe, 1]) for recipe in ("full", "lora")]
+    done = handmade.completed(runs["lora", 2], 1.0)
+    kinds = [handmade.completed(runs["lora", n], 1.0, software=digest * 64) for n, digest in ((1, "a"), (2, "b"))]
+    for name, documents, expected in (
+        ("out of memory", ran_out, ("✕ out of memory", "memory", "")),
+        ("open", ran_out[:1], ("○ not run", "none", "1 ✕ 2 ○")),
+        ("contradictory", [*ran_out, done], ("? contradictory", "none", "2 ✕ 1 ✓")),
+        ("mixed", [ran_out[0], *kinds], ("? not comparable", "none", "1 ✕ 2 ✓")),
+    ):
+        (cell,) = drawn(study, tmp_path / name, *documents)["feasibility"].spec["datasets"]["cells"]
+        assert (cell["first"], cell["tone"], cell["second"]) == expected, name
+
+
+def test_hovering_over_the_map_tells_memory_and_limit_in_numbers(tmp_path: Path) -> None:
+    (cell,) = drawn(STUDY, tmp_path / "fits", *mixed())["feasibility"].spec["datasets"]["cells"]
+    assert cell["tip"].endswith(" lora: peak 0.250 GiB, of the device's 1.00 GiB.")
+    paths = Results(tmp_path / "none").run(LORA.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.prior.write_text(json.dumps({"predicted_peak_memory_allocated_gib": 3.5}))
+    skipped = Record(run=LORA, ending=record.Ending(status="predicted_oom"))
+    (cell,) = drawn(STUDY, tmp_path / "none", handmade.out_of_memory(FULL), skipped)["feasibility"].spec["datasets"][
+        "cells"
+    ]
+    assert "full: 64.0 MiB asked for, 0.879 GiB held, of the device's 1.00 GiB" in cell["tip"]
+    assert "lora: 3.50 GiB predicted, of the device's 1.00 GiB" in cell["tip"]
+    assert "lora (predicted out of memory)" in cell["tip"]
+    assert "_oom" not in cell["tip"]
+
+
 def test_the_pareto_front_by_hand() -> None:
-    rows = [
-        {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory}
+    rows: list[dict[str, Any]] = [
+        {"recipe": name, "step_time_seconds_median": time, "peak_memory_gib_median": memory, "provenance": ["a"]}
         for name, time, memory in (("a", 1.0, 9.0), ("b", 2.0, 5.0), ("c", 3.0, 6.0), ("d", 4.0, 1.0), ("e", None, 1.0))
     ]
     assert [row["recipe"] for row in tradeoff.pareto_front(rows)] == ["a", "b", "d"]
+    rows[2]["provenance"] = ["b"]
+    assert tradeoff.pareto_front(rows) == []
 
 
 def test_the_exponent_of_a_power_law() -> None:
@@ -262,14 +317,14 @@ def test_an_empty_study_gives_a_page(tmp_path: Path) -> None:
 def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path)).text
     assert "2 runs 2 ○ not run" in text
-    assert "No recipe can be recommended yet: no run has completed" in text
+    assert "No recipe can be recommended yet: nothing is known to fit yet" in text
 
 
 def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
     assert "2 runs 2 ✕ out of memory" in text
     assert "No recipe can be recommended yet: everything that was tried failed to fit" in text
-    assert "Nothing fits: full (device_oom), lora (device_oom)." in text
+    assert "Nothing fits: full (out of memory), lora (out of memory)." in text
 
 
 def test_one_run_gives_a_page(tmp_path: Path) -> None:
@@ -376,6 +431,31 @@ def test_nodes_are_named_where_there_are_several(tmp_path: Path) -> None:
     assert (cost["num_gpus"], cost["nodes"], cost["choice"]) == (2, 1, "the default")
     (walk,) = contents.walks
     assert (walk.num_gpus, walk.nodes) == (2, 1)
+
+
+@pytest.mark.parametrize("digest", ["a", "b"])
+def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, digest: str) -> None:
+    """One device is cheaper than the default's two; with other software it is not compared, nor is the micro-batch."""
+    study = handmade.study(grid=[BLOCK | {"num_gpus": 2}, BLOCK | {"num_gpus": 1}])
+    documents = [
+        handmade.completed(p.run, 1.0, software=("a" if p.run.num_gpus == 2 else digest) * 64)
+        for p in handmade.planned(study)
+    ]
+    contents = report.gather(study, handmade.frame(study, tmp_path, *documents), draw=False)
+    assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
+
+
+def test_figures_do_not_choose_between_micro_batches_of_differing_software(tmp_path: Path) -> None:
+    study = handmade.study(grid=[BLOCK | {"per_device_train_batch_size": [1, 2]}])
+    for root, digest, expected in ((tmp_path / "a", "a", "2"), (tmp_path / "b", "b", "1")):
+        documents = [
+            handmade.completed(
+                p.run, 3.0 - int(p.run.micro_batch), software=("a" if p.run.micro_batch == 1 else digest) * 64
+            )
+            for p in handmade.planned(study)
+        ]
+        (one,) = report.gather(study, handmade.frame(study, root, *documents), draw=False).pairs
+        assert {row["micro_batch"] for row in one.best_rows()} == {expected}
 
 
 def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:

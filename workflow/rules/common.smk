@@ -1,5 +1,6 @@
 # The study as Python sees it, and the named input functions of all rules.
 
+import hashlib
 import shutil
 import sys
 import time
@@ -220,6 +221,21 @@ def get_earlier_for_compare(wildcards):
             "  do: snakemake --cores all compare --config earlier=<outcomes.parquet of another study>"
         )
     return earlier
+
+
+def get_outcomes_there(wildcards):
+    """The study's outcomes as they lie there; runs that are missing are not asked for."""
+    if not RESULTS.outcomes_parquet.exists():
+        raise WorkflowError(
+            f"There are no outcomes to compare: {RESULTS.outcomes_parquet} is not there\n"
+            "  do: snakemake --cores all, which writes it, also where runs failed; or finetune-study report"
+        )
+    return str(RESULTS.outcomes_parquet)
+
+
+def get_digest_of_outcomes(wildcards):
+    """Other outcomes are a reason to compare anew."""
+    return hashlib.sha256(Path(get_outcomes_there(wildcards)).read_bytes()).hexdigest()
 
 
 def say_the_answer():

@@ -64,9 +64,9 @@ rule report:
 
 
 # snakemake compare --config earlier=<outcomes.parquet of another study>
+# It reads two files as they lie there, and trains nothing: as an input, the study's own would ask for every record.
 rule compare:
     input:
-        now=RESULTS.outcomes_parquet,
         earlier=get_earlier_for_compare,
     output:
         report(
@@ -80,5 +80,8 @@ rule compare:
     localrule: True
     conda:
         "../../envs/controller.yaml"
+    params:
+        now=get_outcomes_there,
+        digest=get_digest_of_outcomes,
     script:
         "../scripts/compare.py"

@@ -6,6 +6,6 @@ from finetune_study import changes
 from finetune_study.scripting import opened
 
 with opened(snakemake):
-    found = changes.of_files(Path(snakemake.input.now), Path(snakemake.input.earlier))
+    found = changes.of_files(Path(snakemake.params.now), Path(snakemake.input.earlier))
     print(changes.text(found))
     changes.write(found, Path(snakemake.output[0]))

@@ -12,6 +12,7 @@ from finetune_study.paths import Results
 from finetune_study.record import write_atomically
 from finetune_study.report import costs, figures, page, summary, tables
 from finetune_study.report import pair as pair_module
+from finetune_study.report.pair import Pair
 from finetune_study.table import Row
 
 
@@ -47,10 +48,17 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
         pairs=pairs,
         figures=[(figure, figure.svg()) for figure in (figures.draw(pairs) if draw else [])],
         claims=claims.check(rows),
-        walks=[claims.walk(pair.rows, *pair.planned_devices, pair.limit) for pair in pairs],
+        walks=_walks(pairs, defaults),
         costs=costs.costs(config, defaults, rows),
         earlier=_earlier(config, rows),
     )
+
+
+def _walks(pairs: list[Pair], defaults: list[recommend.Default]) -> list[claims.Walk]:
+    """The decision tree of each pair, in the setting that its default is chosen in."""
+    settings = {(one.target, one.hardware): one.recommendation for one in defaults}
+    at = [(pair, settings[pair.target, pair.hardware]) for pair in pairs]
+    return [claims.walk(pair.rows, one.num_gpus, one.nodes, pair.limit, one.sequence_length) for pair, one in at]
 
 
 def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, folder: Path) -> list[Path]:

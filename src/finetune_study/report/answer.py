@@ -56,7 +56,8 @@ def _why_none(defaults: list[Default]) -> str:
     verdicts = Counter(one.recommendation.verdict for one in defaults)
     words = {
         "nothing_fits": "everything that was tried failed to fit",
-        "no_data": "no run has completed",
+        "no_data": "nothing is known to fit yet",
+        "contradictory": "repeats contradict each other",
         "not_comparable": "the runs differ in software, weights or data",
     }
     return joined(
@@ -101,6 +102,8 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
         f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, "
         f"{verdicts['tie']} are ties and {open_ones} lack data"
     )
+    if verdicts["contradictory"]:
+        sure += f", in {verdicts['contradictory']} repeats contradict each other"
     if verdicts["nothing_fits"]:
         sure += f" ({verdicts['nothing_fits']} times nothing fits)"
     if dollars:

@@ -5,6 +5,7 @@ from typing import Any
 
 import polars as pl
 
+from finetune_study import table
 from finetune_study.config import Config
 from finetune_study.recommend import Default
 from finetune_study.table import Row, completed_everywhere, show
@@ -15,6 +16,8 @@ SECONDS_PER_HOUR = 3600
 
 def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> list[Row]:
     """For each target on each hardware: its default, and the recipe and setting with fewest GPU-hours an epoch.
+
+    The latter among runs with the default's software, weights and data; without a default, where all have the same.
 
     Args:
         config: the study, for its prices.
@@ -38,8 +41,9 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
         found += [_cost(config, "the default", row) for row in chosen[:1]]
         # A shorter context is a cheaper epoch, of fewer tokens: only settings of the default's context are compared.
         same = [r for r in group if r["sequence_length"] == at.sequence_length]
+        same = [r for r in same if r["provenance"] == chosen[0]["provenance"]] if chosen else same
         cheapest = min(same, key=_gpu_hours, default=None)
-        if cheapest is not None and cheapest not in chosen:
+        if cheapest is not None and cheapest not in chosen and table.one_kind(same):
             found.append(_cost(config, "fewest GPU-hours", cheapest))
     return found
 

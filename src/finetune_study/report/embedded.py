@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from finetune_study import cells as cells_module
-from finetune_study.report.tables import STATES
+from finetune_study.states import STATES
 from finetune_study.table import CONFIGURATION
 
 SETTINGS = (

@@ -8,7 +8,7 @@ from typing import Any
 import vl_convert
 
 from finetune_study.report.pair import Pair
-from finetune_study.report.tables import STATES
+from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, devices, show
 
 Spec = dict[str, Any]
@@ -154,7 +154,7 @@ def tip(row: Row) -> str:
         f"context {row['sequence_length']}, micro-batch {row['per_device_train_batch_size'] or row['micro_batch']}",
         label(row, row["step_time_seconds_median"], "s"),
         show(row["peak_memory_gib_median"], "GiB"),
-        f"{show(row['tokens_per_second_per_gpu_median'])} tokens/s per device" if row["num_completed"] else "",
+        show(row["tokens_per_second_per_gpu_median"], "tokens/s per device"),
         _predicted(row),
         f"{row['num_completed']} of {row['num_repeats']} repeats completed",
     ]

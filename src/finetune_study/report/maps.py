@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from finetune_study.recommend import Recommendation
+from finetune_study.recommend import Evidence, Recommendation
 from finetune_study.report.grammar import (
     MUTED,
     PAPER,
@@ -21,16 +21,19 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import MAX_PAIRS, Pair
-from finetune_study.report.tables import STATES, how_it_failed
+from finetune_study.report.tables import against_limit, how_it_failed
+from finetune_study.states import STATES
 from finetune_study.table import Row, count, devices, show
 
 MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 14
 """Of a cell, pixels; a longer text is cut, and whole on hovering."""
+MAX_TOLD = 8
+"""Recipes whose memory a cell tells on hovering."""
 
 
 def feasibility(pair: Pair) -> Figure | None:
     """Context against GPUs: the fastest recipe that fits, or how it fails."""
-    cells = [_cell(one) for one in pair.recommendations]
+    cells = [_cell(one, pair.limit) for one in pair.recommendations]
     contexts = sorted({one.sequence_length for one in pair.recommendations})
     places = sorted({(one.num_gpus, one.nodes) for one in pair.recommendations}, reverse=True)
     chart = _map(
@@ -80,30 +83,39 @@ def _count(num_gpus: int, nodes: int) -> int | str:
     return num_gpus if nodes == 1 else count(num_gpus, nodes)
 
 
-def _cell(one: Recommendation) -> dict[str, Any]:
+def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
     here = {"context": one.sequence_length, "gpus": _count(one.num_gpus, one.nodes)}
     places = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}: "
     best = one.best
     if best is not None:
-        sure = {"tie": "≈ ", "too_few_data": "? "}.get(one.verdict, "")
+        sure = {"tie": "≈ ", "too_few_data": "? ", "contradictory": "? "}.get(one.verdict, "")
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
         micro = best.per_device_train_batch_size or 1
         return here | {
             "tone": "good",
             "first": sure + best.recipe,
             "second": ", ".join(filter(None, [*numbers, f"b{micro}" if micro > 1 else ""])),
-            "tip": places + one.reason,
+            "tip": places + one.reason + _memory([best], limit),
             "link": run_link(best.model_dump()),
         }
-    state, words = how_it_failed([state for e in one.evidence for state in e.states])
+    state, words = how_it_failed(e.states for e in one.evidence)
     first = one.evidence[0] if one.evidence else None
+    doubt = one.verdict in ("not_comparable", "contradictory")
     return here | {
-        "tone": STATES[state].tone,
-        "first": f"{STATES[state].symbol} {STATES[state].words}",
+        "tone": "none" if doubt else STATES[state].tone,
+        "first": f"? {one.verdict.replace('_', ' ')}" if doubt else f"{STATES[state].symbol} {STATES[state].words}",
         "second": words,
-        "tip": places + one.reason,
+        "tip": places + one.reason + _memory(one.evidence, limit),
         "link": run_link(first.model_dump()) if first else "#runs",
     }
+
+
+def _memory(evidence: list[Evidence], limit: float) -> str:
+    """Memory of recipes beside the device's, to follow the reason."""
+    known = [(one.recipe, against_limit(one.model_dump(), limit)) for one in evidence]
+    parts = [f"{recipe}: {text}" for recipe, text in known if text]
+    rest = f"; and {len(parts) - MAX_TOLD} more" if len(parts) > MAX_TOLD else ""
+    return f" {'; '.join(parts[:MAX_TOLD])}{rest}." if parts else ""
 
 
 def very_large(all_pairs: list[Pair]) -> list[Figure]:
@@ -145,11 +157,12 @@ def _planned(recipes: Iterable[str], cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _size_cell(pair: Pair, row: Row) -> dict[str, Any]:
-    common = {"target": pair.target, "recipe": row["recipe"], "tip": tip(row), "link": run_link(row)}
+    words = "; ".join(filter(None, (tip(row), against_limit(row, pair.limit))))
+    common = {"target": pair.target, "recipe": row["recipe"], "tip": words, "link": run_link(row)}
     if row["step_time_seconds_median"] is not None:
         seconds, memory = show(row["step_time_seconds_median"], "s"), show(row["peak_memory_gib_median"], "GiB")
         return common | {"tone": "good", "first": seconds, "second": memory}
-    state, counts = how_it_failed(row["states"])
+    state, counts = how_it_failed([row["states"]])
     return common | {
         "tone": STATES[state].tone,
         "first": f"{STATES[state].symbol} {STATES[state].words}",

@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from finetune_study import claims, table
+from finetune_study import claims, states, table
 from finetune_study.cells import COLUMNS, FAILED, NOT_RUN
 from finetune_study.changes import Earlier
 from finetune_study.claims import Claim, Walk
@@ -118,8 +118,8 @@ def render(contents: Contents) -> str:
         answer=answer(contents.recommendations, contents.defaults),
         headline=tables.headline(cells),
         cells_total=cells.height,
-        states=tables.STATES,
-        counts=tables.counts(cells["state"]),
+        states=states.STATES,
+        counts=states.counts(cells["state"]),
         defaults=contents.defaults,
         beyond=[Beyond(one) for one in contents.defaults if one.elsewhere],
         recommendations=contents.recommendations,
@@ -164,7 +164,7 @@ def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"show": show, "in_words": tables.in_words}
+    environment.filters |= {"show": show, "in_words": states.in_words}
     environment.globals |= {"devices": table.devices, "count": table.count}
     return environment
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
-from finetune_study.table import Row, completed_everywhere, micro_batch_order
+from finetune_study.table import Row, completed_everywhere, micro_batch_order, one_kind
 
 MAX_PAIRS = 24
 """Pairs of target and hardware that are drawn, those with most runs first; `finetune-study figures` draws any other."""
@@ -53,15 +53,15 @@ class Pair:
         return min(done or [int(row["sequence_length"]) for row in at])
 
     def best_rows(self, *, devices: Devices | None = None, sequence_length: int | None = None) -> list[Row]:
-        """Each recipe of each setting at its fastest micro-batch that fits, else at its smallest."""
-        chosen: dict[tuple[Any, ...], Row] = {}
+        """Each recipe of each setting at its fastest micro-batch that fits, else at its smallest.
+
+        Where software, weights or data differ among those that fit, their times are not compared: the smallest, too.
+        """
+        options: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
-            if devices not in (None, _devices(row)) or sequence_length not in (None, row["sequence_length"]):
-                continue
-            key = *_devices(row), row["sequence_length"], row["recipe"]
-            if key not in chosen or _rank(row) < _rank(chosen[key]):
-                chosen[key] = row
-        return list(chosen.values())
+            if devices in (None, _devices(row)) and sequence_length in (None, row["sequence_length"]):
+                options.setdefault((*_devices(row), row["sequence_length"], row["recipe"]), []).append(row)
+        return [_best(found) for found in options.values()]
 
 
 def _devices(row: Row) -> Devices:
@@ -72,10 +72,11 @@ def _most(counts: Iterable[Devices]) -> Devices:
     return max(counts, key=lambda one: (one[0], -one[1]))
 
 
-def _rank(row: Row) -> tuple[bool, float]:
-    seconds = row["step_time_seconds_median"]
-    fits = completed_everywhere(row) and seconds is not None
-    return not fits, seconds if fits else micro_batch_order(row)
+def _best(rows: list[Row]) -> Row:
+    fitting = [row for row in rows if completed_everywhere(row) and row["step_time_seconds_median"] is not None]
+    if fitting and one_kind(fitting):
+        return min(fitting, key=lambda row: float(row["step_time_seconds_median"]))
+    return min(fitting or rows, key=micro_batch_order)
 
 
 def pairs(config: Config, rows: Iterable[Row], recommendations: Iterable[Recommendation]) -> list[Pair]:

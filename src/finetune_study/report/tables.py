@@ -3,56 +3,14 @@
 import io
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import polars as pl
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from finetune_study.states import STATES, in_words, that_count
 from finetune_study.table import Row, peak_memory, show
-
-
-@dataclass(frozen=True)
-class State:
-    """How a run's ending is shown; the words and the symbol say it without colour."""
-
-    words: str
-    symbol: str
-    tone: str
-    """`good`, `memory`, `limit`, `problem` or `none`: the colour on the page."""
-    meaning: str
-
-
-STATES: dict[str, State] = {
-    "completed": State("completed", "✓", "good", "All timed steps were done."),
-    "device_oom": State(
-        "out of memory",
-        "✕",
-        "memory",
-        "The device's memory ran out (on a CPU study: the device budget, enforced by the operating system). A result: "
-        "it is not run again.",
-    ),
-    "host_oom": State("out of host memory", "⊠", "memory", "The node's memory ran out. A result: it is not run again."),
-    "timeout": State(
-        "timeout", "◷", "limit", "The run's time ran out; what was measured until then is kept. It is not run again."
-    ),
-    "unsupported": State("unsupported", "⊘", "limit", "It can't run here, for the reason given; it was not tried."),
-    "implied_oom": State(
-        "implied out of memory", "⇒", "memory", "An easier run of the same kind ran out of memory; not trained."
-    ),
-    "predicted_oom": State(
-        "predicted out of memory", "≈", "memory", "The forecast is beyond the device by the margin asked; not trained."
-    ),
-    "failed": State(
-        "failed",
-        "!",
-        "problem",
-        "The last try left no outcome (a bug, a lost node); the next call tries again, until max_attempts.",
-    ),
-    "not_run": State("not run", "○", "none", "There was no try yet."),
-}
-"""Every state of a cell: the statuses of an outcome, and the two states without one."""
 
 
 def what_happened(row: Row) -> str:
@@ -75,13 +33,31 @@ def _out_of_memory(row: Row) -> str:
     where = [f"in {row['oom_phase']}"] if row["oom_phase"] else []
     where += [f"step {row['oom_step']}"] if row["oom_step"] else []
     where += [f"rank {row['oom_rank']}"] if row["oom_rank"] is not None and row["num_gpus"] > 1 else []
-    sizes = [f"{size(row[name])} {word}" for name, word in _OOM_SIZES if row[name] is not None]
+    sizes = asked_and_held(row)
     parts = [", ".join(part) for part in (where, sizes) if part]
     parts += ["fragmented: more was free than was asked for"] if row["oom_fragmented"] else []
     return "; ".join(parts) or (row["reason"] or "")
 
 
-_OOM_SIZES = (("oom_requested_gib", "asked for"), ("oom_held_gib", "held"))
+OOM_SIZES = (("oom_requested_gib", "asked for"), ("oom_held_gib", "held"))
+
+
+def asked_and_held(row: Row) -> list[str]:
+    """What was asked for and what was held when memory ran out, as far as it is known."""
+    return [f"{size(row[name])} {word}" for name, word in OOM_SIZES if row[name] is not None]
+
+
+def against_limit(row: Row, limit: float) -> str:
+    """Memory of a configuration beside the device's, in numbers; empty where none is known.
+
+    Args:
+        row: a configuration (`table.SCHEMA`), or a recipe's evidence.
+        limit: memory of the device, GiB.
+    """
+    peak, predicted = row["peak_memory_gib_median"], row["predicted_peak_memory_gib"]
+    parts = [f"peak {show(peak, 'GiB')}"] if peak is not None else asked_and_held(row)
+    parts += [f"{show(predicted, 'GiB')} predicted"] if predicted is not None else []
+    return f"{', '.join(parts)}, of the device's {show(limit, 'GiB')}" if parts else ""
 
 
 def size(gib: float) -> str:
@@ -89,31 +65,21 @@ def size(gib: float) -> str:
     return f"{show(gib)} GiB" if gib >= 0.1 else f"{show(gib * 1024)} MiB" if gib * 1024 >= 0.1 else "under 0.1 MiB"
 
 
-def how_it_failed(states: list[str]) -> tuple[str, str]:
-    """The state that stands for several that did not fit, and how often each occurs, by its symbol.
+def how_it_failed(configurations: Iterable[list[str]]) -> tuple[str, str]:
+    """The state that stands for configurations that did not fit, and how often each occurs, by its symbol.
 
-    What is still open comes first, since more runs may change it; then what happened most often.
+    What is still open comes first, since more runs may change it; then what happened most often. A missing repeat of
+    a configuration that did not complete once changes nothing, and is left out.
+
+    Args:
+        configurations: how the repeats of each ended.
     """
-    found = Counter(state for state in states if state != "completed") or Counter(["not_run"])
-    open_ones = [state for state in ("failed", "not_run") if found[state]]
-    state = open_ones[0] if open_ones else found.most_common(1)[0][0]
-    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in found.items()) if len(
-        found
-    ) > 1 else ""
-
-
-def counts(states: Iterable[str]) -> list[tuple[str, int]]:
-    """How often each state occurs that does, in the order of STATES."""
-    found = Counter(states)
-    return [(state, found[state]) for state in STATES if found[state]]
-
-
-def in_words(states: Iterable[str]) -> str:
-    """For example `2 completed, 1 out of memory`; a single one without its number."""
-    found = counts(states)
-    if [number for _, number in found] == [1]:
-        return STATES[found[0][0]].words
-    return ", ".join(f"{number} {STATES[state].words}" for state, number in found)
+    told = Counter(state for states in configurations for state in that_count(states))
+    found = told if set(told) == {"completed"} else Counter({s: n for s, n in told.items() if s != "completed"})
+    found = found or Counter(["not_run"])
+    state = next((one for one in ("failed", "not_run") if found[one]), found.most_common(1)[0][0])
+    several = len(told) > 1
+    return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in told.items()) if several else ""
 
 
 def headline(cells: pl.DataFrame) -> str:

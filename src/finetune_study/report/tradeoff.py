@@ -23,7 +23,7 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import Pair
-from finetune_study.table import TIMES, Row, count
+from finetune_study.table import TIMES, Row, count, one_kind
 
 WIDTH, HEIGHT, DOT = 500, 280, 6
 """Of the panel and of half a point, pixels."""
@@ -32,9 +32,14 @@ Box = tuple[float, float, float, float]
 
 
 def pareto_front(rows: list[Row]) -> list[Row]:
-    """Configurations that no other one beats in both step time and memory, from the fastest on."""
+    """Configurations that no other one beats in both step time and memory, from the fastest on.
+
+    None where software, weights or data differ among them: their numbers are not compared.
+    """
     front: list[Row] = []
     usable = [r for r in rows if r["step_time_seconds_median"] is not None and r["peak_memory_gib_median"] is not None]
+    if not one_kind(usable):
+        return []
     for row in sorted(usable, key=lambda r: (r["step_time_seconds_median"], r["peak_memory_gib_median"])):
         if not front or row["peak_memory_gib_median"] < front[-1]["peak_memory_gib_median"]:
             front.append(row)
@@ -87,7 +92,8 @@ def pareto(pair: Pair) -> Figure | None:
         "height": HEIGHT,
     }
     title = f"Memory against time: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}"
-    return figure("pareto", pair, chart, title, {"points": points, "names": names(points, times, memories)})
+    caption = "" if front else "No front: software, weights or data differ among these runs, see the environment."
+    return figure("pareto", pair, chart, title, {"points": points, "names": names(points, times, memories)}, caption)
 
 
 _TEXT = field("recipe", "N")
