@@ -364,6 +364,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "rope_scaling": {"type": "nonesuch", "factor": 2}}}, "rotary embedding"),
         ({"model_config": {**SMALL, "rope_parameters": {"rope_type": "x", "rope_theta": 1e4}}}, "rotary embedding"),
         ({"model_config": {"model_type": "bert"}}, "encoder"),
+        ({"model_config": {**SMALL, "x": json.loads("[" * 700 + "]" * 700)}}, "nested too deeply"),
         ({"model_config": {"model_type": "rwkv", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
         ({"techniques": {"lora": {"lora_dropout": 5}}}, "lora_dropout"),
         ({"techniques": {"qlora": {"lora_dropout": "some"}}}, "lora_dropout"),

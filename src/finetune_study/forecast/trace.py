@@ -98,6 +98,8 @@ def trace(layout: Layout) -> Profile:
             return _trace(layout)
         except StudyError:
             raise
+        except RecursionError:
+            raise ModelError("The model's configuration is nested too deeply", where="model_config") from None
         except Exception as error:  # whatever the model's own code raises about a configuration that makes no sense
             raise ModelError(
                 "A training step of this model can't be traced",
