@@ -330,7 +330,7 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
             some = "No recipe fits so far" if len(pending) < len(others) else "Nothing completed yet"
             return "no_data", [], f"{some}: {_endings(others)}.", []
         if unclear:
-            return "contradictory", [], f"{_contradict(unclear)}; nothing else fits: {_endings(others)}.", []
+            return "contradictory", [], f"Nothing is known to fit; {_contradict(unclear)}: {_endings(others)}.", []
         return "nothing_fits", [], f"Nothing fits: {_endings(others)}.", []
     if mixed:
         sizes = len({one.recipe for one in mixed}) < len(mixed)

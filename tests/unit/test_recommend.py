@@ -260,7 +260,7 @@ def test_repeats_that_contradict_each_other_leave_it_open_whether_nothing_fits(t
     records = [*timed(study, lora=(1.0, 1.0)), *(handmade.out_of_memory(runs[r, 3]) for r in ("lora", "full"))]
     one = the_only(study, tmp_path, *records)
     assert (one.verdict, one.recipe) == ("contradictory", None)
-    assert one.reason.startswith("repeats of lora contradict each other; nothing else fits: ")
+    assert one.reason.startswith("Nothing is known to fit; repeats of lora contradict each other: ")
     assert one.settled_by == [f"another repeat of lora: remeasure {runs['lora', 3].run_id}"]
 
 
