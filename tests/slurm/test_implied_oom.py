@@ -71,6 +71,7 @@ def test_of_twenty_ready_runs_none_is_trained_that_an_early_one_decides(place: W
     assert not any(jobs[size] for size in sizes[11:]), "the others never took a job"
 
 
+@pytest.mark.long
 def test_inside_a_job_that_runs_share_what_one_decides_is_not_trained(place: Workplace) -> None:
     raw = copy.deepcopy(TINY_STUDY)
     raw["hardware"] = {"no-memory": stand_in("v100", memory_gib=0.003, max_job_minutes=60)}

@@ -177,7 +177,10 @@ def cost(jobs: list[tuple[str, str]]) -> tuple[set[str | None], int]:
 def submit_room(options: dict[str, Any]) -> int | None:
     """How many more such jobs the limits leave room for; what a refusal's verdict is made of."""
     known = Limits()
-    values = known._known(0)
+    try:
+        values = known._known(0)
+    except slurm.SlurmError:
+        return None
     return limits._room(values, values.completed(limits.request_of(options)), known._usage(values.user))
 
 

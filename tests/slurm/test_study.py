@@ -240,6 +240,7 @@ def test_driver_that_was_killed_is_followed_by_one_that_goes_on(place: Workplace
 OFTEN = ("--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "5")
 
 
+@pytest.mark.long
 def test_official_executor_runs_the_study_too_and_there_a_kill_is_a_failure(place: Workplace) -> None:
     one_run(place)
     answer = submit(place, "--executor", "slurm", *OFTEN, "--set-resources", "finetune:mem_mb=60")

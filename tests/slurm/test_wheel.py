@@ -17,7 +17,17 @@ PLUGIN = ROOT / "src" / "snakemake_executor_plugin_submitit"
 STUDY = ROOT / "src" / "finetune_study"
 ABOUT_THE_STUDY = {
     f"test_{name}.py"
-    for name in ("clusters_page", "doctor", "implied_oom", "nodes", "places", "software", "status", "study")
+    for name in (
+        "accounting",
+        "clusters_page",
+        "doctor",
+        "implied_oom",
+        "nodes",
+        "places",
+        "software",
+        "status",
+        "study",
+    )
 }
 """All others here are about the plugin."""
 
