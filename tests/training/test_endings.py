@@ -196,7 +196,7 @@ def test_a_bug_is_a_failure_that_says_what_and_where(lab: Lab) -> None:
     assert failure.cause.startswith("rank 0: ")
     assert "Target modules {'no_such_layer'} not found" in failure.cause
     assert failure.traceback is not None
-    assert "techniques/lora.py" in failure.traceback
+    assert "techniques/peft_method.py" in failure.traceback
     assert "no_such_layer" in failure.log_tail
     assert failure.log == str(out.paths.log)
     assert f"FAILED: {failure.cause}" in out.output
