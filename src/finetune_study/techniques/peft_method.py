@@ -50,7 +50,11 @@ class PeftMethod(Technique):
             return peft.get_peft_model(model, self.peft_config(run))
         if self.name == names[0]:
             return peft.get_peft_model(model, self.peft_config(run), adapter_name=self.name, mixed=True)
-        model.add_adapter(self.name, self.peft_config(run))
+        config = self.peft_config(run)
+        if getattr(config, "target_modules", None) == "all-linear":
+            # By now peft would count the linear layers of the first method's adapters among them.
+            config.target_modules = model.peft_config[names[0]].target_modules
+        model.add_adapter(self.name, config)
         model.set_adapter(names)
         return model
 
