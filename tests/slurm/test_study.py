@@ -204,7 +204,7 @@ def test_run_for_which_no_node_is_fit_fails_without_a_number(place: Workplace) -
     assert "v100, not a100" in failure.cause
     assert (failure.unfit_node, failure.attempt) == (True, 0)
     assert "(without the nodes v100-1, v100-2, which were not what was asked for)" in answer.stdout
-    # SLURM refuses a third job, or lets it wait for good: then it is withdrawn and had no node.
+    # Accounting keeps a row without a node of the request that SLURM refused, and all rows come with a lag.
     wait_for(
         lambda: {job.node for job in jobs_of(place, folder.name)} - {"None assigned"} == {"v100-1", "v100-2"},
         "accounting has both jobs",
