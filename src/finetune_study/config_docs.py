@@ -1,6 +1,5 @@
 """config/config.schema.json and config/README.md, generated from the configuration's types."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from finetune_study import config, techniques
-from finetune_study.errors import StudyError
+from finetune_study import config, generated, techniques
 from finetune_study.section import Section
 
 REPAIR = "finetune-study config-docs"
@@ -163,13 +161,4 @@ def generate(folder: Path, *, check: bool) -> None:
         folder / "README.md": readme(),
     }
     for path, text in files.items():
-        found = path.read_text(encoding="utf-8") if path.exists() else ""
-        if check and found != text:
-            changes = difflib.unified_diff(found.splitlines(), text.splitlines(), "committed", "generated", lineterm="")
-            raise StudyError(
-                f"{path} is out of step with the code",
-                given="\n".join(list(changes)[:20]),
-                do=f"run `{REPAIR}` and commit the result",
-            )
-        if not check:
-            path.write_text(text, encoding="utf-8")
+        generated.put(path, text, check=check, source="the code", repair=REPAIR)

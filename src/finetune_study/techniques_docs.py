@@ -1,6 +1,5 @@
 """docs/techniques.md: technique × hardware × exclusions × what was really run, from modules and stored results."""
 
-import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from finetune_study import techniques
+from finetune_study import generated, techniques
 from finetune_study.config import Hardware
 from finetune_study.errors import StudyError
 
@@ -194,14 +193,4 @@ def generate(path: Path, results: Path, *, check: bool) -> None:
     Raises:
         StudyError: with `check`, where the page is out of step; it names the command that repairs it.
     """
-    text = page(results)
-    found = path.read_text(encoding="utf-8") if path.exists() else ""
-    if check and found != text:
-        changes = difflib.unified_diff(found.splitlines(), text.splitlines(), "committed", "generated", lineterm="")
-        raise StudyError(
-            f"{path} is out of step with techniques and stored results",
-            given="\n".join(list(changes)[:20]),
-            do=f"run `{REPAIR}` and commit the result",
-        )
-    if not check:
-        path.write_text(text, encoding="utf-8")
+    generated.put(path, page(results), check=check, source="techniques and stored results", repair=REPAIR)

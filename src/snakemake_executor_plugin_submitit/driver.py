@@ -132,14 +132,10 @@ class Driver(Holding, Submitting, Watching):
                 continue
             if self._is_changed(task.work, submission) and self._take_back(task, submission):
                 continue
-            if submission.gpu_hours and self._gate.is_exceeded and self.ledger.withdraw(submission):
-                self._cancel([submission])
-                self.listener.say(
-                    f"{task.work.name}: SLURM job {submission.slurm_id} was more than max-gpu-hours allows"
-                )
-                self.ledger.close(submission, "over the budget", keep_files=False)
-                continue
             if submission.slurm_id or self._was_sent(submission):
+                if submission.gpu_hours and self._gate.is_exceeded and self.ledger.withdraw(submission):
+                    self._give_back_to_budget(task, submission)
+                    continue
                 task.state, task.submission, task.adopted = "submitted", submission, True
                 task.resubmissions = submission.resubmissions
                 self._next_question = 0.0
@@ -147,6 +143,12 @@ class Driver(Holding, Submitting, Watching):
             else:
                 # The last driver died at the sbatch, and no job came of it, or none that may begin from now on.
                 self.ledger.close(submission, "never submitted", keep_files=False)
+
+    def _give_back_to_budget(self, task: Task, submission: Submission) -> None:
+        """Of a pending job that an earlier call asked for; the task is new again, and judged as all others."""
+        self.listener.say(f"{task.work.name}: SLURM job {submission.slurm_id} was more than max-gpu-hours allows")
+        self._cancel([submission])
+        self.ledger.close(submission, "over the budget", keep_files=False)
 
     def _is_changed(self, work: Work, submission: Submission) -> bool:
         """Whether a job has to make room for another one: what it runs has changed, or what it asks of SLURM.
