@@ -73,11 +73,6 @@ class Submission:
     """`<job>`, or `<array>_<place>`."""
     resubmissions: int = 0
 
-    @property
-    def job(self) -> tuple[str, int | None]:
-        """Names its job before SLURM does."""
-        return self.batch, self.place
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -120,6 +115,9 @@ class Ledger:
         self._lock.flush()
         self.open: dict[str, Submission] = {}
         """Submissions that are not closed, by key."""
+        self._tokens: dict[str, Submission] = {}
+        self._batches: dict[str, list[Submission]] = {}
+        """The same by token, and those of a batch."""
         self.proved: set[str] = set()
         """Kinds of which a work was a success."""
         self.failures: dict[str, dict[str, Counter[str]]] = {}
@@ -150,7 +148,7 @@ class Ledger:
         what = event["event"]
         if what == "intent":
             fields = {name: event[name] for name in Submission.__dataclass_fields__ if name in event}
-            self.open[event["key"]] = Submission(**fields)
+            self._open(Submission(**fields))
         elif what == "proved":
             self.proved.add(event["kind"])
         elif what == "failed":
@@ -165,12 +163,29 @@ class Ledger:
         elif what == "asked":
             self._gpu_hours_of_closed += event["gpu_hours"]
         else:
-            of = "token" if "token" in event else "batch"
-            for submission in [one for one in self.open.values() if getattr(one, of) == event[of]]:
+            for submission in self._of(event):
                 if what == "closed":
                     self._forget(submission, event.get("job_began", event["began"]))
                 else:
                     submission.slurm_id = _id_in(submission, event)
+
+    def _open(self, submission: Submission) -> None:
+        if before := self.open.get(submission.key):
+            self._drop(before)
+        self.open[submission.key] = self._tokens[submission.token] = submission
+        self._batches.setdefault(submission.batch, []).append(submission)
+
+    def _drop(self, submission: Submission) -> None:
+        del self.open[submission.key], self._tokens[submission.token]
+        self._batches[submission.batch].remove(submission)
+        if not self._batches[submission.batch]:
+            del self._batches[submission.batch]
+
+    def _of(self, event: dict[str, Any]) -> list[Submission]:
+        """What an event speaks of: one work, or all of a batch."""
+        if "token" not in event:
+            return self.batch_mates(event["batch"])
+        return [self._tokens[event["token"]]] if event["token"] in self._tokens else []
 
     def _compact(self) -> None:
         temporary = self._path.with_suffix(".tmp")
@@ -213,7 +228,8 @@ class Ledger:
             self.folder_of(submission).mkdir()
             self.batch_folder_of(submission).mkdir(exist_ok=True)
         self._write(*({"event": "intent", **submission.__dict__} for submission in intended))
-        self.open |= {submission.key: submission for submission in intended}
+        for submission in intended:
+            self._open(submission)
 
     def submitted(self, batch: str, slurm_id: str) -> None:
         """Notes the id that SLURM gave to a batch."""
@@ -247,9 +263,13 @@ class Ledger:
         """GPU-hours asked of SLURM so far, in all calls; what never began is not counted."""
         return self._gpu_hours_of_closed + sum(one.gpu_hours for one in self.open.values())
 
+    def batch_mates(self, batch: str) -> list[Submission]:
+        """The open works of an sbatch."""
+        return list(self._batches.get(batch, []))
+
     def job_mates(self, submission: Submission) -> list[Submission]:
         """The open works of the same job, itself among them."""
-        return [one for one in self.open.values() if one.job == submission.job]
+        return [one for one in self.batch_mates(submission.batch) if one.place == submission.place]
 
     def close(self, submission: Submission, how: str, *, keep_files: bool) -> None:
         """Notes that nobody has to look after this submission any more."""
@@ -271,13 +291,13 @@ class Ledger:
         if self.open.get(submission.key) is submission:
             for mate in self.job_mates(submission):
                 mate.job_began = job_began
-            del self.open[submission.key]
+            self._drop(submission)
             self._gpu_hours_of_closed += submission.gpu_hours * job_began
 
     def _tidy(self, submission: Submission) -> None:
         """Removes what an sbatch was given when the last of its works is closed, unless a log of it is referred to."""
         folder = self.batch_folder_of(submission)
-        if any(one.batch == submission.batch for one in self.open.values()) or (folder / "keep").exists():
+        if self.batch_mates(submission.batch) or (folder / "keep").exists():
             return
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -224,6 +224,6 @@ class Submitting(Base):
                 return slurm_id
         except SlurmError as error:
             self.listener.warn(f"SLURM did not say whether {submission.name} was submitted: {error}")
-        mates = [one for one in self.ledger.open.values() if one.batch == submission.batch]
+        mates = self.ledger.batch_mates(submission.batch)
         claims = (self.ledger.claimed_by(one) for one in mates)
         return next((claim.partition("_")[0] for claim in claims if claim not in (None, WITHDRAWN)), None)
