@@ -56,11 +56,12 @@ $(INSTALLED): $(LOCK) pyproject.toml $(PLUGIN)/pyproject.toml
 demo: env
 	@$(BIN)/snakemake --cores all forecast && $(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
 
+SHARED := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 test: env
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(SHARED)
 
 test-all: env
-	@$(BIN)/python -m pytest -m ''
+	@$(BIN)/python -m pytest $(SHARED) -m ''
 
 techniques-ran: env
 	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu-$$(date +%F).json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
