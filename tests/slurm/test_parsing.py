@@ -193,7 +193,7 @@ def test_active_states_are_active(state: str) -> None:
     assert status(f"120|{state}|0:0|None|a100-1|2|200M||5").is_active
 
 
-@pytest.mark.parametrize("state", ["COMPLETED", "CANCELLED", "FAILED", *KILLED, *NODE_LOST])
+@pytest.mark.parametrize("state", ["COMPLETED", "CANCELLED", "FAILED", *sorted(KILLED), *sorted(NODE_LOST)])
 def test_final_states_are_not_active(state: str) -> None:
     assert not status(f"120|{state}|0:0|None|a100-1|2|200M||5").is_active
     assert state not in ACTIVE
