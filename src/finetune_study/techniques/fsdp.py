@@ -14,9 +14,6 @@ class Fsdp(Technique):
     name: ClassVar[str] = "fsdp"
     kind: ClassVar[Kind] = "sharding"
     shards: ClassVar[frozenset[ModelState]] = MODEL_STATES
-    excludes: ClassVar[dict[str, str]] = {
-        "muon": "torch.optim.Muon needs whole matrices, and FSDP2 gives it shards: use ddp",
-    }
     effect: ClassVar[str] = (
         "memory: everything divided by the number of devices; speed: weights travel in every pass; quality: unchanged"
     )
