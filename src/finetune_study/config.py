@@ -295,12 +295,10 @@ class Protocol(Section):
     """A run that takes longer ends as `timeout`, with what was measured until then."""
     max_attempts: PositiveInt = 3
     """A run that failed so often is shown, not tried again, until its `failure.json` is deleted."""
-    implied_oom: bool = True
-    """A run is not trained once an easier one of the same kind (a shorter context, a smaller micro-batch) ran out of
-    the device's memory: it ends as `implied_oom`. False trains such runs, those that ended so as well.
-
-    Nothing is concluded for fewer GPUs: where a recipe shards, a rank then holds more of the model states, but its
-    buffers and how often it accumulates change as well, so that neither more nor less memory follows."""
+    infer_oom: bool = True
+    """A run is not trained once an easier one of the same kind ran out of the device's memory: a shorter context, a
+    smaller micro-batch, or, where the recipe shards weights or the states of all of them, more GPUs. It ends as
+    `implied_oom`. False trains such runs, those that ended so as well."""
     memory_snapshot: bool = False
     """Keep the CUDA allocator's history of a run that ran out of memory, for PyTorch's memory viewer."""
     rouge_samples: NonNegativeInt = 0

@@ -409,7 +409,7 @@ def launch(
     results: Results | None = None,
     *,
     if_needed: bool = False,
-    implied_oom: bool = False,
+    infer_oom: bool = False,
     time_limit_seconds: float | None = None,
     memory_snapshot: bool = False,
     asked: Asked = NOTHING_MORE,
@@ -421,7 +421,7 @@ def launch(
         run_yaml: the run.
         results: the study's results; default: the folder that `runs/<run_id>/run.yaml` lies in.
         if_needed: do nothing where there is a record; otherwise such a run is repeated in a folder of its own.
-        implied_oom: do not train a run that an easier one of the plan decides (finetune_study.implied).
+        infer_oom: do not train a run that an easier one of the plan decides (finetune_study.implied).
         time_limit_seconds: the run ends as `timeout` after it.
         memory_snapshot: keep the CUDA allocator's history of an OOM.
         asked: what the node must offer beside what the run says.
@@ -445,7 +445,7 @@ def launch(
             paths = _folder_for_repetition(paths)
             paths.folder.mkdir()
             print(f"{run.run_id}: measured already; repeating it in {paths.folder}")
-        elif implied_oom and (witness := implied.kin(results).witness(run.run_id)):
+        elif infer_oom and (witness := implied.kin(results).witness(run.run_id)):
             implied.write(paths, run, witness)
             print(f"{run.run_id}: implied_oom by {witness}")
             return 0
@@ -479,9 +479,7 @@ def main() -> None:
     parser.add_argument("run_yaml", type=Path, help="the run, as the plan wrote it")
     parser.add_argument("--results", type=Path, help="the study's results folder, if run.yaml lies elsewhere")
     parser.add_argument("--if-needed", action="store_true", help="do nothing where there is a record")
-    parser.add_argument(
-        "--implied-oom", action="store_true", help="do not train what an easier run of the plan decides"
-    )
+    parser.add_argument("--infer-oom", action="store_true", help="do not train what an easier run of the plan decides")
     parser.add_argument("--time-limit-minutes", type=float, help="end the run as `timeout` after so many minutes")
     parser.add_argument("--memory-snapshot", action="store_true", help="keep the CUDA allocator's history of an OOM")
     parser.add_argument("--allocation", type=Asked.model_validate_json, default=NOTHING_MORE, help=ALLOCATION_HELP)
@@ -494,7 +492,7 @@ def main() -> None:
                 arguments.run_yaml,
                 Results(arguments.results.absolute()) if arguments.results else None,
                 if_needed=arguments.if_needed,
-                implied_oom=arguments.implied_oom,
+                infer_oom=arguments.infer_oom,
                 time_limit_seconds=None if arguments.time_limit_minutes is None else 60 * arguments.time_limit_minutes,
                 memory_snapshot=arguments.memory_snapshot,
                 asked=arguments.allocation,

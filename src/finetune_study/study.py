@@ -18,7 +18,7 @@ from finetune_study import run as run_module
 from finetune_study.allocation import Asked
 from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
-from finetune_study.implied import Kin
+from finetune_study.implied import Kin, Rung
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.plan import PlannedRun
 from finetune_study.prepared import read_manifest
@@ -74,7 +74,7 @@ class Study:
             case "unsupported":
                 return self.planned[run_id].unsupported is not None
             case "implied_oom":
-                return self.config.protocol.implied_oom and self._kin.stands(run_id)
+                return self.config.protocol.infer_oom and self._kin.stands(run_id)
             case "predicted_oom":
                 return self.config.protocol.skip_predicted_oom is not None
         return True
@@ -82,7 +82,7 @@ class Study:
     @cached_property
     def implied(self) -> dict[str, str]:
         """Runs without an outcome that the record of an easier one decides, and which one that is."""
-        if not self.config.protocol.implied_oom:
+        if not self.config.protocol.infer_oom:
             return {}
         without = (i for i in self.planned if i not in self.recorded and i not in self.remeasured)
         witnesses = ((i, self._kin.witness(i)) for i in without if self.planned[i].unsupported is None)
@@ -90,7 +90,11 @@ class Study:
 
     @cached_property
     def _kin(self) -> Kin:
-        return Kin(self.results, implied.rungs(planned.run for planned in self.planned.values()))
+        return Kin(self.results, self._rungs)
+
+    @cached_property
+    def _rungs(self) -> list[Rung]:
+        return implied.rungs(planned.run for planned in self.planned.values())
 
     def number_of_easier(self, run_id: str) -> int:
         """How many runs of the study could show that this one runs out of memory."""
@@ -227,9 +231,14 @@ class Study:
     @property
     def plan_digest(self) -> str:
         """Changes when a run is added or taken away, or when it becomes known why one can or can't run here."""
-        runs = [[run_id, planned.unsupported] for run_id, planned in self.planned.items()]
-        protocol = self.config.protocol
-        return run_module.digest([protocol.implied_oom, protocol.skip_predicted_oom, runs], 16)
+        return run_module.digest([self.plan_json, self.config.protocol.skip_predicted_oom], 16)
+
+    @cached_property
+    def plan_json(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        planned = self.planned.values()
+        runs = [asdict(rung) | {"unsupported": one.unsupported} for rung, one in zip(self._rungs, planned, strict=True)]
+        return {"infer_oom": self.config.protocol.infer_oom, "runs": runs}
 
     @property
     def lost_files(self) -> list[Path]:
@@ -442,11 +451,7 @@ def write_plan(study: Study) -> None:
             _write_run_yaml(paths, planned.run)
             if run_id in study.implied:
                 implied.write(paths, planned.run, study.implied[run_id])
-    all_planned = study.planned.values()
-    rungs = implied.rungs(planned.run for planned in all_planned)
-    runs = [asdict(rung) | {"unsupported": one.unsupported} for rung, one in zip(rungs, all_planned, strict=True)]
-    written = {"implied_oom": study.config.protocol.implied_oom, "runs": runs}
-    record.write_atomically(study.results.plan, json.dumps(written, indent=1) + "\n")
+    record.write_atomically(study.results.plan, json.dumps(study.plan_json, indent=1) + "\n")
 
 
 def _write_run_yaml(paths: RunPaths, run: Run) -> None:

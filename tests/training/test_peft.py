@@ -40,6 +40,28 @@ def test_weights_are_counted_as_peft_counts_them(name: str, lab: Lab, trained: T
     assert facts["trainable_parameters"] < 0.4 * facts["total_parameters"]
 
 
+def test_loftq_takes_what_four_bits_leave_into_the_update(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU, which peft asks for by name: `cuda` is the CPU, where bitsandbytes quantises as well."""
+    import torch
+
+    run = lab.plan({"lora": {"init_lora_weights": "loftq", "r": 16}}).run
+    lab.prepare(run)
+    net = model.load(run, lab.results.model(run.model_key))
+    plain = net.model.layers[0].mlp.up_proj.weight.detach().clone()
+    to = torch.Tensor.to
+
+    def to_cpu(tensor: torch.Tensor, *places: Any, **more: Any) -> torch.Tensor:
+        there = {name: "cpu" if str(value) == "cuda" else value for name, value in more.items()}
+        return to(tensor, *("cpu" if str(place) == "cuda" else place for place in places), **there)
+
+    monkeypatch.setattr(torch.Tensor, "to", to_cpu)
+    layer = run.parsed_techniques["lora"].wrap(net, run).base_model.model.model.layers[0].mlp.up_proj
+    four_bits = (layer.get_base_layer().weight - plain).norm() / plain.norm()
+    with_update = (layer.get_base_layer().weight + layer.get_delta_weight("default") - plain).norm() / plain.norm()
+    assert 0.02 < float(four_bits) < 0.3
+    assert float(with_update) < 0.9 * float(four_bits)
+
+
 @pytest.mark.parametrize("settings", [{}, {"load_in_8bit": True}, {"bnb_4bit_quant_type": "fp4"}], ids=str)
 def test_quantised_weights_are_small_and_close(settings: dict[str, Any], lab: Lab) -> None:
     """NF4 takes half a byte for a weight, and a maximum for each block of 64; int8 one, and a maximum for each row."""

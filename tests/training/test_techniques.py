@@ -106,6 +106,41 @@ def test_parameters_counted_by_peft(lab: Lab) -> None:
     assert adapted.get_nb_trainable_parameters() == (row["trainable_parameters"], row["total_parameters"])
 
 
+def test_inputs_of_checkpointed_layers_are_offloaded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is left to offload beside checkpoints, and what they compute again is not offloaded once more."""
+    import torch
+
+    moved: list[torch.Size] = []
+
+    class Seen(torch.autograd.graph.save_on_cpu):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            pack: Any = vars(self)["pack_hook"]
+
+            def seen(tensor: torch.Tensor) -> Any:
+                moved.append(tensor.shape)
+                return pack(tensor)
+
+            self.pack_hook = seen
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Seen)
+    numbers = {}
+    for name in ("gradient_checkpointing", "sdpa"):
+        run = lab.run({"activation_offload": {}, name: {}})
+        lab.prepare(run)
+        net = model.load(run, lab.results.model(run.model_key)).train()
+        for technique in run.parsed_techniques.values():
+            net = technique.wrap(net, run)
+        if name == "gradient_checkpointing":
+            net.gradient_checkpointing_enable(run.techniques[name])
+        tokens = torch.ones(1, 8, dtype=torch.long)
+        net(input_ids=tokens, labels=tokens).loss.backward()
+        numbers[name] = moved.count(torch.Size([1, 8, 64]))
+        moved.clear()
+    layers = 2
+    assert layers <= numbers["gradient_checkpointing"] < numbers["sdpa"] - 4 * layers
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 

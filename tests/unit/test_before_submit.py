@@ -118,7 +118,7 @@ def test_other_jobs_and_a_study_without_it_are_left_alone(planned: Study) -> Non
     assert answer(planned, *asked(planned, "no-such-run")) == {}
     planned.results.run(long).run_yaml.unlink()
     assert answer(planned, *asked(planned, long)) == {}, "its job says that there is no run.yaml"
-    study.write_plan(again(planned, implied_oom=False))
+    study.write_plan(again(planned, infer_oom=False))
     assert answer(planned, *asked(planned, short, long)) == {}
     for text in ("", "{}", '{"runs": []}'):
         planned.results.plan.write_text(text)

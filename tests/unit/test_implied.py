@@ -1,4 +1,5 @@
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune_study import implied, record, study
+from finetune_study import run as run_module
 from finetune_study.config import Config
 from finetune_study.implied import Kin, Rung
 from finetune_study.paths import Results
@@ -52,15 +54,15 @@ def ended(run: Run, **ending: Any) -> Record:
     return Record(run=run, ending=Ending(**({"status": "device_oom", "phase": "backward"} | ending)), ranks=[{}])
 
 
-def witness(root: Path, harder: Run, *records: Record) -> str | None:
+def witness(root: Path, harder: Run, *records: Record, runs: dict[Place, Run] = RUNS) -> str | None:
     results = handmade.write(root, *records)
-    return Kin(results, implied.rungs(RUNS.values())).witness(harder.run_id)
+    return Kin(results, implied.rungs(runs.values())).witness(harder.run_id)
 
 
-def at(**changes: Any) -> Run:
+def at(runs: dict[Place, Run] = RUNS, **changes: Any) -> Run:
     """The run at EASY's place but for these."""
     names = ("target", "hardware", "recipe", "num_gpus", "sequence_length", "micro_batch", "repeat")
-    return RUNS[tuple((dict(zip(names, EASY, strict=True)) | changes).values())]  # type: ignore[index]
+    return runs[tuple((dict(zip(names, EASY, strict=True)) | changes).values())]  # type: ignore[index]
 
 
 # --- what is implied -------------------------------------------------------------------------------------------------
@@ -148,12 +150,131 @@ def test_a_damaged_record_proves_nothing(tmp_path: Path) -> None:
         assert Kin(results, implied.rungs(RUNS.values())).witness(at(sequence_length=256).run_id) is None
 
 
+# --- fewer GPUs ------------------------------------------------------------------------------------------------------
+
+SHARDING: dict[str, list[str]] = {
+    "zero1": ["zero1"],
+    "zero2": ["zero2"],
+    "zero3": ["zero3"],
+    "fsdp": ["fsdp"],
+    "lora-zero3": ["lora", "zero3"],
+    "lora-fsdp": ["lora", "fsdp"],
+    "zero3-states-away": ["zero3", "offload_optimizer"],
+    "zero3-weights-away": ["zero3", "offload_param"],
+}
+"""Recipes of which each rank has less on its device the more ranks there are."""
+NOT_SHARDING: dict[str, list[str]] = {
+    "full": [],
+    "lora": ["lora"],
+    "lora-zero1": ["lora", "zero1"],
+    "lora-zero2": ["lora", "zero2"],
+    "zero1-away": ["zero1", "offload_optimizer"],
+    "zero2-away": ["zero2", "offload_optimizer"],
+    "zero3-away": ["zero3", "offload_optimizer", "offload_param"],
+    "lora-zero3-away": ["lora", "zero3", "offload_param"],
+    "fsdp-away": ["fsdp", "offload_param"],
+}
+SHARED = runs_of(
+    handmade.study(
+        models={"tiny": handmade.LLAMA},
+        hardware={"cpu": {"memory_gib": 16.0}},
+        recipes=SHARDING | NOT_SHARDING,
+        grid=[
+            {
+                "targets": "tiny",
+                "hardware": "cpu",
+                "recipes": [*SHARDING, *NOT_SHARDING],
+                "num_gpus": [1, 2, 4, 8],
+                "sequence_length": [64, 128, 256],
+                "per_device_train_batch_size": [1, 2, 4],
+            }
+        ],
+        training={"effective_batch_size": 16},
+    )
+)
+
+
+def on_fewer(root: Path, of: dict[str, Any], harder: dict[str, Any], *records: Record) -> bool:
+    one, other = (at(SHARED, micro_batch=1, **settings) for settings in (of, harder))
+    found = witness(root, other, ended(one), *records, runs=SHARED)
+    assert found in (None, one.run_id)
+    return found is not None
+
+
+@pytest.mark.parametrize("recipe", [*SHARDING, *NOT_SHARDING])
+def test_fewer_gpus_are_harder_where_shards_grow_on_their_devices(tmp_path: Path, recipe: str) -> None:
+    on_eight: Any = {"recipe": recipe, "num_gpus": 8}
+    for num_gpus in (2, 4):
+        assert on_fewer(tmp_path, on_eight, {"recipe": recipe, "num_gpus": num_gpus}) == (recipe in SHARDING)
+    assert not on_fewer(tmp_path, on_eight, {"recipe": recipe, "num_gpus": 1}), "it gathers nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_implied"),
+    [
+        ({"num_gpus": 2, "sequence_length": 256}, True),
+        ({"num_gpus": 2, "sequence_length": 64}, False),
+        ({"num_gpus": 8, "sequence_length": 256}, False),
+        ({"num_gpus": 2, "recipe": "zero3"}, False),
+    ],
+    ids=str,
+)
+def test_fewer_gpus_and_the_other_axes(tmp_path: Path, settings: dict[str, Any], is_implied: bool) -> None:
+    assert on_fewer(tmp_path, {"recipe": "zero2", "num_gpus": 4}, {"recipe": "zero2"} | settings) == is_implied
+
+
+@pytest.mark.parametrize("ending", [{"fragmented": True}, {"phase": "evaluate"}, {"status": "host_oom"}], ids=str)
+def test_fewer_gpus_need_a_witness_as_good(tmp_path: Path, ending: dict[str, Any]) -> None:
+    one, other = (at(SHARED, recipe="zero3", num_gpus=number) for number in (8, 4))
+    assert witness(tmp_path, other, ended(one, **ending), runs=SHARED) is None
+    assert witness(tmp_path, other, ended(one), handmade.completed(at(SHARED, recipe="zero3", num_gpus=2), 1.0),
+                   runs=SHARED) is None  # fmt: skip
+
+
+def test_on_fewer_gpus_a_run_may_accumulate_where_its_witness_does_not(tmp_path: Path) -> None:
+    """16 sequences: 4 on each of four GPUs is a single pass, on two it is two of them. The other way round nothing
+    follows: 2 on each of four GPUs is two passes, and a single one of 8 may need less."""
+    easy, hard = (at(SHARED, recipe="zero2", num_gpus=number, micro_batch=4) for number in (4, 2))
+    assert (easy.gradient_accumulation_steps, hard.gradient_accumulation_steps) == (1, 2)
+    assert witness(tmp_path, hard, ended(easy), runs=SHARED) == easy.run_id
+    whole = Rung.of(hard.model_copy(update={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}))
+    passes = Rung.of(at(SHARED, recipe="zero2", num_gpus=4, micro_batch=2))
+    assert passes.gradient_accumulation_steps == 2
+    assert not whole.needs_as_much_as(passes)
+    assert whole.needs_as_much_as(Rung.of(easy))
+
+
+def test_the_largest_that_fits_decides_about_every_size_on_fewer_gpus() -> None:
+    """Whatever is planned for them, as `micro_batch` would try it."""
+    searched = {"per_device_train_batch_size": "max", "gradient_accumulation_steps": None}
+    on_eight, on_four = (
+        Rung.of(at(SHARED, recipe="zero3", num_gpus=number).model_copy(update=searched)) for number in (8, 4)
+    )
+    assert on_four.is_harder_than(on_eight)
+    for size in (1, 2, 4):
+        sized = Rung.of(at(SHARED, recipe="zero3", num_gpus=4, micro_batch=size))
+        assert sized.is_harder_than(on_eight)
+        assert not on_four.needs_as_much_as(Rung.of(at(SHARED, recipe="zero3", num_gpus=8, micro_batch=size)))
+
+
+def test_other_nodes_are_another_kind() -> None:
+    """Communication between nodes has buffers of its own."""
+    runs = [
+        at(SHARED, recipe="zero3", num_gpus=number).model_copy(update={"nodes": nodes})
+        for number, nodes in ((8, 2), (8, 1), (4, 1))
+    ]
+    two, one, four = implied.rungs(runs)
+    assert [two, one, four] == [Rung.of(run) for run in runs]
+    assert two.kind != one.kind == four.kind
+
+
 rung_strategy = st.builds(
     Rung,
     run_id=st.just("x"),
     kind=st.sampled_from("ab"),
     sequence_length=st.integers(1, 3),
     per_device_train_batch_size=st.sampled_from([1, 2, 3, "max"]),
+    num_gpus=st.integers(1, 3),
     gradient_accumulation_steps=st.integers(1, 3),
 )
 
@@ -169,6 +290,7 @@ def test_being_harder_is_a_strict_order(a: Rung, b: Rung, c: Rung) -> None:
     if a.is_harder_than(b):
         assert a.kind == b.kind
         assert a.sequence_length >= b.sequence_length
+        assert a.num_gpus <= b.num_gpus
         assert not b.needs_as_much_as(a)
 
 
@@ -179,12 +301,54 @@ def test_kinds_are_told_apart_by_all_that_defines_a_run() -> None:
         same = rungs[RUNS[one].run_id].kind == rungs[RUNS[other].run_id].kind
         assert same == (one[:4] == other[:4])
     for run in RUNS.values():
-        assert rungs[run.run_id] == Rung.of(run.model_dump(mode="json"))
+        assert rungs[run.run_id] == Rung.of(run)
     longer = runs_of(handmade.study(**CONFIG | {"protocol": {"num_timed_steps": 9}}))[EASY]
-    assert Rung.of(longer.model_dump(mode="json")).kind != rungs[RUNS[EASY].run_id].kind
+    assert Rung.of(longer).kind != rungs[RUNS[EASY].run_id].kind
 
 
 # --- in a study ------------------------------------------------------------------------------------------------------
+
+
+def test_more_gpus_that_shard_go_first_in_the_study(tmp_path: Path) -> None:
+    """What priorities are made of, and what `before_submit` waits for."""
+    config = handmade.study(
+        hardware={"cpu": {"memory_gib": 16.0}},
+        recipes={"zero3": ["zero3"], "ddp": ["ddp"]},
+        grid=[
+            {
+                "targets": "tiny",
+                "hardware": "cpu",
+                "recipes": ["zero3", "ddp"],
+                "num_gpus": [1, 2, 4, 8],
+                "sequence_length": 128,
+            }
+        ],
+    )
+    opened = study.open_study(config.model_dump(mode="json"), Results(tmp_path))
+    by_place = {(run.recipe, run.num_gpus): run.run_id for run in map(opened.run, opened.planned)}
+    assert {place: opened.number_of_easier(run_id) for place, run_id in by_place.items()} == {
+        **dict.fromkeys((("ddp", number) for number in (1, 2, 4, 8)), 0),
+        ("zero3", 8): 0,
+        ("zero3", 4): 1,
+        ("zero3", 2): 2,
+        ("zero3", 1): 0,
+    }
+    study.write_plan(opened)
+    end(opened, by_place["zero3", 4])
+    again = study.open_study(config.model_dump(mode="json"), Results(tmp_path))
+    assert again.implied == {by_place["zero3", 2]: by_place["zero3", 4]}
+
+
+def test_a_plan_of_an_older_form_decides_nothing_and_is_written_anew(planned: Study) -> None:
+    """Jobs see the plan alone; the digest is of all that it says, and another one makes Snakemake write it."""
+    written = json.loads(planned.results.plan.read_text())
+    assert planned.plan_digest == run_module.digest([written, None], 16)
+    (*_, last) = planned.planned
+    assert implied.kin(planned.results).easier(last)
+    for one in written["runs"]:
+        del one["num_gpus"]
+    planned.results.plan.write_text(json.dumps(written))
+    assert implied.kin(planned.results).easier(last) == []
 
 
 @pytest.fixture
@@ -231,7 +395,7 @@ def test_switched_off_they_are_trained_and_the_records_kept_aside(planned: Study
     short, middle, long = planned.planned
     end(planned, short)
     study.write_plan(again(planned))
-    off = again(planned, implied_oom=False)
+    off = again(planned, infer_oom=False)
     assert off.outdated == {middle, long}
     assert off.pending == (middle, long)
     assert off.plan_digest != planned.plan_digest
@@ -241,7 +405,7 @@ def test_switched_off_they_are_trained_and_the_records_kept_aside(planned: Study
     for run_id in (middle, long):
         assert not off.results.run(run_id).record.exists()
         assert record.read_record(off.results.run(run_id).superseded_record(1)).ending.status == "implied_oom"
-    assert again(planned, implied_oom=False).lost_files == []
+    assert again(planned, infer_oom=False).lost_files == []
     assert again(planned).implied == {middle: short, long: short}
 
 
@@ -309,10 +473,10 @@ def test_launch_asks_first_where_it_is_told_to(planned: Study) -> None:
         command = [sys.executable, "-m", "finetune_study.launch", str(planned.results.run(run_id).run_yaml)]
         return subprocess.run([*command, *arguments], capture_output=True, text=True)
 
-    answer = launch(middle, "--if-needed", "--implied-oom")
+    answer = launch(middle, "--if-needed", "--infer-oom")
     assert (answer.returncode, answer.stdout) == (0, f"{middle}: implied_oom by {short}\n")
     assert outcome_of(planned, middle).witness == short
     assert launch(long, "--if-needed").returncode == 1
     assert "is not prepared" in record.read_failure(planned.results.run(long).failure).cause
-    study.write_plan(again(planned, implied_oom=False))
-    assert launch(long, "--if-needed", "--implied-oom").returncode == 1
+    study.write_plan(again(planned, infer_oom=False))
+    assert launch(long, "--if-needed", "--infer-oom").returncode == 1

@@ -50,7 +50,7 @@ def test_longer_context_is_not_trained_after_a_shorter_one_ran_out(fresh: Workpl
     assert "implied out of memory" in (fresh.results / "report" / "index.html").read_text()
     assert fresh.planned() == {}
 
-    change(fresh, implied_oom=False)
+    change(fresh, infer_oom=False)
     assert fresh.planned() == {"plan": 1, "prepare_data": 1, "finetune": 1, **REPORTING}
     answer = fresh.snakemake()
     assert answer.returncode == 0, answer.stdout
@@ -61,7 +61,7 @@ def test_longer_context_is_not_trained_after_a_shorter_one_ran_out(fresh: Workpl
     assert fresh.planned() == {}
 
     # Measured by now, it stays.
-    change(fresh, implied_oom=True)
+    change(fresh, infer_oom=True)
     assert "finetune" not in fresh.planned()
 
 
@@ -87,7 +87,7 @@ def test_implied_runs_are_trained_when_somebody_asks_or_their_witness_is_gone(ra
     assert ran_out.planned(*asked) == {"request_remeasure": 1, "finetune": 1, **REPORTING}
     said = ran_out.snakemake("--dry-run", "--printshellcmds", "--workflow-profile", "none", *asked).stdout
     assert "--if-needed" in said
-    assert "--implied-oom" not in said
+    assert "--infer-oom" not in said
 
     ran_out.record("_s64_").unlink()
     assert ran_out.planned() == {"plan": 1, "finetune": 2, **REPORTING}

@@ -190,12 +190,10 @@ def get_plan(wildcards):
     return plan if wildcards.run_id in STUDY.outdated else ancient(plan)
 
 
-def get_implied_oom(wildcards):
+def get_infer_oom(wildcards):
     """Whether an easier run may decide about this one; not where somebody asked to measure it."""
     asked_for = wildcards.run_id in STUDY.remeasured
-    return (
-        "--implied-oom" if STUDY.config.protocol.implied_oom and not asked_for else ""
-    )
+    return "--infer-oom" if STUDY.config.protocol.infer_oom and not asked_for else ""
 
 
 def get_remeasured(wildcards):

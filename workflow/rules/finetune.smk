@@ -46,7 +46,7 @@ rule finetune:
         allocation=get_allocation,
         places=get_places,
         time_limit_minutes=STUDY.config.protocol.time_limit_minutes,
-        implied_oom=get_implied_oom,
+        infer_oom=get_infer_oom,
         memory_snapshot=(
             "--memory-snapshot" if STUDY.config.protocol.memory_snapshot else ""
         ),
@@ -54,4 +54,4 @@ rule finetune:
         "rm -f {input.request:q};"
         " {params.interpreter} -m finetune_study.launch {params.run:q} --if-needed"
         " --time-limit-minutes {params.time_limit_minutes} --allocation {params.allocation:q}"
-        " {params.implied_oom} {params.memory_snapshot} {params.places}"
+        " {params.infer_oom} {params.memory_snapshot} {params.places}"

@@ -146,6 +146,17 @@ def reasons(recipe: Techniques, hardware: "Hardware") -> Iterator[str]:
             yield reason
 
 
+def shards(recipe: Techniques) -> bool:
+    """Whether each device holds less of the model's states the more devices there are.
+
+    Where weights are frozen, gradients and optimizer states are those of adapters: too little to count.
+    """
+    offloaded = {state for technique in recipe.values() for state in technique.offloads(recipe)}
+    sharded = {state for technique in recipe.values() for state in technique.shards} - offloaded
+    frozen = any(technique.freezes_weights for technique in recipe.values())
+    return "weights" in sharded if frozen else bool(sharded)
+
+
 def why_not_run(run: "Run") -> str | None:
     """Why a run's techniques can't do this very run, whatever the hardware; None when nothing speaks against it."""
     reasons = (technique.why_not_run(run) for technique in run.parsed_techniques.values())

@@ -3,11 +3,9 @@
 import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finetune_study.techniques.base import Kind, Recipe, Technique
-from finetune_study.techniques.gradient_checkpointing import GradientCheckpointing
+from finetune_study.techniques.base import Kind, Technique
 
 if TYPE_CHECKING:
-    from finetune_study.config import Hardware
     from finetune_study.run import Run
 
 
@@ -23,15 +21,6 @@ class ActivationOffload(Technique):
 
     pin_memory: bool = False
     """Page-locked host memory: faster transfers, but it can't be swapped."""
-
-    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        checkpointing = recipe.get("gradient_checkpointing")
-        if isinstance(checkpointing, GradientCheckpointing) and not checkpointing.use_reentrant:
-            return (
-                "torch's non-reentrant checkpoints keep a layer's input where save_on_cpu does not see it, so nothing "
-                "would be offloaded: set gradient_checkpointing.use_reentrant: true"
-            )
-        return None
 
     def is_exported(self) -> bool:
         return False

@@ -1,7 +1,7 @@
 """What every technique says of itself, and where it takes hold of a run."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from finetune_study.section import Section
 
@@ -31,6 +31,11 @@ on when training starts, sequences is how the data was laid out. A recipe holds 
 methods that the library itself puts side by side (`beside`)."""
 
 
+ModelState = Literal["weights", "gradients", "optimizer states"]
+
+MODEL_STATES: frozenset[ModelState] = frozenset(get_args(ModelState))
+
+
 class Technique(Section):
     """One optimization. Its fields are its settings, in the spelling of the library that applies them.
 
@@ -51,6 +56,8 @@ class Technique(Section):
     """What it imports beside the packages that all training uses."""
     freezes_weights: ClassVar[bool] = False
     """The model's own weights are not trained, and can be held in 16 bit."""
+    shards: ClassVar[frozenset[ModelState]] = frozenset()
+    """Of these each device holds a part: the smaller, the more devices there are."""
     is_deepspeed: ClassVar[bool] = False
     """DeepSpeed's engine runs the steps."""
     effect: ClassVar[str]
@@ -65,6 +72,10 @@ class Technique(Section):
     def why_not_run(self, run: "Run") -> str | None:
         """Why it can't do this run, where that depends on more than hardware and recipe; None when it can."""
         return None
+
+    def offloads(self, recipe: "Recipe") -> frozenset[ModelState]:
+        """What stays outside the device."""
+        return frozenset()
 
     def packages_needed(self) -> tuple[str, ...]:
         """What has to be importable where it runs, by the names of imports."""

@@ -21,8 +21,14 @@ class Fp8(Technique):
     kind: ClassVar[Kind] = "precision"
     packages: ClassVar[tuple[str, ...]] = ("torchao",)
     excludes: ClassVar[dict[str, str]] = {
-        "qlora": "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape",
-        "adalora": "peft's AdaLoRA changes the output of a layer in place, which torch forbids for torchao's layers",
+        "qlora": (
+            "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape (mat1 and "
+            "mat2 shapes cannot be multiplied)"
+        ),
+        "adalora": (
+            "peft's AdaLoRA changes the output of a layer in place, which torch forbids for torchao's layers (is a "
+            "view and is being modified inplace)"
+        ),
     }
     effect: ClassVar[str] = (
         "memory: as bf16; "

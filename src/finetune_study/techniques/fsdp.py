@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.base import MODEL_STATES, Kind, ModelState, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -13,9 +13,7 @@ class Fsdp(Technique):
 
     name: ClassVar[str] = "fsdp"
     kind: ClassVar[Kind] = "sharding"
-    excludes: ClassVar[dict[str, str]] = {
-        "muon": "torch.optim.Muon needs whole matrices, and FSDP2 gives it shards: use ddp",
-    }
+    shards: ClassVar[frozenset[ModelState]] = MODEL_STATES
     effect: ClassVar[str] = (
         "memory: everything divided by the number of devices; speed: weights travel in every pass; quality: unchanged"
     )

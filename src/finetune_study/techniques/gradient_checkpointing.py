@@ -37,7 +37,8 @@ class GradientCheckpointing(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.every == "sqrt" and "fsdp" in recipe:
             return (
-                "FSDP2 gathers a layer's weights around the call of this layer, and a group runs as one: use every: 1"
+                "torch: aten.mul.Tensor got mixed torch.Tensor and DTensor, since FSDP2 gathers a layer's weights "
+                "around the call of this layer, and a group runs as one: use every: 1"
             )
         return None
 

@@ -15,7 +15,8 @@ def joined(parts: list[Any], *, steps: bool = True) -> Any:
     class Joined(torch.optim.Optimizer):
         def __init__(self) -> None:
             self.parts = parts
-            super().__init__([group for part in parts for group in part.param_groups], {})
+            groups = [group | {"part": number} for number, part in enumerate(parts) for group in part.param_groups]
+            super().__init__(groups, {})
 
         @property
         def state(self) -> Any:
@@ -26,10 +27,13 @@ def joined(parts: list[Any], *, steps: bool = True) -> Any:
             """The states are those of the parts."""
 
         def follow_schedule(self) -> None:
-            """A schedule writes to this optimizer's groups, which accelerate replaced when it wrapped it."""
-            groups = iter(self.param_groups)
+            """A schedule writes to this optimizer's groups, which accelerate replaced when it wrapped it.
+
+            There may be less of them: DeepSpeed steps one group at a time."""
             for part in self.parts:
-                part.param_groups = [next(groups) for _ in part.param_groups]
+                part.param_groups = []
+            for group in self.param_groups:
+                self.parts[group["part"]].param_groups.append(group)
 
         def step(self, closure: Any = None) -> None:
             self.follow_schedule()

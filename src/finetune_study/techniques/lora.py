@@ -1,6 +1,6 @@
 """Low-rank adaptation, by peft."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -10,6 +10,7 @@ from finetune_study.techniques.peft_method import MIXED, PeftMethod
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
 
 class Lora(PeftMethod):
@@ -47,6 +48,14 @@ class Lora(PeftMethod):
 
     def packages_needed(self) -> tuple[str, ...]:
         return (*self.packages, *(("bitsandbytes", "scipy") if self.init_lora_weights == "loftq" else ()))
+
+    def peft_settings(self, run: "Run") -> dict[str, Any]:
+        settings = super().peft_settings(run)
+        if self.init_lora_weights == "loftq":
+            import peft
+
+            settings["loftq_config"] = peft.LoftQConfig()  # peft asks for it, and has defaults: 4 bits, one iteration
+        return settings
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.init_lora_weights == "loftq" and hardware.device == "cpu":

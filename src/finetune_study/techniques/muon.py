@@ -10,10 +10,17 @@ from finetune_study.techniques.joined import joined
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
+_ITS_OWN = (
+    "use ddp; the Muon that DeepSpeed brings for ZeRO (MuonWithAuxAdam) has other settings in a configuration of its "
+    "own, and is not offered"
+)
 _FLAT = (
-    "torch: Param gradient must be a 2D matrix, and under ZeRO torch.optim.Muon gets flat pieces of weights: use ddp; "
-    "the Muon that DeepSpeed brings for ZeRO (MuonWithAuxAdam) has other settings in a configuration of its own, and "
-    "is not offered"
+    "torch: Param gradient must be a 2D matrix, and under ZeRO torch.optim.Muon gets flat pieces of weights: "
+    f"{_ITS_OWN}"
+)
+_EMPTY = (
+    "under ZeRO-3 weights are empty until their layer's turn, so that none is a matrix and all would be AdamW's, "
+    f"silently: {_ITS_OWN}"
 )
 
 
@@ -22,7 +29,7 @@ class Muon(Technique):
 
     name: ClassVar[str] = "muon"
     kind: ClassVar[Kind] = "optimizer"
-    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), _FLAT)
+    excludes: ClassVar[dict[str, str]] = {**dict.fromkeys(("zero1", "zero2"), _FLAT), "zero3": _EMPTY}
     effect: ClassVar[str] = (
         "memory: 4 bytes of states instead of 8 for most weights; "
         "speed: a step costs matrix products; "

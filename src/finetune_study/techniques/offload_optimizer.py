@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from finetune_study.section import LATER
-from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.base import Kind, ModelState, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -42,6 +42,10 @@ class OffloadOptimizer(Technique):
                 "DeepSpeed: Master weights feature requires DeepSpeedCPUAdam, an op that a CPU study does not compile"
             )
         return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
+
+    def offloads(self, recipe: Recipe) -> frozenset[ModelState]:
+        # Gradients follow the states that they update (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py).
+        return frozenset({"optimizer states", "gradients"})
 
     def deepspeed(self, device: str) -> dict[str, Any]:
         part: dict[str, Any] = {"zero_optimization": {"offload_optimizer": self.model_dump()}}

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.base import MODEL_STATES, Kind, ModelState, Recipe, Technique
 from finetune_study.techniques.offload_optimizer import why_not_nvme
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ class OffloadParam(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
+
+    def offloads(self, recipe: Recipe) -> frozenset[ModelState]:
+        return MODEL_STATES if "fsdp" in recipe else frozenset({"weights"})
 
     def deepspeed(self, device: str) -> dict[str, Any]:
         return {"zero_optimization": {"offload_param": self.model_dump(exclude_none=True)}}

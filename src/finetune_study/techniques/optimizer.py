@@ -114,7 +114,8 @@ class PagedAdamw8bit(_Bitsandbytes):
 
 
 _ONE_DIMENSION = (
-    "projects gradients of whole matrices, and DeepSpeed gives an optimizer flat pieces of all weights: use ddp"
+    "projects gradients of whole matrices (tuple index out of range), and DeepSpeed gives an optimizer flat pieces of "
+    "all weights: use ddp"
 )
 
 

@@ -8,7 +8,10 @@ from finetune_study.techniques.joined import joined
 if TYPE_CHECKING:
     from finetune_study.run import Run
 
-_OWN_STEP = "DeepSpeed's engine makes the step itself, after the whole backward pass: use one device, or leave one out"
+_OWN_STEP = (
+    "DeepSpeed makes the step itself, after the whole backward pass, and misses the states of its own copies of the "
+    "weights (KeyError in lazy_init_hp_params_optimizer_state): use one device, or leave one out"
+)
 
 
 class OptimizerInBackward(Technique):
@@ -17,12 +20,19 @@ class OptimizerInBackward(Technique):
     name: ClassVar[str] = "optimizer_in_backward"
     kind: ClassVar[Kind] = "optimizer step"
     excludes: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("zero1", "zero2", "zero3"), _OWN_STEP),
+        **dict.fromkeys(("zero1", "zero2"), _OWN_STEP),
+        "zero3": "DeepSpeed's ZeRO-3 keeps all gradients, and no weight would be updated, silently: leave one out",
         "ddp": "gradients would be used before DDP has summed them over the devices: use one device",
         "fsdp": "gradients would be used before they are summed over the devices: use one device",
-        "fp16": "loss scaling looks at all gradients before a step, and here there is never more than one: use bf16",
-        **dict.fromkeys(("galore_adamw", "apollo_adamw"), "transformers makes it for a whole model, not for a weight"),
-        "muon": "it is two optimizers for different weights: use another one",
+        "fp16": (
+            "torch's loss scaling looks at all gradients before a step, and here they are gone by then (No inf checks "
+            "were recorded for this optimizer): use bf16"
+        ),
+        **dict.fromkeys(
+            ("galore_adamw", "apollo_adamw"),
+            "transformers makes it for a whole model, not for a weight (You need to pass a model): use another one",
+        ),
+        "muon": "torch: Muon only supports 2D parameters, and here each weight has an optimizer alone: use another one",
     }
     effect: ClassVar[str] = (
         "memory: gradients of one layer instead of all; "

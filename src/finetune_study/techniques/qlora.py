@@ -57,7 +57,7 @@ class Qlora(Lora):
         }
 
     def peft_settings(self, run: "Run") -> dict[str, Any]:
-        return self.model_dump(exclude=set(_QUANTISATION))
+        return {name: value for name, value in super().peft_settings(run).items() if name not in _QUANTISATION}
 
     def wrap(self, model: Any, run: "Run") -> Any:
         import peft

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.base import MODEL_STATES, Kind, ModelState, Recipe, Technique
 
 
 class Ddp(Technique):
@@ -44,6 +44,7 @@ class Zero1(_Zero):
 
     name: ClassVar[str] = "zero1"
     stage: ClassVar[int] = 1
+    shards: ClassVar[frozenset[ModelState]] = frozenset({"optimizer states"})
     effect: ClassVar[str] = (
         "memory: optimizer states divided by the number of devices; speed: about as ddp; quality: unchanged"
     )
@@ -54,6 +55,7 @@ class Zero2(_Zero):
 
     name: ClassVar[str] = "zero2"
     stage: ClassVar[int] = 2
+    shards: ClassVar[frozenset[ModelState]] = frozenset({"optimizer states", "gradients"})
     effect: ClassVar[str] = (
         "memory: optimizer states and gradients divided by the number of devices, plus buckets; "
         "speed: about as ddp; "
@@ -66,6 +68,7 @@ class Zero3(_Zero):
 
     name: ClassVar[str] = "zero3"
     stage: ClassVar[int] = 3
+    shards: ClassVar[frozenset[ModelState]] = MODEL_STATES
     effect: ClassVar[str] = (
         "memory: everything divided by the number of devices; "
         "speed: slower, since weights travel in every pass; "
