@@ -72,7 +72,7 @@ def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -
             ),
             only("datum.second", layer("cells", first | {"dy": -8}, **place, text=field("first", "N"))),
             only("!datum.second", layer("cells", first, **place, text=field("first", "N"))),
-            layer("cells", text | {"dy": 7, "fontSize": 10.5, "color": MUTED}, **place, text=field("second", "N")),
+            layer("cells", text | {"dy": 7, "color": MUTED}, **place, text=field("second", "N")),
         ],
         "width": round(max(1, columns) * width),
         "height": height,
