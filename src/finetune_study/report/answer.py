@@ -99,14 +99,15 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
     )
     verdicts = Counter(one.verdict for one in recommendations)
     open_ones = verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"]
-    sure = (
-        f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, "
-        f"{verdicts['tie']} are ties and {open_ones} lack data"
-    )
-    if verdicts["contradictory"]:
-        sure += f", in {verdicts['contradictory']} repeats contradict each other"
-    if verdicts["nothing_fits"]:
-        sure += f" ({verdicts['nothing_fits']} times nothing fits)"
+    counts = {
+        "clear": verdicts["ranked"] + verdicts["only_one_fits"],
+        "tied": verdicts["tie"],
+        "open for want of data": open_ones,
+        "open since repeats contradict each other": verdicts["contradictory"],
+        "that nothing fits": verdicts["nothing_fits"],
+    }
+    found = ", ".join(f"{number} {words}" for words, number in counts.items() if number)
+    sure = f"{len(recommendations)} {'verdict' if len(recommendations) == 1 else 'verdicts'}: {found}"
     if dollars:
         cost = _range([(f"{show(value)} US dollars", place) for value, place in dollars])
     elif hours:

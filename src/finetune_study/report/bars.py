@@ -62,7 +62,8 @@ def recipes(pair: Pair) -> Figure | None:
         chart,
         f"Memory and time per recipe: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}",
         {"marks": marks, "shares": shares, "limit": [{"limit": pair.limit}]},
-        f"{' and '.join(columns)}{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
+        f"{'Memory that tensors take' if pair.device == 'cuda' else 'Memory in use'}"
+        f"{''.join(f' ({name})' for name in columns)}; dashed: the device's {show(pair.limit, 'GiB')}."
         + (" Diamonds: predicted before the run." if predicted else ""),
     )
 
