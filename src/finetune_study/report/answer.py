@@ -36,7 +36,8 @@ def _default(defaults: list[Default]) -> str:
     first = "The fastest recipe that fits" + "".join(doubts) + ("," if doubts else "")
     nothing = [one for one in defaults if one.recommendation.verdict == "nothing_fits"]
     beside = f"; nothing tried fits {joined(_where(one) for one in nothing[:3])}{_more(nothing[3:])}" if nothing else ""
-    return f"{first} is {'; '.join(parts)}{f'; and others in {rest} more cases' if rest else ''}{beside}."
+    others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
+    return f"{first} is {'; '.join(parts)}{others}{beside}."
 
 
 def _where(one: Default) -> str:
