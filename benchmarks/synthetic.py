@@ -321,6 +321,7 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
             "peak_reserved_bytes": int(reserved * GIB),
             "peak_device_used_bytes": int((reserved + KERNELS_GIB) * GIB),
             "peak_rss_bytes": int((6 + on_host) * GIB),
+            "peak_allocated_bytes_by_phase": _by_phase(parts, allocated),
         },
         "evaluations": {
             "before": 3.1,
@@ -338,6 +339,15 @@ def _record(run: Run, node: int, slower: float, number: int, draw: random.Random
         "energy_joules": 330.0 * sum(s["seconds"] for s in steps if s["timed"]),
     }
     return Record(**about, ending=ending, duration_seconds=duration, ranks=[rank] * run.num_gpus)
+
+
+def _by_phase(parts: dict[str, float], allocated: float) -> dict[str, int]:
+    """Bytes: weights when it is loaded, then all but gradients, all, and all but activations."""
+    there = parts | {"kernels": 0.0}
+    scale = allocated / sum(there.values())
+    without = {"forward": "gradients", "backward": None, "optimizer": "activations"}
+    peaks = {phase: sum(v for name, v in there.items() if name != left_out) for phase, left_out in without.items()}
+    return {phase: int(gib * scale * GIB) for phase, gib in ({"load": parts["weights"]} | peaks).items()}
 
 
 def _out_of_memory(parts: dict[str, float], limit: float, draw: random.Random) -> Ending:
@@ -403,7 +413,8 @@ def write(folder: Path, repeats: int = 3, seed: int = 0, *, complete: bool = Fal
                 billing[document.slurm_job_id] = BILLING_UNITS[planned.run.hardware.name] * planned.run.num_gpus
         elif document is not None:
             write_failure(paths, document)
-        guess = {name: round(value * math.exp(draw.gauss(0, 0.05)), 3) for name, value in prior(planned.run).items()}
+        error = {"gib": math.exp(draw.gauss(0, 0.05)), "seconds": math.exp(draw.gauss(0, 0.05))}
+        guess = {name: round(v * error[name.rpartition("_")[2]], 3) for name, v in prior(planned.run).items()}
         paths.prior.write_text(json.dumps(guess))
     write_atomically(results.accounting, json.dumps({"format": accounting.FORMAT, "billing_units": billing}))
     return config
@@ -411,9 +422,12 @@ def write(folder: Path, repeats: int = 3, seed: int = 0, *, complete: bool = Fal
 
 def prior(run: Run) -> dict[str, float]:
     """A forecast that knows the formulas, by the columns of the outcomes."""
+    parts = memory_gib(run)
+    names = {"weights": "parameters", "optimizer states": "optimizer", "kernels": "context"}
     return {
-        "predicted_peak_memory_allocated_gib": sum(memory_gib(run).values()) - KERNELS_GIB,
+        "predicted_peak_memory_allocated_gib": sum(parts.values()) - KERNELS_GIB,
         "predicted_step_time_seconds": step_seconds(run),
+        **{f"predicted_memory_{names.get(name, name)}_gib": gib for name, gib in parts.items()},
     }
 
 

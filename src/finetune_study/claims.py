@@ -1,6 +1,6 @@
 """What the literature claims, checked on this study's own numbers, and the decision tree walked with them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -466,8 +466,8 @@ _LADDER: tuple[tuple[str, frozenset[str]], ...] = (
     ("Quantized weights (costs throughput: only where it must be)", frozenset({"qlora"})),
 )
 """What each rung adds to save memory of weights, gradients and optimizer states, from the fastest on."""
-_FASTEST = "The fastest of all recipes that fit there"
-"""The last rung, where it is not what the ladder stopped at: what is recommended."""
+_NAMED = "Of all recipes that fit there, the one that is recommended"
+"""The last rung, where it is not what the ladder stopped at."""
 
 
 def _of_kinds(*kinds: str) -> frozenset[str]:
@@ -480,11 +480,18 @@ _ACTIVATIONS = _of_kinds("activations", "activation offload") | {
 }
 
 
-def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float, shortest: int | None = None) -> Walk:
+def walk(
+    rows: list[Row],
+    num_gpus: int,
+    nodes: int,
+    limit: float,
+    shortest: int | None = None,
+    named: Mapping[int, tuple[str, str]] | None = None,
+) -> Walk:
     """The decision tree of the lectures: first weights, gradients, optimizer; then activations.
 
     Each rung is answered by every recipe that shards, offloads and trains as it says, whatever else it has; the walk
-    ends in the fastest recipe that fits, so that it names what is recommended.
+    ends in what is recommended there.
 
     Args:
         rows: each configuration of one target on one hardware (`table.SCHEMA`).
@@ -492,6 +499,7 @@ def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float, shortest: int
         nodes: that they are on.
         limit: memory of a device, GiB.
         shortest: the context to start at; default: the shortest that is planned there.
+        named: recipe and micro-batch that are recommended at each context; default: the fastest that fits.
     """
     here = [row for row in rows if (row["num_gpus"], row["nodes"]) == (num_gpus, nodes)]
     contexts = sorted({row["sequence_length"] for row in here})
@@ -506,8 +514,9 @@ def walk(rows: list[Row], num_gpus: int, nodes: int, limit: float, shortest: int
         first.append(_step(question, _answer(there), limit))
         if first[-1].taken:
             break
-    chosen = _finished(first, short, limit)
-    second = _activations(here, contexts[-1], start, chosen, limit) if chosen is not None else []
+    named = named or {}
+    chosen = _finished(first, short, limit, named.get(start))
+    second = [] if chosen is None else _activations(here, contexts[-1], start, chosen, limit, named.get(contexts[-1]))
     return Walk(here[0]["target"], here[0]["hardware"], num_gpus, nodes, first, second)
 
 
@@ -515,14 +524,14 @@ def _step(question: str, row: Row | None, limit: float) -> Step:
     return Step(question, row, _room(row, limit), row is not None and completed_everywhere(row))
 
 
-def _finished(steps: list[Step], rows: list[Row], limit: float) -> Row | None:
-    """Ends a walk in the fastest of the rows, with one more step where it stopped at another or at none."""
-    fastest = _fastest(rows)
+def _finished(steps: list[Step], rows: list[Row], limit: float, named: tuple[str, str] | None) -> Row | None:
+    """Ends a walk in what is recommended of the rows, with one more step where it stopped at another or at none."""
+    chosen = next((row for row in rows if (row["recipe"], row["micro_batch"]) == named), None) or _fastest(rows)
     last = steps[-1] if steps else None
-    if fastest is not None and (last is None or not last.taken or last.row is not fastest):
+    if chosen is not None and (last is None or not last.taken or last.row is not chosen):
         steps[:] = [replace(step, taken=False) for step in steps]
-        steps.append(_step(_FASTEST, fastest, limit))
-    return fastest or (last.row if last is not None and last.taken else None)
+        steps.append(_step(_NAMED, chosen, limit))
+    return chosen or (last.row if last is not None and last.taken else None)
 
 
 def _fastest(rows: list[Row]) -> Row | None:
@@ -540,7 +549,9 @@ def _answer(rows: list[Row]) -> Row | None:
     return min(rows, key=lambda row: {*row["states"]} <= OPEN, default=None)
 
 
-def _activations(here: list[Row], longest: int, start: int, chosen: Row, limit: float) -> list[Step]:
+def _activations(
+    here: list[Row], longest: int, start: int, chosen: Row, limit: float, named: tuple[str, str] | None
+) -> list[Step]:
     states = techniques(chosen) & _STATES
     same = [row for row in here if techniques(row) & _STATES == states]
     at_longest = [row for row in here if row["sequence_length"] == longest]
@@ -557,7 +568,7 @@ def _activations(here: list[Row], longest: int, start: int, chosen: Row, limit: 
         steps.append(_step(f"Context {longest}: {words}", answer, limit))
         if steps[-1].taken:
             break
-    _finished(steps, at_longest, limit)
+    _finished(steps, at_longest, limit, named)
     larger = sorted(
         (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == start),
         key=micro_batch_order,

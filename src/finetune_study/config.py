@@ -1,7 +1,7 @@
 """The study's configuration, typed once: JSON schema and ``config/README.md`` are generated from it."""
 
 import difflib
-import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -25,12 +25,15 @@ from finetune_study import mig, techniques
 from finetune_study.errors import ConfigError
 from finetune_study.section import Section
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*")
-
 
 def _check_name(name: str) -> str:
-    if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"{name!r} can't be a folder's name: use lower-case letters, digits, '.' and '-'")
+    """Names become parts of folders, of which a file system may know two ways of writing as one: neither upper case nor
+    letters composed of several characters where there is one."""
+    plain = unicodedata.normalize("NFC", name.lower())
+    letters = [letter in ".-" or unicodedata.category(letter)[0] in "LMN" for letter in name]
+    if name != plain or not name or name[0] in ".-" or not all(letters):
+        allowed = "lower-case letters of any script, digits, '.' and '-'"
+        raise ValueError(f"{name!r} can't be a folder's name: use {allowed}")
     return name
 
 

@@ -213,7 +213,7 @@ def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
     minutes = max(MIN_MINUTES, math.ceil(60 * MARGIN * (epoch_hours or 0)))
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.from_string(_resource("job.sbatch.j2")).render(
-        name=f"{run.target}-{run.recipe}",
+        name=slurm.job_name(f"{run.target}-{run.recipe}"),
         nodes=run.nodes,
         gres=asked["gres"],
         cpus_per_task=asked["cpus_per_task"],

@@ -10,6 +10,7 @@ import polars as pl
 
 from finetune_study import accounting, micro_batch, ranks
 from finetune_study.config import Hardware
+from finetune_study.forecast import CATEGORIES
 from finetune_study.measure.peaks import peak_tflops
 from finetune_study.paths import Results
 from finetune_study.record import Record, read_record
@@ -17,12 +18,20 @@ from finetune_study.run import Run
 from finetune_study.sequences import steps_per_epoch
 from finetune_study.slurm import srun
 
-METRICS_VERSION = 4
+METRICS_VERSION = 5
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
 LOG_TAIL_LINES, LOG_TAIL_LETTERS = 10, 1000
 """Of a log in the report: there may be 100,000 of them in one page."""
+
+PHASES = {
+    "load": "while the model was loaded",
+    "forward": "in forward passes",
+    "backward": "in backward passes",
+    "optimizer": "in the optimizer's steps",
+}
+"""Phases whose peak is kept; the peak memory of a run is the largest of them."""
 
 COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "run_id": (pl.String, "Name of the run."),
@@ -68,6 +77,13 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
         "GPU: most memory in use on the device. CPU: most data memory of a rank above its baseline, which is what the "
         "budget limits. Largest rank, GiB.",
     ),
+    **{
+        f"peak_memory_{phase}_gib": (
+            pl.Float64,
+            f"Most memory {when}, in tensors, on a CPU in use; largest rank, GiB.",
+        )
+        for phase, when in PHASES.items()
+    },
     "peak_host_rss_gib": (pl.Float64, "Most resident memory, summed over the ranks, GiB."),
     "memory_budget_gib": (pl.Float64, "CPU: the budget of each rank, GiB."),
     "predicted_peak_memory_allocated_gib": (
@@ -75,6 +91,14 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
         "What was forecast before the run was submitted, GiB; on a CPU of peak_device_used_gib.",
     ),
     "predicted_peak_memory_reserved_gib": (pl.Float64, "The same for the allocator: the interval's upper end, GiB."),
+    **{
+        f"predicted_memory_{name}_gib": (
+            pl.Float64,
+            f"Of the predicted peak: {name}, GiB"
+            + ("; outside of what torch allocates on a GPU." if name == "context" else "."),
+        )
+        for name in CATEGORIES
+    },
     "predicted_step_time_seconds": (pl.Float64, "What was forecast for an optimizer step, seconds."),
     "predicted_memory_error_percent": (pl.Float64, "Predicted over measured peak memory, less one, per cent."),
     "predicted_step_time_error_percent": (pl.Float64, "Predicted over measured median step time, less one, per cent."),
@@ -244,6 +268,7 @@ def row(record: Record, price: float | None = None, prior: Mapping[str, float | 
         "peak_memory_allocated_gib": _gib(_most(record, "peak_allocated_bytes")),
         "peak_memory_reserved_gib": _gib(_most(record, "peak_reserved_bytes")),
         "peak_device_used_gib": _gib(_most(record, "peak_device_used_bytes")),
+        **{f"peak_memory_{phase}_gib": _gib(_most_in(record, phase)) for phase in PHASES},
         "peak_host_rss_gib": _gib(_total(record, "peak_rss_bytes")),
         "trainable_parameters": first.get("trainable_parameters"),
         "total_parameters": first.get("total_parameters"),
@@ -288,6 +313,7 @@ PREDICTED = (
     "predicted_peak_memory_allocated_gib",
     "predicted_peak_memory_reserved_gib",
     "predicted_step_time_seconds",
+    *(f"predicted_memory_{name}_gib" for name in CATEGORIES),
 )
 
 
@@ -373,6 +399,12 @@ def _most(record: Record, key: str) -> Any:
 
 
 _slowest = _most
+
+
+def _most_in(record: Record, phase: str) -> int | None:
+    """Peak memory of a phase, largest rank, bytes: in tensors where torch counts them, else in use on the device."""
+    ways = [_values(record, f"peak_{what}_bytes_by_phase") for what in ("allocated", "device_used")]
+    return max((peaks[phase] for peaks in ways[0] or ways[1] if phase in peaks), default=None)
 
 
 def _total(record: Record, key: str) -> Any:

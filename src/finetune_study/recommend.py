@@ -8,6 +8,7 @@ import polars as pl
 
 from finetune_study import table
 from finetune_study.cells import of_outcomes
+from finetune_study.claims import LITTLE
 from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
@@ -18,7 +19,7 @@ from finetune_study.section import Section
 from finetune_study.states import OPEN, ended_without, in_words
 from finetune_study.table import show
 
-FORMAT = 3
+FORMAT = 4
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
@@ -30,7 +31,8 @@ Verdict = Literal[
 ]
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
-    "tie": "Fastest by median, but for at least one other recipe the interval of the ratio holds 1.",
+    "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. Of those "
+    f"tied that are by median at most {LITTLE:.0%} slower, the one with the least peak memory is named.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
     f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
     f"{MIN_REPEATS} completed runs, too.",
@@ -107,7 +109,7 @@ class Evidence(Section):
 
 
 class Versus(Section):
-    """The fastest recipe against another one."""
+    """The fastest recipe by median against another one."""
 
     recipe: str
     ratio: float
@@ -132,9 +134,10 @@ class Recommendation(Section):
     sequence_length: int
     verdict: Verdict
     recipe: str | None
-    """The fastest by median; null where none can be named."""
+    """The fastest by median, in a tie the one of those tied with the least memory; null where none can be named."""
     per_device_train_batch_size: int | None
     tied_with: list[str]
+    """The others of a tie, the fastest by median first."""
     reason: str
     settled_by: list[str]
     """What would settle an open question: run_ids of planned runs first, then what to add."""
@@ -350,9 +353,35 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
         return "too_few_data", [best], f"{numbers}. {why}.{beside}", versus
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
-        names = ", ".join(one.recipe for one in tied)
-        return "tie", [best, *tied], f"{numbers}. No difference beyond the noise from {names}.{beside}", versus
+        named = _least_memory([best, *tied])
+        return "tie", named, f"{numbers}. {_tie(best, tied)} {_taken(named[0])}{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
+
+
+def _least_memory(tied: list[Evidence]) -> list[Evidence]:
+    """The recipes of a tie, the fastest by median first; then with the one first that is named.
+
+    Where times are alike, memory decides, as far as a reader sees it; where none is known, the fastest stays. A wide
+    interval holds much slower ones, too: those are tied for want of data, and not taken for their memory.
+    """
+    slowest = (tied[0].step_time_seconds_median or float("inf")) * (1 + LITTLE)
+
+    def memory(one: Evidence) -> float:
+        return float("inf") if one.peak_memory_gib_median is None else float(f"{one.peak_memory_gib_median:.3g}")
+
+    chosen = min((one for one in tied if (one.step_time_seconds_median or 0) <= slowest), key=memory)
+    return [chosen, *(one for one in tied if one is not chosen)]
+
+
+def _tie(best: Evidence, tied: list[Evidence]) -> str:
+    return f"A tie: no difference beyond the noise between {table.joined(one.recipe for one in (best, *tied))}."
+
+
+def _taken(chosen: Evidence) -> str:
+    if chosen.peak_memory_gib_median is None:
+        return f"Their memory is not known: {chosen.recipe}, the fastest by median, is named."
+    alike = f"of those at most {LITTLE:.0%} slower it takes least memory"
+    return f"{chosen.recipe} is named: {alike}, {show(chosen.peak_memory_gib_median, 'GiB')}."
 
 
 def _alone(
@@ -442,7 +471,7 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
     if undated and any("started" in lack for lack in lacking):
         steps.append(f"remeasure {', '.join(undated)}: when they started is not known")
     if verdict == "tie" and not steps:
-        steps.append("more repeats; or take the one with less memory")
+        steps.append("more repeats")
     return steps
 
 

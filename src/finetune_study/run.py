@@ -10,10 +10,12 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from finetune_study.config import Data, Hardware, Model, Training
-from finetune_study.errors import RecordError
+from finetune_study.errors import ConfigError, RecordError
 from finetune_study.section import LATER, Section
 from finetune_study.techniques import Techniques, parse
 
+LONGEST_ID = 255
+"""Bytes of a folder's name on Linux (NAME_MAX of linux/limits.h)."""
 IDENTITY_VERSION = 1
 """Raise it only when old runs must not be taken for new ones of the same settings: every run is measured again then."""
 
@@ -145,7 +147,11 @@ class Run(Section):
 
 
 def make(**settings: Any) -> Run:
-    """A run from all its fields but the run_id, which follows from them."""
+    """A run from all its fields but the run_id, which follows from them.
+
+    Raises:
+        ConfigError: when the run_id is too long for a folder's name.
+    """
     run = Run(run_id="", **settings)
     identity = {"version": IDENTITY_VERSION, **run.model_dump(mode="json", exclude={"run_id"})}
     nodes = f"n{run.nodes}" if run.nodes > 1 else ""
@@ -153,7 +159,15 @@ def make(**settings: Any) -> Run:
         f"{run.target}_{run.hardware.name}x{run.num_gpus}{nodes}_s{run.sequence_length}"
         f"_b{run.per_device_train_batch_size}_{run.recipe}_r{run.repeat}"
     )
-    return run.model_copy(update={"run_id": f"{head}-{digest(identity)}"})
+    run_id = f"{head}-{digest(identity)}"
+    if len(run_id.encode()) > LONGEST_ID:
+        raise ConfigError(
+            "The names of model, hardware and recipe are together too long for a folder's name",
+            given=f"{run_id}: {len(run_id.encode())} bytes",
+            allowed=f"at most {LONGEST_ID} bytes; a letter takes one in ASCII, up to four in other scripts",
+            do="shorten the names",
+        )
+    return run.model_copy(update={"run_id": run_id})
 
 
 def dump(run: Run) -> str:

@@ -1,6 +1,7 @@
 """What a run asks of SLURM, from its hardware entry."""
 
 import math
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,11 @@ MARGIN_MINUTES = 5.0
 """Between the run's own time limit and SLURM's, so that `launch` ends a run first: it ends the ranks and writes the
 record, the executor looks at it, and a busy file system may hold both up. It costs nothing: a job that is done gives
 its GPUs back."""
+
+
+def job_name(name: str) -> str:
+    """A name in the letters that every tool of SLURM, and the database of its accounting, has in common."""
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
 
 
 def resources(run: Run, hardware: Hardware, protocol: Protocol, kind: str) -> dict[str, str | int | None]:
@@ -31,7 +37,7 @@ def resources(run: Run, hardware: Hardware, protocol: Protocol, kind: str) -> di
     asked = hardware.slurm
     memory = asked.mem_gib_per_gpu
     return {
-        "job_name": run.run_id,
+        "job_name": job_name(run.run_id),
         "slurm_partition": asked.partition,
         "slurm_account": asked.account,
         "qos": asked.qos,

@@ -39,7 +39,7 @@ STATES: dict[str, State] = {
         "implied out of memory", "⇒", "memory", "An easier run of the same kind ran out of memory; not trained."
     ),
     "predicted_oom": State(
-        "predicted out of memory", "≈", "memory", "The forecast is beyond the device by the margin asked; not trained."
+        "predicted out of memory", "≫", "memory", "The forecast is beyond the device by the margin asked; not trained."
     ),
     "failed": State(
         "failed",

@@ -6,6 +6,8 @@ from typing import Any
 import polars as pl
 
 from finetune_study.config import Config
+from finetune_study.forecast import CATEGORIES
+from finetune_study.outcome import PHASES
 from finetune_study.ratio import Repeat
 
 Row = dict[str, Any]
@@ -64,11 +66,16 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "energy_joules_per_step_median": (pl.Float64, "Median over the repeats, joules of all devices per step."),
     "peak_memory_reserved_gib_median": (pl.Float64, "Median over the repeats, GiB."),
     "peak_device_used_gib_median": (pl.Float64, "Median over the repeats, GiB."),
+    **{
+        f"peak_memory_{phase}_gib_median": (pl.Float64, f"Peak memory {when}, median over the repeats, GiB.")
+        for phase, when in PHASES.items()
+    },
     "epoch_hours_median": (pl.Float64, "Hours of one pass over the training data, median over the repeats."),
     "cost_usd_per_epoch_median": (pl.Float64, "US dollars of one pass over the training data, at the config's price."),
     "billing_units_median": (pl.Float64, "SLURM's billing units of a run's job, median over the repeats."),
     "gpu_hours": (pl.Float64, "GPU-hours that all repeats took, whatever became of them."),
     "predicted_peak_memory_gib": (pl.Float64, "Forecast of the peak memory before the runs, GiB."),
+    **{f"predicted_memory_{name}_gib": (pl.Float64, f"Of that peak: {name}, GiB.") for name in CATEGORIES},
     "predicted_step_time_seconds": (pl.Float64, "Forecast of the step time before the runs, seconds."),
     "oom_requested_gib": (pl.Float64, "Size of the allocation that failed, of the first repeat that says so, GiB."),
     "oom_held_gib": (pl.Float64, "Device memory that its rank held then, GiB."),
@@ -90,6 +97,7 @@ _MEASURES = [
 _MEDIANS = (
     "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
     "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
+    *(f"peak_memory_{phase}_gib" for phase in PHASES),
 )  # fmt: skip
 
 _OF_REPEATS = ("nodes_of_repeats", "starts_of_repeats", "step_time_seconds_repeats", "peak_memory_gib_repeats")
@@ -160,6 +168,12 @@ def show(value: float | None, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
+def joined(parts: Iterable[str]) -> str:
+    """For example `a, b and c`."""
+    *first, last = [*parts] or [""]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     """One row per configuration, in the order of the cells.
 
@@ -197,6 +211,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
     medians = [pl.col(name).filter(completed).median().alias(f"{name}_median") for name in _MEDIANS]
     rows = cells.group_by(CONFIGURATION, maintain_order=True).agg(
         *medians,
+        *(pl.col(f"predicted_memory_{name}_gib").drop_nulls().first() for name in CATEGORIES),
         per_device_train_batch_size=pl.col("per_device_train_batch_size").min(),
         run_ids=pl.col("run_id"),
         nodes_of_repeats=pl.col("host").fill_null("unknown").filter(timed),

@@ -292,7 +292,7 @@ def _wildcards(job: Any) -> dict[str, str]:
 def _job_name(job: Any) -> str:
     """The resource `job_name`, or rule and wildcards, in characters that no tool of SLURM minds."""
     name = job.resources.get("job_name") or "_".join([job.name, *_wildcards(job).values()])
-    return re.sub(r"[^\w.,=+@:-]+", "_", str(name))[:LONGEST_NAME]
+    return re.sub(r"[^\w.,=+@:-]+", "_", str(name), flags=re.ASCII)[:LONGEST_NAME]
 
 
 def _exports(job: Any) -> dict[str, str]:

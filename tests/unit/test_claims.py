@@ -191,6 +191,18 @@ def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
     )
 
 
+def test_of_a_tie_the_tree_ends_in_what_is_named(tmp_path: Path) -> None:
+    """Of a tie not the fastest by median is named, but the one with least memory."""
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+    config = study(recipes, [256])
+    seconds = {"full": 2.0, "lora": 1.0, "zero2-lora": 1.01}
+    records = [handmade.completed(one.run, seconds[one.run.recipe]) for one in handmade.planned(config)]
+    rows = handmade.compared(config, tmp_path, *records).to_dicts()
+    fastest, named = (claims.walk(rows, 2, 1, 80.0, named=by) for by in (None, {256: ("zero2-lora", "1")}))
+    ends = [next(step.row for step in walk.first if step.taken) for walk in (fastest, named)]
+    assert [row and row["recipe"] for row in ends] == ["lora", "zero2-lora"]
+
+
 def test_the_tree_ends_in_what_fits_though_the_ladder_does_not_name_it(tmp_path: Path) -> None:
     recipes: dict[str, Any] = {"full": {}, "odd": {"zero1": {}, "lora": {}}}
     config = study(recipes, [256])
@@ -200,7 +212,7 @@ def test_the_tree_ends_in_what_fits_though_the_ladder_does_not_name_it(tmp_path:
     ]
     walk = claims.walk(handmade.compared(config, tmp_path, *records).to_dicts(), 2, 1, 80.0)
     last = walk.first[-1]
-    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._FASTEST, "odd", True)
+    assert (last.question, last.row and last.row["recipe"], last.taken) == (claims._NAMED, "odd", True)
 
 
 def test_the_tree_ends_in_what_is_recommended(tmp_path: Path) -> None:

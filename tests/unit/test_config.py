@@ -117,6 +117,22 @@ def test_name_that_cannot_be_a_folder(raw: Raw) -> None:
     assert "can't be a folder's name" in refusal(raw)
 
 
+@pytest.mark.parametrize("name", ["模型-ü", "हिन्दी-7b", "ß.1", "4-й"])
+def test_a_name_may_be_of_any_script(raw: Raw, name: str) -> None:
+    raw["models"][name] = raw["models"]["tiny"]
+    assert name in config.parse(raw).models
+
+
+ODD_NAMES = ["Über", "u\N{COMBINING DIAERESIS}ber", "a_b", "a/b", "..", "", "\N{GRINNING FACE}", "a\u200bb", "a\nb"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_name_has_one_way_of_writing(raw: Raw, name: str) -> None:
+    """Not composed of two characters where one is meant, nothing that is not seen, no path, nothing of upper case."""
+    raw["models"][name] = raw["models"]["tiny"]
+    assert "can't be a folder's name" in refusal(raw)
+
+
 def test_all_problems_come_in_one_message(raw: Raw) -> None:
     raw["protcol"] = {}
     raw["training"]["learning_rate"] = -1

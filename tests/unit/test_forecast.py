@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
-from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
+from finetune_study.forecast import CATEGORIES, hardware, memory, predict, recipe, time, trace
 from finetune_study.forecast.build import Stack, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
@@ -99,7 +99,7 @@ def test_categories_add_up(techniques: dict[str, Any]) -> None:
     answer = predict.answer(row(techniques=techniques, num_gpus=4), TRACES)
     categories = answer["predicted_memory_gib"]["by_category"]
     phases = answer["predicted_memory_gib"]["by_phase"]
-    assert tuple(categories) == memory.CATEGORIES
+    assert tuple(categories) == CATEGORIES
     assert tuple(phases) == memory.PHASES
     allocated = answer["predicted_peak_memory_allocated_gib"]
     assert sum(categories.values()) - categories["context"] == pytest.approx(allocated)

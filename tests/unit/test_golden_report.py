@@ -12,6 +12,7 @@ import altair
 import pytest
 
 from finetune_study import report
+from finetune_study.forecast import CATEGORIES
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import page, summary
@@ -20,6 +21,14 @@ from tests.unit import handmade
 GOLDEN = Path(__file__).parent / "golden"
 GPU = {"gpu": "NVIDIA A100-SXM4-80GB", "memory_gib": 80, "compute_capability": 8.0, "price_usd_per_gpu_hour": 5.12}
 RECIPES: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
+
+PRIOR = {
+    "predicted_peak_memory_allocated_gib": 21.0,
+    **{
+        f"predicted_memory_{name}_gib": gib
+        for name, gib in zip(CATEGORIES, (9, 4, 3, 2, 1.5, 1, 0.5, 0.4), strict=True)
+    },
+}
 
 
 def contents(root: Path) -> page.Contents:
@@ -49,10 +58,24 @@ def contents(root: Path) -> page.Contents:
             )
             done = handmade.completed(run, seconds * (1 + 0.01 * run.repeat), host=f"node-{run.repeat}")
             allocated = {"full": 40, "lora": 20, "zero2-lora": 15}[run.recipe]
-            memory = {"peak_allocated_bytes": allocated * 2**30, "peak_reserved_bytes": (allocated + 2) * 2**30}
+            phases = {
+                "load": allocated - 5,
+                "forward": allocated - 1,
+                "backward": allocated,
+                "optimizer": allocated - 3,
+            }
+            memory = {
+                "peak_allocated_bytes": allocated * 2**30,
+                "peak_reserved_bytes": (allocated + 2) * 2**30,
+                "peak_allocated_bytes_by_phase": {phase: gib * 2**30 for phase, gib in phases.items()},
+            }
             for rank in done.ranks:
                 rank["memory"] = memory
             documents.append(done)
+    for planned in handmade.planned(config):
+        prior = Results(root).run(planned.run.run_id).prior
+        prior.parent.mkdir(parents=True)
+        prior.write_text(json.dumps(PRIOR))
     return report.gather(config, handmade.frame(config, root, *documents))
 
 
@@ -68,7 +91,7 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
     return contents(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize("kind", ["feasibility", "recipes", "pareto", "context", "gpus"])
+@pytest.mark.parametrize("kind", ["feasibility", "recipes", "parts", "phases", "pareto", "context", "gpus"])
 def test_the_specification_of_a_figure(gathered: page.Contents, kind: str) -> None:
     (figure,) = (figure for figure, _ in gathered.figures if figure.kind == kind)
     same(f"{kind}.vl.json", json.dumps(figure.spec, indent=1, ensure_ascii=False, sort_keys=True) + "\n")

@@ -248,7 +248,12 @@ def test_odd_studies_give_a_page_without_complaints(browser: Any, tmp_path: Path
     if case == "a hundred recipes":
         recipes = {f"lora-{rank}": {"lora": {"r": rank}} for rank in range(1, 101)}
         grid |= {"recipes": list(recipes)}
-    config = handmade.study(recipes=recipes, grid=[grid], report={"title": title if case == "unicode" else case})
+    models = {"tiny": handmade.LLAMA}
+    if case == "unicode":
+        models, recipes = {"模型-ü": handmade.LLAMA}, {"полный": {}, "lora-é": {"lora": {}}}
+        grid |= {"targets": [*models], "recipes": [*recipes]}
+    report_title = {"title": title if case == "unicode" else case}
+    config = handmade.study(models=models, recipes=recipes, grid=[grid], report=report_title)
     records = []
     for number, one in enumerate(plan.plan(config)):
         oom = case == "all out of memory" or (case == "one run" and number > 0)
@@ -263,4 +268,8 @@ def test_odd_studies_give_a_page_without_complaints(browser: Any, tmp_path: Path
     assert shown.complaints == []
     shown.screenshot(f"odd-{case.replace(' ', '-')}", full_page=True)
     assert json.dumps(shown.texts(".answer li"))
+    if case == "unicode":
+        assert "模型-ü" in shown.texts(".answer li")[0]
+        shown.page.locator("#rows a").first.click()
+        assert shown.page.locator("#panel-title").inner_text().startswith("模型-ü_cpux1_s128_b1_")
     shown.page.close()

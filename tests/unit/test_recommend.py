@@ -9,6 +9,7 @@ from finetune_study import outcome, recommend
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.record import Failure, Record
+from finetune_study.report.answer import answer
 from tests.unit import handmade
 
 
@@ -64,6 +65,75 @@ def test_overlapping_spreads_are_a_tie(tmp_path: Path) -> None:
     study = repeats(3)
     one = the_only(study, tmp_path, *timed(study, full=(1.0, 1.1, 1.2), lora=(0.95, 1.0, 1.05)))
     assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
+
+
+def tied(study: Config, **recipes: tuple[tuple[float, ...], float | None]) -> list[Record]:
+    """Completed repeats of each recipe, with these step times and this peak memory, GiB."""
+    records = timed(study, **{name: seconds for name, (seconds, _) in recipes.items()})
+    for record in records:
+        gib = recipes[record.run.recipe][1]
+        for rank in record.ranks:
+            rank["memory"] = {} if gib is None else {"peak_allocated_bytes": int(gib * outcome.GIB)}
+    return records
+
+
+LEAST = "is named: of those at most 10% slower it takes least memory, 0.500 GiB."
+QUICK, ALIKE, SLOW = (1.0, 1.1, 1.2), (1.02, 1.11, 1.21), (2.0, 2.1, 2.2)
+
+
+@pytest.mark.parametrize(
+    ("memory", "named", "others", "why"),
+    [
+        (
+            (0.9, 0.5, 0.7),
+            "lora",
+            ["full", "ia3"],
+            f"lora {LEAST}",
+        ),
+        (
+            (0.5, 0.5001, 0.7),
+            "full",
+            ["lora", "ia3"],
+            f"full {LEAST}",
+        ),
+        (
+            (None, 0.5, 0.7),
+            "lora",
+            ["full", "ia3"],
+            f"lora {LEAST}",
+        ),
+        ((None, None, None), "full", ["lora", "ia3"], "Their memory is not known: full, the fastest by median"),
+    ],
+)
+def test_of_a_tie_the_one_with_least_memory_is_named(
+    tmp_path: Path, memory: tuple[float | None, ...], named: str, others: list[str], why: str
+) -> None:
+    """Equal memory, as far as a reader sees it, leaves the fastest; the slow one is in no tie with them."""
+    recipes = {"full": [], "lora": ["lora"], "ia3": ["ia3"], "slow": ["gradient_checkpointing"]}
+    grid = [{"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": 128}]
+    study = repeats(3, recipes=recipes, grid=grid)
+    full, lora, ia3 = memory
+    records = tied(study, full=(QUICK, full), lora=(ALIKE, lora), ia3=(ALIKE, ia3), slow=(SLOW, 0.1))
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe, one.tied_with) == ("tie", named, others)
+    assert "A tie: no difference beyond the noise between full, lora and ia3. " in one.reason
+    assert why in one.reason
+    assert one.settled_by == ["more repeats"]
+    assert {versus.recipe: versus.differs for versus in one.versus} == {"lora": False, "ia3": False, "slow": True}
+    (default,) = recommend.defaults([one])
+    (sentence, *_) = answer([one], [default])
+    assert sentence == (
+        "The fastest recipe that fits, in a tie the one among those nearly as fast that takes least memory, is "
+        f"{named} for tiny on cpu (a tie with {others[0]} and {others[1]})."
+    )
+
+
+def test_a_wide_interval_makes_no_slow_recipe_the_default(tmp_path: Path) -> None:
+    """Half as slow again is tied where the repeats scatter, but not for want of memory."""
+    study = repeats(3)
+    records = tied(study, full=((1.0, 1.1, 2.6), 0.9), lora=((1.6, 1.65, 1.7), 0.5))
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe, one.tied_with) == ("tie", "full", ["lora"])
 
 
 NODE_EFFECT = 1.08

@@ -179,7 +179,7 @@ def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
     assert "0.250 GiB" in svg
     assert "1.10 s" in svg
     assert found["recipes"].title == "Memory and time per recipe: tiny on cpu × 1, context 128"
-    assert found["recipes"].caption == "peak_device_used_gib; dashed: the device's 1.00 GiB."
+    assert found["recipes"].caption == "Memory in use (peak_device_used_gib); dashed: the device's 1.00 GiB."
 
 
 def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -218,6 +219,20 @@ def test_every_run_asks_for_what_its_hardware_entry_says(fresh: Workplace, execu
     for unset in ("slurm_partition", "gres", "mem", "max_job_minutes"):
         assert f" {unset}=" not in plain
     assert sys.executable in plain
+
+
+def test_names_may_be_of_any_script(fresh: Workplace, raw: dict[str, Any]) -> None:
+    """Also where the locale knows ASCII alone; a job's name for SLURM is in ASCII."""
+    names = {"models": "模型-ü", "hardware": "prozeß", "recipes": "полный"}
+    for part, name in names.items():
+        raw[part] = {name: next(iter(raw[part].values()))}
+    raw["grid"] = [{"targets": "模型-ü", "hardware": "prozeß", "sequence_length": 64, "recipes": "полный"}]
+    fresh.write(raw)
+    options = ("--dry-run", "--printshellcmds", "--workflow-profile", "none", "--executor", "slurm", "--jobs", "1")
+    answer = fresh.snakemake(*options, cores=None, LC_ALL="C", PYTHONIOENCODING="utf-8")
+    assert answer.returncode == 0, answer.stdout
+    assert "results/runs/模型-ü_prozeßx1_s64_b1_полный_r1-" in answer.stdout
+    assert "job_name=__-__proze_x1_s64_b1________r1-" in answer.stdout
 
 
 def test_profile_for_slurm_says_who_is_asked_before_a_job_and_after_a_kill(fresh: Workplace) -> None:

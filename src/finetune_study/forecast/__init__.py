@@ -2,3 +2,6 @@
 
 VERSION = 1
 """Raise it when predictions change: forecasts are made anew; priors stay as they were."""
+
+CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "temporary", "communication", "context")
+"""What memory is used for; each byte of the peak is in one of them."""

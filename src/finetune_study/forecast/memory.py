@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_study.forecast import CATEGORIES
 from finetune_study.forecast.layout import BYTES
 from finetune_study.forecast.profile import (
     GRADIENT,
@@ -26,7 +27,6 @@ from finetune_study.forecast.recipe import OPTIMIZERS, Recipe
 
 GIB = 2**30
 
-CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "temporary", "communication", "context")
 PHASES = ("load", "forward", "backward", "optimizer_step")
 
 QUANTIZED_BYTES = {

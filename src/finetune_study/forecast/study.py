@@ -8,7 +8,7 @@ import polars as pl
 from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.errors import ModelError, StudyError
-from finetune_study.forecast import VERSION, predict, recipe
+from finetune_study.forecast import CATEGORIES, VERSION, predict, recipe
 from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.hardware import Device
@@ -36,6 +36,7 @@ COLUMNS: dict[str, Any] = {
     "state": pl.String,
     "predicted_peak_memory_allocated_gib": pl.Float64,
     "predicted_peak_memory_reserved_gib": pl.Float64,
+    **dict.fromkeys((f"predicted_memory_{name}_gib" for name in CATEGORIES), pl.Float64),
     "memory_gib": pl.Float64,
     "margin_gib": pl.Float64,
     "fits": pl.String,
@@ -193,6 +194,7 @@ def _row(
         "gradient_accumulation_steps": question.accumulation,
         "predicted_peak_memory_allocated_gib": found["predicted_peak_memory_allocated_gib"],
         "predicted_peak_memory_reserved_gib": found["predicted_peak_memory_reserved_gib"],
+        **{f"predicted_memory_{k}_gib": v for k, v in found["predicted_memory_gib"]["by_category"].items()},
         "memory_gib": question.device.memory_gib,
         "margin_gib": found["margin_gib"],
         "fits": found["fits_word"],

@@ -58,7 +58,18 @@ def _walks(pairs: list[Pair], defaults: list[recommend.Default]) -> list[claims.
     """The decision tree of each pair, in the setting that its default is chosen in."""
     settings = {(one.target, one.hardware): one.recommendation for one in defaults}
     at = [(pair, settings[pair.target, pair.hardware]) for pair in pairs]
-    return [claims.walk(pair.rows, one.num_gpus, one.nodes, pair.limit, one.sequence_length) for pair, one in at]
+    return [
+        claims.walk(
+            pair.rows, one.num_gpus, one.nodes, pair.limit, one.sequence_length, _named(pair, one.num_gpus, one.nodes)
+        )
+        for pair, one in at
+    ]
+
+
+def _named(pair: Pair, num_gpus: int, nodes: int) -> dict[int, tuple[str, str]]:
+    """Recipe and micro-batch that are recommended on so many devices, by context."""
+    there = [one for one in pair.recommendations if (one.num_gpus, one.nodes) == (num_gpus, nodes)]
+    return {one.sequence_length: (one.best.recipe, one.best.micro_batch) for one in there if one.best}
 
 
 def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, folder: Path) -> list[Path]:

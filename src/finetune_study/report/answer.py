@@ -1,14 +1,13 @@
 """The question, and its answer in three sentences."""
 
 from collections import Counter
-from collections.abc import Iterable
 
 from finetune_study.recommend import Default, Recommendation
-from finetune_study.table import show
+from finetune_study.table import joined, show
 
 QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
 MAX_NAMED = 4
-"""Recipes that a sentence names with their targets."""
+"""Recipes that a sentence names with their targets; of a tie, so many others."""
 
 
 def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
@@ -27,29 +26,32 @@ def _default(defaults: list[Default]) -> str:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     parts = [
-        f"{recipe} for {joined(_where(one) for one in some[:3])}{_more(some[3:])}"
+        f"{recipe} for {joined(_where_and_tie(one) for one in some[:3])}{_more(some[3:])}"
         for recipe, some in ranked[:MAX_NAMED]
     ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
-    sure = [one for one in named if one.recommendation.verdict in ("ranked", "only_one_fits")]
-    first = "The fastest recipe that fits" + ("" if len(sure) == len(named) else ", as far as the runs can tell,")
+    verdicts = {one.recommendation.verdict for one in named}
+    doubts = [", in a tie the one among those nearly as fast that takes least memory"] if "tie" in verdicts else []
+    doubts += [", as far as the runs can tell"] if verdicts - {"ranked", "only_one_fits", "tie"} else []
+    first = "The fastest recipe that fits" + "".join(doubts) + ("," if doubts else "")
     nothing = [one for one in defaults if one.recommendation.verdict == "nothing_fits"]
     beside = f"; nothing tried fits {joined(_where(one) for one in nothing[:3])}{_more(nothing[3:])}" if nothing else ""
-    return f"{first} is {'; '.join(parts)}{f'; and others in {rest} more cases' if rest else ''}{beside}."
+    others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
+    return f"{first} is {'; '.join(parts)}{others}{beside}."
 
 
 def _where(one: Default) -> str:
     return f"{one.target} on {one.hardware}"
 
 
+def _where_and_tie(one: Default) -> str:
+    tied = one.recommendation.tied_with
+    others = joined([*tied[:MAX_NAMED], *([f"{len(tied) - MAX_NAMED} more"] if len(tied) > MAX_NAMED else [])])
+    return _where(one) + (f" (a tie with {others})" if tied else "")
+
+
 def _more(rest: list[Default]) -> str:
     return f" and {len(rest)} more" if rest else ""
-
-
-def joined(parts: Iterable[str]) -> str:
-    """For example `a, b and c`."""
-    *first, last = [*parts] or [""]
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _why_none(defaults: list[Default]) -> str:
@@ -98,14 +100,15 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
     )
     verdicts = Counter(one.verdict for one in recommendations)
     open_ones = verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"]
-    sure = (
-        f"of {len(recommendations)} verdicts {verdicts['ranked'] + verdicts['only_one_fits']} are clear, "
-        f"{verdicts['tie']} are ties and {open_ones} lack data"
-    )
-    if verdicts["contradictory"]:
-        sure += f", in {verdicts['contradictory']} repeats contradict each other"
-    if verdicts["nothing_fits"]:
-        sure += f" ({verdicts['nothing_fits']} times nothing fits)"
+    counts = {
+        "clear": verdicts["ranked"] + verdicts["only_one_fits"],
+        "tied": verdicts["tie"],
+        "open for want of data": open_ones,
+        "open since repeats contradict each other": verdicts["contradictory"],
+        "that nothing fits": verdicts["nothing_fits"],
+    }
+    found = ", ".join(f"{number} {words}" for words, number in counts.items() if number)
+    sure = f"{len(recommendations)} {'verdict' if len(recommendations) == 1 else 'verdicts'}: {found}"
     if dollars:
         cost = _range([(f"{show(value)} US dollars", place) for value, place in dollars])
     elif hours:

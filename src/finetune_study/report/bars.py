@@ -25,10 +25,10 @@ from finetune_study.report.grammar import (
 from finetune_study.report.pair import Pair
 from finetune_study.table import TIMES, Row, count, show
 
-MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 270, 190, 24, 13
-"""Of the panels, of a row and of its bar, pixels."""
-LABEL_ROOM = 1.3
-"""A panel is wider than its longest bar by this, for the number beside it."""
+MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 180, 115, 24, 13
+"""Of the panels, of a row and of its bar, pixels; numbers stand right of a panel, where nothing crosses them."""
+ROOM = 1.03
+"""A panel is wider than its longest bar by this."""
 PREDICTED = {
     "type": "point",
     "shape": "diamond",
@@ -46,9 +46,8 @@ def recipes(pair: Pair) -> Figure | None:
     rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     slowest = _slowest(rows)
     marks = [_mark(pair, row, slowest) for row in rows]
-    there = {mark["recipe"] for mark in marks}
-    order = [name for name in pair.recipes if name in there]
-    shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in _shares(row)]
+    order = order_of(pair, marks)
+    shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in shares_of(row)]
     largest = max([pair.limit, *(mark["memory_end"] for mark in marks)])
     chart = {
         "hconcat": [_memory(order, shares, largest), _time(order, slowest)],
@@ -63,9 +62,16 @@ def recipes(pair: Pair) -> Figure | None:
         chart,
         f"Memory and time per recipe: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}",
         {"marks": marks, "shares": shares, "limit": [{"limit": pair.limit}]},
-        f"{' and '.join(columns)}{'; ' if columns else ''}dashed: the device's {show(pair.limit, 'GiB')}."
+        f"{'Memory that tensors take' if pair.device == 'cuda' else 'Memory in use'}"
+        f"{''.join(f' ({name})' for name in columns)}; dashed: the device's {show(pair.limit, 'GiB')}."
         + (" Diamonds: predicted before the run." if predicted else ""),
     )
+
+
+def order_of(pair: Pair, marks: list[dict[str, Any]]) -> list[str]:
+    """Recipes that are drawn, as the study lists them."""
+    there = {mark["recipe"] for mark in marks}
+    return [name for name in pair.recipes if name in there]
 
 
 def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> Spec:
@@ -74,7 +80,7 @@ def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> S
         "low",
         title="Peak memory per device (GiB)",
         axis=axis(tickCount=5),
-        scale={"domain": [0, largest * LABEL_ROOM], "nice": False},
+        scale={"domain": [0, largest * ROOM], "nice": False},
     )
     parted = len({share["share"] for share in shares}) > 1
     colour = field(
@@ -90,7 +96,7 @@ def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> S
         layer("marks", empty, y=y, x=field("ran_out"), **SAYS),
         limit_rule("x"),
         layer("marks", PREDICTED, y=y, x=field("predicted_memory"), **SAYS),
-        layer("marks", LABEL, y=y, x=field("label_at"), text=field("memory_label", "N"), color=IN_TONE),
+        layer("marks", LABEL, y=y, x={"value": MEMORY_WIDTH}, text=field("memory_label", "N"), color=IN_TONE),
     ]
     return {"layer": layers, "width": MEMORY_WIDTH, "height": {"step": STEP}}
 
@@ -101,14 +107,14 @@ def _time(order: list[str], slowest: float) -> Spec:
         "time",
         title="Time of an optimizer step (s)",
         axis=axis(tickCount=5),
-        scale={"domain": [0, slowest * LABEL_ROOM], "nice": False},
+        scale={"domain": [0, slowest * ROOM], "nice": False},
     )
     spread = {"type": "rule", "color": INK, "strokeWidth": 1.5}
     layers = [
         layer("marks", {"type": "bar", "color": BAR, "height": THICK}, y=y, x=x, **SAYS),
         layer("marks", spread, y=y, x=field("time_low"), x2={"field": "time_high"}),
         layer("marks", PREDICTED, y=y, x=field("predicted_time"), **SAYS),
-        layer("marks", LABEL, y=y, x=field("time_end"), text=field("time_label", "N")),
+        layer("marks", LABEL, y=y, x={"value": TIME_WIDTH}, text=field("time_label", "N")),
     ]
     return {"layer": layers, "width": TIME_WIDTH, "height": {"step": STEP}}
 
@@ -127,18 +133,16 @@ def _mark(pair: Pair, row: Row, slowest: float) -> dict[str, Any]:
     ran_out = memory is None and any("oom" in state for state in row["states"])
     predicted = _within(row["predicted_peak_memory_gib"], pair.limit)
     predicted_time = _within(row["predicted_step_time_seconds"], slowest)
-    end = max([share["high"] for share in _shares(row)] + [predicted or 0, pair.limit if ran_out else 0])
+    end = max([share["high"] for share in shares_of(row)] + [predicted or 0, pair.limit if ran_out else 0])
     return {
         "recipe": row["recipe"],
         "memory_end": end,
         "ran_out": pair.limit if ran_out else None,
         "predicted_memory": predicted,
         "memory_label": brief(row, memory, "GiB"),
-        "label_at": end if memory is not None else 0,
         "time": seconds,
         "time_low": row["step_time_seconds_min"] if several else None,
         "time_high": row["step_time_seconds_max"] if several else None,
-        "time_end": max(row["step_time_seconds_max"] or 0, predicted_time or 0),
         "predicted_time": predicted_time,
         "time_label": show(seconds, "s"),
         "tone": None if memory is not None else MEMORY if ran_out else MUTED,
@@ -151,7 +155,7 @@ def _within(value: float | None, limit: float) -> float | None:
     return value if value is not None and value <= limit else None
 
 
-def _shares(row: Row) -> list[dict[str, Any]]:
+def shares_of(row: Row) -> list[dict[str, Any]]:
     """Peak memory in its parts, each from `low` to `high` GiB; the peaks of the parts may lie at different moments."""
     ends = [row["peak_memory_gib_median"]]
     if row["peak_memory_column"] == "peak_memory_allocated_gib":

@@ -11,11 +11,12 @@ from finetune_study.report.bars import recipes
 from finetune_study.report.grammar import Figure
 from finetune_study.report.maps import feasibility, very_large
 from finetune_study.report.pair import Pair
+from finetune_study.report.parts import parts, phases
 from finetune_study.report.scaling import context, gpus, long_context
 from finetune_study.report.tradeoff import pareto
 
 PNG_SCALE = 2
-OF_A_PAIR = (feasibility, recipes, pareto, context, gpus, long_context)
+OF_A_PAIR = (feasibility, recipes, parts, phases, pareto, context, gpus, long_context)
 
 
 def draw(all_pairs: list[Pair]) -> list[Figure]:

@@ -25,8 +25,10 @@ from finetune_study.report.tables import against_limit, how_it_failed
 from finetune_study.states import STATES
 from finetune_study.table import Row, count, devices, show
 
-MIN_WIDTH, MAX_WIDTH, PADDING = 84, 190, 14
-"""Of a cell, pixels; a longer text is cut, and whole on hovering."""
+MIN_WIDTH, PADDING = 84, 18
+"""Of a cell, and beside its text, pixels."""
+MAX_LETTERS = 28
+"""A longer text is cut, and whole on hovering; the longest of the states' words is shorter."""
 MAX_TOLD = 8
 """Recipes whose memory a cell tells on hovering."""
 
@@ -54,12 +56,12 @@ def feasibility(pair: Pair) -> Figure | None:
 def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -> Spec:
     """Cells of two lines, `first` and `second`, wide enough for what they say."""
     widths = [max(width_of(one["first"], bold=True), width_of(one["second"])) for one in cells]
-    width = max(MIN_WIDTH, min(MAX_WIDTH, max(widths, default=0) + PADDING))
+    width = max(MIN_WIDTH, max(widths, default=0) + PADDING)
     place = {
         "x": x | {"axis": axis(orient="top", labelAngle=0, labelLimit=width)},
         "y": y | {"axis": axis()},
     }
-    text = {"type": "text", "limit": width - 4}
+    text = {"type": "text"}
     first = text | {"fontWeight": "bold"}
     return {
         "layer": [
@@ -72,7 +74,7 @@ def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -
             ),
             only("datum.second", layer("cells", first | {"dy": -8}, **place, text=field("first", "N"))),
             only("!datum.second", layer("cells", first, **place, text=field("first", "N"))),
-            layer("cells", text | {"dy": 7, "fontSize": 10.5, "color": MUTED}, **place, text=field("second", "N")),
+            layer("cells", text | {"dy": 7, "color": MUTED}, **place, text=field("second", "N")),
         ],
         "width": round(max(1, columns) * width),
         "height": height,
@@ -81,6 +83,10 @@ def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -
 
 def _count(num_gpus: int, nodes: int) -> int | str:
     return num_gpus if nodes == 1 else count(num_gpus, nodes)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_LETTERS else text[: MAX_LETTERS - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
         micro = best.per_device_train_batch_size or 1
         return here | {
             "tone": "good",
-            "first": sure + best.recipe,
+            "first": _cut(sure + best.recipe),
             "second": ", ".join(filter(None, [*numbers, f"b{micro}" if micro > 1 else ""])),
             "tip": places + one.reason + _memory([best], limit),
             "link": run_link(best.model_dump()),
@@ -104,7 +110,7 @@ def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
     return here | {
         "tone": "none" if doubt else STATES[state].tone,
         "first": f"? {one.verdict.replace('_', ' ')}" if doubt else f"{STATES[state].symbol} {STATES[state].words}",
-        "second": words,
+        "second": _cut(words),
         "tip": places + one.reason + _memory(one.evidence, limit),
         "link": run_link(first.model_dump()) if first else "#runs",
     }
@@ -166,5 +172,5 @@ def _size_cell(pair: Pair, row: Row) -> dict[str, Any]:
     return common | {
         "tone": STATES[state].tone,
         "first": f"{STATES[state].symbol} {STATES[state].words}",
-        "second": counts,
+        "second": _cut(counts),
     }

@@ -28,6 +28,9 @@ from finetune_study.table import SETTING, Row, show
 TEMPLATE = "page.html.j2"
 SCRIPT = "page.js"
 
+COLUMN = 596
+"""Width that a figure has beside another one in a window of 1280, pixels; a wider one has a line of its own, since text
+that is made smaller can't be read."""
 MAX_ROWS = 200
 """Rows of a table that is written out; the whole is a file."""
 
@@ -127,7 +130,8 @@ def render(contents: Contents) -> str:
         min_repeats=MIN_REPEATS,
         min_nodes=MIN_NODES,
         max_rows=MAX_ROWS,
-        figures=[(figure, Markup(for_page(svg))) for figure, svg in contents.figures],  # Vega escapes what it writes
+        # Vega escapes what it writes.
+        figures=[(figure, Markup(for_page(svg)), _is_wide(svg)) for figure, svg in contents.figures],
         num_pairs=len(contents.pairs),
         num_drawn=len(pair_module.drawn(contents.pairs)),
         targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
@@ -173,6 +177,11 @@ def for_page(svg: str) -> str:
     """A figure to put into the page: its colours follow the page's, light or dark."""
     inline = _COLOUR.sub(lambda found: _PAGE_COLOURS[found[0]], svg)
     return re.sub(r"^<\?xml[^>]*>\s*", "", inline)
+
+
+def _is_wide(svg: str) -> bool:
+    found = re.search(r'\bwidth="([\d.]+)"', svg)
+    return found is not None and float(found[1]) > COLUMN
 
 
 def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:
