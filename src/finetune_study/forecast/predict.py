@@ -317,7 +317,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     )
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
-    warnings = [*question.warnings, *resolved.why_not(device), *took.warnings]
+    warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:
