@@ -1,6 +1,7 @@
 """Every technique of the study is one that the predictor knows, with its settings and its real number of weights."""
 
 import dataclasses
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -61,11 +62,10 @@ def trained_by_peft(names: list[str], settings: dict[str, Any]) -> int:
     """Of a real model, wrapped as a run does it."""
     parsed = techniques.parse({name: settings.get(name, {}) for name in names})
     run: Any = SimpleNamespace(parsed_techniques=parsed, num_steps=100, training=SimpleNamespace(seed=1))
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).to(torch.bfloat16)
-        for technique in parsed.values():
-            if isinstance(technique, PeftMethod):
-                model = technique.wrap(model, run)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).to(torch.bfloat16)
+    for technique in parsed.values():
+        if isinstance(technique, PeftMethod):
+            model = technique.wrap(model, run)
     assert isinstance(model, torch.nn.Module)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -193,9 +193,44 @@ def test_emulated_fp8_multiplies_in_fp32() -> None:
         ({"zero3": {}, "offload_optimizer": {"device": "tape"}}, "device"),
         ({"fp8": {"recipe": "none"}}, "recipe"),
         ({"qlora": {"bnb_4bit_quant_type": "int4"}}, "bnb_4bit_quant_type"),
+        ({"lora": {"target_modules": []}}, "target_modules"),
+        ({"sdpa": {"kernel": "best"}}, "kernel"),
+        ({"fsdp": {"sync_each_batch": "x"}}, "sync_each_batch"),
         ({"p_tuning": {"encoder_reparameterization_type": "GRU"}}, "encoder_reparameterization_type"),
     ],
 )
 def test_wrong_settings_are_told_by_name(given: dict[str, Any], says: str) -> None:
     with pytest.raises(StudyError, match=says):
         answer(given)
+
+
+def test_copies_of_fake_layers_read_no_memory() -> None:
+    """peft copies a layer of `modules_to_save`; copied as a real one, a fake one ends the process sooner or later."""
+    layout = recipe.resolve({"lora": {"modules_to_save": ["lm_head"]}}, num_gpus=1).layout(LLAMA, 64)
+    for _ in range(8):
+        found = trace.trace(layout)
+    assert sum(p.count(8) for p in found.parameters if p.trained) > LLAMA["vocab_size"] * LLAMA["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"sequence_length": NaN}', "NaN"),
+        ('{"sequence_length": 1e999}', "1e999"),
+        ('{"sequence_length": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"model": "' + "~" * 10000 + '", "hardware": "t4", "sequence_length": 8}', "model is not known"),
+        ('{"model": "a\\u0000", "hardware": "t4", "sequence_length": 8}', "model is not known"),
+        ('{"lengths_vary": "yes", "model": "x", "hardware": "t4", "sequence_length": 8}', "true or false"),
+    ],
+    ids=range(6),
+)
+def test_lines_that_are_answered_with_an_error_are_json_again(line: str, says: str) -> None:
+    (found,) = predict.answer_lines([line], TRACES)
+    answered = json.loads(found, parse_constant=lambda constant: pytest.fail(constant))
+    assert says in answered["error"]
+    assert "bug" not in answered["error"]
+
+
+def test_a_byte_order_mark_is_no_error() -> None:
+    row = {"model_config": LLAMA, "hardware": "t4", "sequence_length": 64}
+    assert "error" not in json.loads(next(predict.answer_lines(["\ufeff" + json.dumps(row)], TRACES)))

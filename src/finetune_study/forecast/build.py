@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune_study.errors import ModelError
 from finetune_study.forecast.layout import CODE, Layout
@@ -35,6 +36,8 @@ LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
+    "num_local_experts": 1 << 16,
+    "max_position_embeddings": 1 << 30,
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
 
@@ -408,8 +411,16 @@ def upcast(model: Any) -> None:
 
 @contextlib.contextmanager
 def _fake_parameters_can_move() -> Iterator[None]:
-    """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does."""
+    """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does.
+
+    A copy (peft's `modules_to_save`) would read memory that fake ones do not have, and end the process.
+    """
     original = torch.nn.Module.to
+
+    def copied(self: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+        copy: torch.Tensor = self.detach().clone()
+        memo[id(self)] = copy = torch.nn.Parameter(copy, self.requires_grad) if self._is_param else copy
+        return copy
 
     def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
@@ -421,10 +432,12 @@ def _fake_parameters_can_move() -> Iterator[None]:
         return self
 
     torch.nn.Module.to = to
+    FakeTensor.__deepcopy__ = copied
     try:
         yield
     finally:
         torch.nn.Module.to = original
+        del FakeTensor.__deepcopy__
 
 
 def adapt(model: Any, layout: Layout, rank: int, stack: Stack) -> Any:

@@ -160,6 +160,16 @@ LARGEST = {"r": 1 << 16, "init_r": 1 << 16, "rank": 1 << 16, "oft_block_size": 1
            "num_virtual_tokens": 1 << 20, "encoder_hidden_size": 1 << 20}  # fmt: skip
 """What is still believed of settings; more is a slip of the pen."""
 
+_YES_OR_NO = (True, False)
+OF_OURS: dict[str, tuple[Any, ...]] = {
+    "kernel": ("math", "auto"),
+    "upcast": (True, False, "logits"),
+    "overlap_comm": (True, False, None, "auto"),
+    **dict.fromkeys(("sync_each_batch", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
+                     "autocast_adapter_dtype"), _YES_OR_NO),
+}  # fmt: skip
+"""Values of settings that the study does not have."""
+
 FUSES = ("inductor",)
 """Backends of torch.compile that fuse operations and compute cheap ones again in backward."""
 
@@ -236,6 +246,10 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {close[0]}? " if close else ""
             listed = ", ".join(allowed) or "no settings"
             raise _wrong(f"techniques.{name}", key, hint + listed, "The setting is not known")
+        if key in OF_OURS and not _is_one_of(settings[key], OF_OURS[key]):
+            raise _wrong(f"techniques.{name}.{key}", settings[key], ", ".join(map(str, OF_OURS[key])))
+        if settings[key] == [] and key == "target_modules":
+            raise _wrong(f"techniques.{name}.{key}", settings[key], "names of layers, or all-linear")
         if key in LARGEST and isinstance(settings[key], int | float) and not settings[key] <= LARGEST[key]:
             raise _wrong(f"techniques.{name}.{key}", settings[key], f"a whole number up to {LARGEST[key]}")
     technique = known.ALL.get(name)
@@ -251,6 +265,11 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         where = ".".join(("techniques", name, *map(str, problem["loc"][:1])))
         raise _wrong(where, problem["input"], str(problem["msg"])) from None
     return dict(settings) | {key: getattr(parsed, key) for key in own}
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Without taking 1 for true."""
+    return any(type(value) is type(one) and value == one for one in allowed)
 
 
 def _takes_bool(technique: type[Technique], key: str) -> bool:
