@@ -2,15 +2,18 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune_study.errors import ModelError
 from finetune_study.forecast.layout import CODE, Layout
+from finetune_study.techniques import gradient_checkpointing
 
 FUSED = "finetune_study_fused"
 """Name under which transformers knows our attention function."""
@@ -33,6 +36,8 @@ LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
+    "num_local_experts": 1 << 16,
+    "max_position_embeddings": 1 << 30,
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
 
@@ -284,18 +289,45 @@ def find_stack(kinds: list[Any]) -> Stack:
     return best
 
 
-def layer_kinds(model: Any, checkpoint_every: int) -> list[Any]:
-    """What tells layers apart: shapes of their weights, kinds of their attention, and whether they are checkpointed."""
+def group_size(checkpoint_every: int | str, depth: int) -> int:
+    """Layers after which checkpoints repeat, in a model of this depth; 0: there are none."""
+    return math.isqrt(depth) if checkpoint_every == "sqrt" else int(checkpoint_every)
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What tells layers apart."""
+
+    of_model: tuple[Any, ...]
+    """Shapes of their weights, and kinds of their attention."""
+    in_group: int
+    """Place among the layers after which checkpoints repeat."""
+    adapted: tuple[bool, ...]
+    """Whether each method of peft adapts it."""
+
+
+def layer_kinds(model: Any, layout: Layout) -> list[LayerKind]:
+    """Kinds of a model's layers, first to last."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     _, layers = layer_stack(model)
+    size = group_size(layout.checkpoint_every, len(layers))
+    methods = [adapted_layers(settings, len(layers)) for settings in json.loads(layout.peft or "[]")]
     kinds = []
     for number, layer in enumerate(layers):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         windows = tuple(getattr(m, "sliding_window", None) for m in layer.modules() if hasattr(m, "sliding_window"))
-        checkpointed = checkpoint_every and number % checkpoint_every == 0
-        kinds.append((shapes, windows, types[number], checkpointed))
+        adapted = tuple(number in adapted for adapted in methods)
+        kinds.append(LayerKind((shapes, windows, types[number]), number % size if size else 0, adapted))
     return kinds
+
+
+def adapted_layers(settings: Mapping[str, Any], depth: int) -> Collection[int]:
+    """Numbers of the layers that a method of peft adapts, in a model of this depth."""
+    chosen = settings.get("layers_to_transform")
+    if settings["method"] == "ADAPTION_PROMPT":
+        return range(max(0, depth - (settings.get("adapter_layers") or depth)), depth)
+    return range(depth) if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
 
 
 def shorten(config: Any, layers: list[int]) -> Any:
@@ -379,8 +411,16 @@ def upcast(model: Any) -> None:
 
 @contextlib.contextmanager
 def _fake_parameters_can_move() -> Iterator[None]:
-    """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does."""
+    """`Module.to` swaps parameters, which fake ones refuse; where they are does not matter here, their dtype does.
+
+    A copy (peft's `modules_to_save`) would read memory that fake ones do not have, and end the process.
+    """
     original = torch.nn.Module.to
+
+    def copied(self: FakeTensor, memo: dict[int, Any]) -> torch.Tensor:
+        copy: torch.Tensor = self.detach().clone()
+        memo[id(self)] = copy = torch.nn.Parameter(copy, self.requires_grad) if self._is_param else copy
+        return copy
 
     def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         dtype = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)), None)
@@ -392,13 +432,15 @@ def _fake_parameters_can_move() -> Iterator[None]:
         return self
 
     torch.nn.Module.to = to
+    FakeTensor.__deepcopy__ = copied
     try:
         yield
     finally:
         torch.nn.Module.to = original
+        del FakeTensor.__deepcopy__
 
 
-def adapt(model: Any, layout: Layout, rank: int) -> Any:
+def adapt(model: Any, layout: Layout, rank: int, stack: Stack) -> Any:
     """The model with what PEFT adds.
 
     Raises:
@@ -407,27 +449,51 @@ def adapt(model: Any, layout: Layout, rank: int) -> Any:
     import peft
 
     assert layout.peft is not None
-    settings = json.loads(layout.peft)
-    kind = settings.pop("method")
-    if kind == "LORA" and settings.pop("rank_is_traced", True):
-        settings["r"] = rank
-    if kind == "ADAPTION_PROMPT":
-        depth = len(layer_stack(model)[1])
-        settings["adapter_layers"] = min(settings.get("adapter_layers") or depth, depth)
-    config_class = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     try:
-        config = config_class(task_type="CAUSAL_LM", **settings)
+        configs = {settings["method"]: _peft_config(settings, rank, stack) for settings in json.loads(layout.peft)}
+        first, *others = configs
         with _fake_parameters_can_move():
-            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=layout.adapters == "float32")
+            if not others:
+                return peft.get_peft_model(model, configs[first], autocast_adapter_dtype=layout.adapters == "float32")
+            adapted = peft.get_peft_model(model, configs[first], adapter_name=first, mixed=True)
+            for name in others:  # as techniques.peft_method does it
+                if configs[name].target_modules == "all-linear":
+                    configs[name].target_modules = adapted.peft_config[first].target_modules
+                adapted.add_adapter(name, configs[name])
+            adapted.set_adapter(list(configs))
     except Exception as error:
-        raise ModelError(
-            "peft refuses these settings", where="techniques", given=f"{type(error).__name__}: {error}"
-        ) from None
+        raise ModelError("peft refuses these settings", where="techniques", given=one_line(error)) from None
     return adapted
 
 
-def traced_model(config: Any, layout: Layout, rank: int) -> Any:
-    """The model as it is trained."""
+def _peft_config(settings: dict[str, Any], rank: int, stack: Stack) -> Any:
+    """A method's configuration, for the layers that are traced."""
+    import peft
+
+    adapted = adapted_layers(settings, stack.depth)
+    traced = [place for place, number in enumerate(stack.traced) if number in adapted]
+    settings = dict(settings)
+    kind = settings.pop("method")
+    if kind == "LORA":
+        settings["r"] = rank
+    if kind == "ADAPTION_PROMPT":
+        settings["adapter_layers"] = len(traced)
+    elif kind == "PREFIX_TUNING":
+        settings["num_layers"] = stack.depth  # one module makes the prefixes of all layers
+    elif "layers_to_transform" in settings:
+        settings["layers_to_transform"] = traced
+    return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](task_type="CAUSAL_LM", **settings)
+
+
+def traced_model(config: Any, layout: Layout, rank: int, stack: Stack) -> Any:
+    """The model as it is trained.
+
+    Args:
+        config: of the layers that are traced.
+        layout: how it is trained.
+        rank: of LoRA.
+        stack: which layers of the whole model these are.
+    """
     weights = getattr(torch, layout.weights)
     model = build(config, weights, {"eager": "eager", "flash": FUSED}.get(layout.attention, "sdpa"))
     model.train()
@@ -437,12 +503,16 @@ def traced_model(config: Any, layout: Layout, rank: int) -> Any:
         upcast(model)
     if layout.checkpoint_every:
         model.gradient_checkpointing_enable({"use_reentrant": layout.use_reentrant})
-        for number, layer in enumerate(layer_stack(model)[1]):
-            if number % layout.checkpoint_every:
-                layer.gradient_checkpointing = False
+        layers, size = layer_stack(model)[1], group_size(layout.checkpoint_every, stack.depth)
+        if layout.checkpoint_every == "sqrt":
+            gradient_checkpointing.join(list(layers), size, layout.use_reentrant)
+        else:
+            for number, layer in enumerate(layers):
+                if number % size:
+                    layer.gradient_checkpointing = False
     if layout.peft:
         model.requires_grad_(False)
-        model = adapt(model, layout, rank)
+        model = adapt(model, layout, rank, stack)
         if layout.checkpoint_every:
             model.enable_input_require_grads()
     return model

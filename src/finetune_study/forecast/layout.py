@@ -13,7 +13,7 @@ BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODE = "_code"
 """Key of a configuration whose model's own code may be run: its folder, and a digest of the code."""
 
-TRACE_VERSION = 8
+TRACE_VERSION = 9
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -32,12 +32,12 @@ class Layout:
     `eager`: transformers' own code."""
     windowed: bool = False
     """The context is longer than the model's attention window, and the kernel is given a mask for it."""
-    checkpoint_every: int = 0
-    """Every how many-th layer is checkpointed; 0: none."""
+    checkpoint_every: int | Literal["sqrt"] = 0
+    """Every how many-th layer is checkpointed; 0: none; `sqrt`: all of n layers, in groups of about √n."""
     use_reentrant: bool = False
     """torch's older implementation of checkpointing."""
     peft: str | None = None
-    """Method and settings that change the trace, as canonical JSON; the rank is not one of them."""
+    """Methods and their settings that change the trace, as canonical JSON; LoRA's rank is not one of them."""
     virtual_tokens: int = 0
     """Tokens that a prompt method puts before the context."""
     adapters: Dtype = "float32"

@@ -211,13 +211,17 @@ class _States:
                 total += 4 * sum(c * rank ** m[2] for m, c in part.rows.items())
             elif kind.low_rank and part.matrix:
                 projected = self.recipe.setting(self.recipe.optimizer, "rank", 128) * value(part.rows, 1, 1, rank)
-                total += kind.low_rank * projected * self.recipe.state_bytes
+                total += kind.low_rank * projected * self._state_bytes(part)
             elif kind.full_embedding and part.role == "embedding":
                 total += 8 * number
             else:
                 states = 1 if kind.muon and part.matrix else kind.states
-                total += number * (states * self.recipe.state_bytes + kind.bytes_per_weight)
+                total += number * (states * self._state_bytes(part) + kind.bytes_per_weight)
         return total
+
+    def _state_bytes(self, part: Parameters) -> int:
+        """Of a state of a weight; methods of peft that are mixed differ in the format of their weights."""
+        return BYTES[part.dtype] if self.recipe.mixed and not self.recipe.master else self.recipe.state_bytes
 
     @property
     def step_gradients(self) -> float:
@@ -309,7 +313,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     states = _States(profile, recipe, at)
     curves = profile.curves(at.batch, at.context + _virtual(recipe), max(recipe.rank, 1))
     activations = curves[SAVED] + curves[POINTWISE]
-    if recipe.has("torch_compile"):
+    if recipe.fuses:
         activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
     if recipe.has("activation_offload"):
         activations = activations * min(1.0, 2 / profile.depth)  # the layer at work, and one under way
@@ -404,7 +408,7 @@ def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
         upcast = recipe.techniques["chunked_cross_entropy"].get("upcast", True)
         kept = 4 if upcast == "logits" else width
         saved = 4 if upcast else width
-        if recipe.has("torch_compile"):
+        if recipe.fuses:
             return float(tokens * vocabulary * width * (1 + 1 / chunks) + gradient) + dequantized
         return float(tokens * vocabulary * (kept + saved + saved / chunks) + gradient) + dequantized
     return 0.0

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -191,6 +192,9 @@ def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Ques
     resolved = recipe.resolve(
         row.get("techniques"), num_gpus=numbers["num_gpus"], device=device.device, has_bf16=device.has_bf16
     )
+    varying = row.get("lengths_vary", False)
+    if not isinstance(varying, bool):
+        raise ConfigError("This is not understood", where="lengths_vary", given=repr(varying), allowed="true or false")
     config = model_config(row, own_code)
     warnings: list[str] = []
     longest = config.get("max_position_embeddings") or config.get("n_positions")
@@ -198,7 +202,7 @@ def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Ques
         warnings.append(f"sequence_length is above the model's {longest} positions")
     return Question(
         config, device, numbers["num_gpus"], numbers["sequence_length"], numbers["per_device_train_batch_size"],
-        numbers["gradient_accumulation_steps"], resolved, row.get("lengths_vary") is True, warnings,
+        numbers["gradient_accumulation_steps"], resolved, varying, warnings,
     )  # fmt: skip
 
 
@@ -235,9 +239,8 @@ def model_config(row: Mapping[str, Any], own_code: Container[str] = ()) -> dict[
 
 @lru_cache(maxsize=256)
 def _config_of(model: str, own_code: bool) -> dict[str, Any]:
-    path = Path(model).expanduser()
-    file = path / "config.json" if path.is_dir() else path
-    if file.is_file() and file.suffix == ".json":
+    file = _config_file(model)
+    if file:
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -261,6 +264,16 @@ def _config_of(model: str, own_code: bool) -> dict[str, Any]:
             do="give model_config: the contents of its config.json",
         )
     return dict(known[name])
+
+
+def _config_file(model: str) -> Path | None:
+    """The config.json that a model's name points at; None where it is no path of one."""
+    try:
+        path = Path(model).expanduser()
+        file = path / "config.json" if path.is_dir() else path
+        return file if file.is_file() and file.suffix == ".json" else None
+    except (OSError, ValueError, RuntimeError):  # too long, with a zero byte, of a user that is not there
+        return None
 
 
 def _check_code(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -317,7 +330,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     )
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
-    warnings = [*question.warnings, *resolved.why_not(device), *took.warnings]
+    warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:
@@ -359,6 +372,28 @@ def _word(found: memory.Memory, available: float | None) -> str | None:
     return "tight" if found.needed / memory.GIB <= available else DOES_NOT_FIT
 
 
+BYTE_ORDER_MARK = "\ufeff"
+"""What some editors begin a file with."""
+
+
+def _parsed(line: str) -> Any:
+    """The value of a line of JSON.
+
+    Raises:
+        ConfigError: where it is not JSON, which knows no NaN and no infinity.
+    """
+    try:
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK), parse_constant=_finite, parse_float=_finite)
+    except ValueError as error:
+        raise ConfigError(f"The line is not JSON: {error}") from None
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no number that it has")
+    return float(number)
+
+
 def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
     """JSON lines to JSON lines; a line that can't be answered comes back with `error`."""
     for number, line in enumerate(lines, start=1):
@@ -366,12 +401,10 @@ def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] 
             continue
         row: Any = None
         try:
-            row = json.loads(line)
+            row = _parsed(line)
             if not isinstance(row, dict):
                 raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
             result = answer(row, traces, own_code)
-        except json.JSONDecodeError as error:
-            result = {"line": number, "error": f"The line is not JSON: {error}"}
         except RecursionError:
             result = {"line": number, "error": "The line's objects and arrays are nested too deeply"}
         except StudyError as error:

@@ -5,15 +5,19 @@ are one part of the names: the predictor also knows what the study can't run yet
 """
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from finetune_study import techniques as known
 from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError
 from finetune_study.forecast.hardware import Device
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
+from finetune_study.techniques.base import Technique
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -94,40 +98,80 @@ OPTIMIZERS: dict[str, Optimizer] = {
 
 KNOWN = (*PRECISIONS, *ATTENTIONS, *PEFT, *SHARDINGS, *OTHERS, *OPTIMIZERS)
 
+_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+_LOW_RANK = (*_ADAM, "rank", "update_proj_gap", "scale", "optim_target_modules")
 _ZERO = ("stage", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients",
          "reduce_scatter", "allgather_partitions", "round_robin_gradients")  # fmt: skip
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights",
+         "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "layers_pattern",
+         "rank_pattern", "alpha_pattern", "exclude_modules", "task_type", "fan_in_fan_out",
+         "inference_mode")  # fmt: skip
+_OFFLOAD = ("device", "pin_memory", "nvme_path")
 
 SETTINGS: dict[str, tuple[str, ...]] = {
+    "bf16": ("dtype",),
+    "fp16": ("dtype",),
+    "fp8": ("recipe", "emulate"),
+    "sdpa": ("kernel",),
+    "flash_attention_2": ("hub_kernel",),
+    "flash_attention_3": ("hub_kernel",),
+    "flash_attention_4": ("hub_kernel",),
+    "liger": ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy"),
     "gradient_checkpointing": ("every", "use_reentrant"),
-    "lora": ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights",
-             "modules_to_save", "autocast_adapter_dtype", "bias", "layers_to_transform", "layers_pattern",
-             "rank_pattern", "alpha_pattern", "exclude_modules", "task_type", "fan_in_fan_out", "inference_mode"),
+    "activation_offload": ("pin_memory",),
+    "lora": _LORA,
+    "qlora": (*_LORA, "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype", "load_in_8bit",
+              "load_in_4bit", "llm_int8_skip_modules", "prepare_model_for_kbit_training", "quantized_from",
+              "bitsandbytes_before_0_44", "loop_holds_loss"),
+    "adalora": (*_LORA, "init_r", "target_r", "tinit", "tfinal", "deltaT", "orth_reg_weight", "total_step", "beta1",
+                "beta2"),
+    "loha": ("r", "alpha", "target_modules"),
+    "lokr": ("r", "alpha", "target_modules"),
+    "oft": ("oft_block_size", "target_modules"),
+    "ia3": ("target_modules", "feedforward_modules"),
+    "adaption_prompt": ("adapter_len", "adapter_layers"),
+    "prompt_tuning": ("num_virtual_tokens",),
+    "p_tuning": ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers",
+                 "encoder_dropout"),
+    "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
     "zero1": _ZERO,
     "zero2": _ZERO,
     "zero3": (*_ZERO, "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
               "stage3_prefetch_bucket_size", "stage3_gather_16bit_weights_on_model_save", "sub_group_size"),
     "fsdp": ("sync_each_batch", "reshard_after_forward"),
     "zeropp": ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size"),
-    "bf16": ("dtype",), "fp16": ("dtype",),
+    "offload_optimizer": _OFFLOAD,
+    "offload_param": _OFFLOAD,
+    **dict.fromkeys((name for name in OPTIMIZERS if "adam" in name), _ADAM),
+    "galore_adamw": _LOW_RANK,
+    "apollo_adamw": _LOW_RANK,
+    "muon": ("momentum", "nesterov", "ns_steps", "adjust_lr_fn"),
+    "torch_compile": ("torch_compile_backend", "torch_compile_mode"),
     "chunked_cross_entropy": ("num_chunks", "upcast"),
-    "sdpa": ("kernel",),
 }  # fmt: skip
-SETTINGS["qlora"] = (*SETTINGS["lora"], "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype",
-                     "load_in_8bit", "load_in_4bit", "llm_int8_skip_modules", "prepare_model_for_kbit_training",
-                     "quantized_from", "bitsandbytes_before_0_44", "loop_holds_loss")  # fmt: skip
-SETTINGS["adalora"] = (
-    *SETTINGS["lora"],
-    "init_r",
-    "target_r",
-    "tinit",
-    "tfinal",
-    "deltaT",
-    "orth_reg_weight",
-    "total_step",
-    "beta1",
-    "beta2",
-)
+"""Settings of each technique, whether they change a number or not; one without an entry has none. Of peft's methods
+others may be given as well: peft itself judges them, when the model is built."""
 
+JUDGED_BY_PEFT = ("loha", "lokr", "oft", "ia3", "adaption_prompt", "prompt_tuning", "p_tuning", "prefix_tuning")
+CHANGE_NOTHING = ("init_lora_weights", "lora_alpha", "alpha", "target_modules")
+"""Settings of the study that are not checked here: they change no number, or are peft's to judge."""
+
+LARGEST = {"r": 1 << 16, "init_r": 1 << 16, "rank": 1 << 16, "oft_block_size": 1 << 16, "adapter_len": 1 << 20,
+           "num_virtual_tokens": 1 << 20, "encoder_hidden_size": 1 << 20}  # fmt: skip
+"""What is still believed of settings; more is a slip of the pen."""
+
+_YES_OR_NO = (True, False)
+OF_OURS: dict[str, tuple[Any, ...]] = {
+    "kernel": ("math", "auto"),
+    "upcast": (True, False, "logits"),
+    "overlap_comm": (True, False, None, "auto"),
+    **dict.fromkeys(("sync_each_batch", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
+                     "autocast_adapter_dtype"), _YES_OR_NO),
+}  # fmt: skip
+"""Values of settings that the study does not have."""
+
+FUSES = ("inductor",)
+"""Backends of torch.compile that fuse operations and compute cheap ones again in backward."""
 
 NOT_FOR_PEFT = (
     "autocast_adapter_dtype",
@@ -168,16 +212,10 @@ def names(techniques: Any) -> dict[str, dict[str, Any]]:
             raise _wrong("techniques", name, hint + ", ".join(KNOWN), "The technique is not known")
         if not isinstance(settings, Mapping | None):
             raise _wrong(f"techniques.{name}", settings, "an object of settings, or null")
-        allowed = SETTINGS.get(name)
-        for key in settings or {}:
-            if allowed is not None and key not in allowed:
-                close = difflib.get_close_matches(str(key), allowed, 1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise _wrong(f"techniques.{name}", key, hint + ", ".join(allowed), "The setting is not known")
-        recipe[name] = dict(settings or {})
+        recipe[name] = _checked(name, settings or {})
     for group in (PRECISIONS, ATTENTIONS, PEFT, SHARDINGS, tuple(OPTIMIZERS)):
         chosen = [name for name in recipe if name in group]
-        if len(chosen) > 1:
+        if any(not _beside(*pair) for pair in itertools.combinations(chosen, 2)):
             raise _wrong("techniques", ", ".join(chosen), f"one of {', '.join(group)}", "These exclude each other")
     needs = {
         "offload_optimizer": ("zero1", "zero2", "zero3", "fsdp"),
@@ -188,6 +226,54 @@ def names(techniques: Any) -> dict[str, dict[str, Any]]:
         if name in recipe and not any(other in recipe for other in others):
             raise _wrong("techniques", name, f"beside one of {', '.join(others)}", "It means nothing alone")
     return recipe
+
+
+def _beside(one: str, other: str) -> bool:
+    """Whether peft trains two methods together."""
+    return other in known.ALL and one in known.ALL[other].beside
+
+
+def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a technique; those that the study has, too, as the study reads them.
+
+    Raises:
+        ConfigError: for one that is not known, or has a value that is not allowed.
+    """
+    allowed = SETTINGS.get(name, ())
+    for key in settings:
+        if key not in allowed and name not in JUDGED_BY_PEFT:
+            close = difflib.get_close_matches(str(key), allowed, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            listed = ", ".join(allowed) or "no settings"
+            raise _wrong(f"techniques.{name}", key, hint + listed, "The setting is not known")
+        if key in OF_OURS and not _is_one_of(settings[key], OF_OURS[key]):
+            raise _wrong(f"techniques.{name}.{key}", settings[key], ", ".join(map(str, OF_OURS[key])))
+        if settings[key] == [] and key == "target_modules":
+            raise _wrong(f"techniques.{name}.{key}", settings[key], "names of layers, or all-linear")
+        if key in LARGEST and isinstance(settings[key], int | float) and not settings[key] <= LARGEST[key]:
+            raise _wrong(f"techniques.{name}.{key}", settings[key], f"a whole number up to {LARGEST[key]}")
+    technique = known.ALL.get(name)
+    fields = technique.model_fields.keys() - CHANGE_NOTHING if technique else set()
+    own = {key: value for key, value in settings.items() if key in fields and value is not None}
+    for key, value in own.items():
+        if isinstance(value, bool) and technique and not _takes_bool(technique, key):
+            raise _wrong(f"techniques.{name}.{key}", value, "a number or a word, not true or false")
+    try:
+        parsed = technique.model_validate(own) if technique else None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(("techniques", name, *map(str, problem["loc"][:1])))
+        raise _wrong(where, problem["input"], str(problem["msg"])) from None
+    return dict(settings) | {key: getattr(parsed, key) for key in own}
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Without taking 1 for true."""
+    return any(type(value) is type(one) and value == one for one in allowed)
+
+
+def _takes_bool(technique: type[Technique], key: str) -> bool:
+    return "bool" in str(technique.model_fields[key].annotation)
 
 
 def _wrong(where: str, given: object, allowed: str, what: str = "This is not understood") -> ConfigError:
@@ -215,6 +301,8 @@ class Recipe:
     optimizer: str
     sharding: str | None
     peft: str | None
+    mixed: tuple[str, ...]
+    """Methods of peft that are trained beside it."""
     rank: int
     master: bool
     """The optimizer keeps an fp32 copy of trained weights that are held in 16 bit (DeepSpeed)."""
@@ -248,6 +336,37 @@ class Recipe:
     def fused_loss(self) -> bool:
         """liger computes logits and loss together, chunk by chunk, unless it is told not to."""
         return self._setting_of("liger", "fused_linear_cross_entropy", True) if self.has("liger") else False
+
+    @property
+    def fuses(self) -> bool:
+        """A compiler fuses operations, and computes cheap ones again in backward."""
+        return self.has("torch_compile") and self._compiler in FUSES
+
+    @property
+    def _compiler(self) -> str:
+        return str(self.techniques["torch_compile"].get("torch_compile_backend", "inductor"))
+
+    @property
+    def swaps_to_nvme(self) -> bool:
+        """States or weights lie on a drive."""
+        return any(self.techniques.get(n, {}).get("device") == "nvme" for n in ("offload_optimizer", "offload_param"))
+
+    @property
+    def emulates_fp8(self) -> bool:
+        """Products are rounded as fp8's are, and multiplied in fp32."""
+        return self._setting_of("fp8", "emulate", False)
+
+    @property
+    def not_modelled(self) -> list[str]:
+        """What of the recipe is not in the numbers, and which way they are wrong."""
+        found = []
+        if self.has("torch_compile") and not self.fuses:
+            found.append(f"what torch_compile's backend {self._compiler} saves is not known: as without it")
+        if self.has("liger"):
+            found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
+        if self.precision == "fp8" and not self.emulates_fp8:
+            found.append("casts to fp8 and their scales are not counted: a step takes longer than this")
+        return found
 
     @property
     def overlaps(self) -> bool:
@@ -323,14 +442,14 @@ class Recipe:
         """What has to be traced for it."""
         window = config.get("sliding_window")
         masked = self.attention in ("sdpa", "eager")
-        every = self.setting("gradient_checkpointing", "every", 1) if self.has("gradient_checkpointing") else 0
+        checkpointing = self.techniques.get("gradient_checkpointing")
         return Layout(
             config=canonical(config),
             weights=self.weights,
             autocast=self.autocast,
             attention=self._kernel(),
             windowed=isinstance(window, int) and context > window and masked,
-            checkpoint_every=every,
+            checkpoint_every=0 if checkpointing is None else checkpointing.get("every", 1),
             use_reentrant=bool(self.techniques.get("gradient_checkpointing", {}).get("use_reentrant", False)),
             peft=self._peft_settings(),
             virtual_tokens=self._virtual_tokens(),
@@ -367,22 +486,24 @@ class Recipe:
     def _peft_settings(self) -> str | None:
         if self.peft is None:
             return None
-        settings = dict(self.techniques[self.peft])
-        method = "LORA" if self.peft == "qlora" else self.peft.upper()
-        for key in NOT_FOR_PEFT:
-            settings.pop(key, None)
+        return canonical([self._settings_for_peft(name) for name in (self.peft, *self.mixed)])
+
+    def _settings_for_peft(self, name: str) -> dict[str, Any]:
+        """What peft is told of one of its methods; what is left open is as the study has it."""
+        given = {key: value for key, value in self.techniques[name].items() if value is not None}
+        defaults = {key: field.default for key, field in known.ALL[name].model_fields.items()}
+        settings = {key: value for key, value in (defaults | given).items() if key not in NOT_FOR_PEFT}
+        method = "LORA" if name == "qlora" else name.upper()
         if method == "LORA":
             for key in ("r", "lora_alpha", "use_rslora"):
                 settings.pop(key, None)
-            settings["target_modules"] = settings.get("target_modules") or "all-linear"
-            settings["lora_dropout"] = 0.05 if settings.get("lora_dropout") else 0.0
+            settings["target_modules"] = settings["target_modules"] or "all-linear"
+            settings["lora_dropout"] = 0.05 if settings["lora_dropout"] else 0.0
         elif method == "ADALORA":
             settings.setdefault("total_step", 1000)  # peft asks for it; it changes no size
-        elif method in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-            settings.setdefault("num_virtual_tokens", 20)
         if isinstance(settings.get("target_modules"), list):
             settings["target_modules"] = sorted(settings["target_modules"])
-        return canonical({"method": method, **settings})
+        return {"method": method, **{key: value for key, value in settings.items() if value is not None}}
 
 
 def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: bool = True) -> Recipe:
@@ -396,7 +517,8 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
     recipe = names(techniques)
     precision = _first(recipe, PRECISIONS) or ("fp32" if device == "cpu" else "bf16" if has_bf16 else "fp16")
     sharding = _first(recipe, SHARDINGS) or ("ddp" if num_gpus > 1 else None)
-    peft = _first(recipe, PEFT)
+    methods = sorted((name for name in recipe if name in PEFT), key=PEFT.index)
+    peft = methods[0] if methods else None
     half: Dtype | None = {"fp16": "float16", "bf16": "bfloat16", "bf16_pure": "bfloat16", "fp8": "bfloat16"}.get(
         precision
     )  # type: ignore[assignment]
@@ -412,7 +534,8 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         weights = asked if asked in BYTES else "float32"
     autocast = half if mixed and not deepspeed and sharding != "fsdp" else None
     settings = recipe.get(peft or "", {})
-    in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure")
+    # peft turns adapters to fp32 unless it is told not to, or mixes methods (peft/mixed_model.py)
+    in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure") and len(methods) < 2
     adapters: Dtype = weights if (deepspeed or sharding == "fsdp" or not in_fp32) and half else "float32"
     rank = _number(settings, "r", 8, f"techniques.{peft}", least=1) if peft in ("lora", "qlora") else 0
     _check_settings(recipe, num_gpus)
@@ -423,6 +546,7 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         optimizer=_first(recipe, tuple(OPTIMIZERS)) or "adamw_torch",
         sharding=sharding,
         peft=peft,
+        mixed=tuple(methods[1:]),
         rank=rank,
         master=deepspeed,
         weights=weights,
@@ -437,11 +561,6 @@ def _check_settings(recipe: Mapping[str, dict[str, Any]], num_gpus: int) -> None
     Raises:
         ConfigError: for one that does not.
     """
-    for name in PEFT:
-        dropout = recipe.get(name, {}).get("lora_dropout") or 0.0
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise _wrong(f"techniques.{name}.lora_dropout", dropout, "a number from 0, below 1")
-    _number(recipe.get("gradient_checkpointing", {}), "every", 1, "techniques.gradient_checkpointing", least=1)
     share = _number(recipe.get("zeropp", {}), "zero_hpz_partition_size", 1, "techniques.zeropp", least=1)
     if num_gpus % min(share, num_gpus):  # deepspeed/utils/groups.py, _create_zero_param_parallel_group
         raise _wrong(

@@ -122,6 +122,8 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
     """
     if rates is None:
         return StepTime(None, None, warnings=("the hardware's rates are not known: no step time",))
+    if recipe.swaps_to_nvme:
+        return StepTime(None, None, warnings=("how fast the NVMe drive is is not known: no step time",))
     parts = dict.fromkeys(BOTTLENECKS, 0.0)
     total = 0.0
     for phases in (("forward",), ("recompute", "backward")):
@@ -169,19 +171,19 @@ def _matmul_seconds(
 
 def _unit(recipe: Recipe, kind: str) -> str:
     if recipe.precision == "fp8" and kind == "bf16":
-        return "fp8"
+        return "fp32" if recipe.emulates_fp8 else "fp8"
     return "tf32" if recipe.precision == "tf32" and kind == "fp32" else kind
 
 
 def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
     """Element-wise traffic; products stream their operands while they compute."""
     traffic = profile.amount(phases, "bytes_pointwise", at.batch, at.context, max(recipe.rank, 1))
-    return traffic * (COMPILED_BYTES if recipe.has("torch_compile") else 1.0) / rates.memory
+    return traffic * (COMPILED_BYTES if recipe.fuses else 1.0) / rates.memory
 
 
 def _launch_seconds(profile: Profile, recipe: Recipe, rates: Rates, phases: tuple[str, ...]) -> float:
     kernels = sum(profile.kernels.get(phase, 0) for phase in phases)
-    return kernels * (COMPILED_KERNELS if recipe.has("torch_compile") else 1.0) * rates.launch
+    return kernels * (COMPILED_KERNELS if recipe.fuses else 1.0) * rates.launch
 
 
 def _counts(profile: Profile, recipe: Recipe) -> tuple[float, float]:

@@ -15,6 +15,7 @@ and on meta tensors it would take the quadratic one. Where the CPU differs from 
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def trace(layout: Layout) -> Profile:
     Raises:
         ModelError: for a model that can't be made, or whose step can't be traced.
     """
-    with _quiet():
+    with _quiet(), _uncollected():
         try:
             return _trace(layout)
         except StudyError:
@@ -120,12 +122,12 @@ def _trace(layout: Layout) -> Profile:
         )
     with torch.device("meta"):
         skeleton = build(config, torch.float32, "eager")
-    kinds = layer_kinds(skeleton, layout.checkpoint_every)
+    kinds = layer_kinds(skeleton, layout)
     stack = find_stack(kinds)
     short = shorten(config, stack.traced)
     with torch.device("meta"):
-        found = layer_kinds(build(short, torch.float32, "eager"), 0)
-    if [k[:3] for k in found] != [kinds[i][:3] for i in stack.traced]:
+        found = layer_kinds(build(short, torch.float32, "eager"), layout)
+    if [k.of_model for k in found] != [kinds[i].of_model for i in stack.traced]:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
     return _Tracer(short, stack, layout, skeleton).run()
 
@@ -144,6 +146,20 @@ def _quiet() -> Iterator[None]:
     finally:
         fake.setLevel(levels[0])
         transformers.utils.logging.set_verbosity(levels[1])
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Cycles of an earlier model, with its graph, are not collected in the middle of a trace.
+
+    What is alive when should not depend on when the collector runs.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 @contextlib.contextmanager
@@ -181,7 +197,7 @@ class _Tracer:
     def run(self) -> Profile:
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
-            model = traced_model(self.config, self.layout, self.rank_prime)
+            model = traced_model(self.config, self.layout, self.rank_prime, self.stack)
             tape = Tape(self.sizes)
             self._step(model, tape)
             return self._profile(model, tape)
@@ -249,7 +265,19 @@ class _Tracer:
                 if first.grad_fn is not None and tape.forward:
                     first.grad_fn.register_prehook(lambda gradients: enter(number))
 
+        def inside(number: int, checkpoint: Any, function: Any, *arguments: Any) -> Any:
+            def followed(*inputs: Any) -> Any:
+                enter(number)
+                output = function(*inputs)
+                leave(number, output)
+                return output
+
+            return checkpoint(followed, *arguments)
+
         for number, layer in enumerate(layers):
+            if self.layout.checkpoint_every == "sqrt":  # called one by one, layers run when their group does
+                layer._gradient_checkpointing_func = partial(inside, number, layer._gradient_checkpointing_func)
+                continue
             layer.register_forward_pre_hook(lambda module, inputs, number=number: enter(number))
             layer.register_forward_hook(lambda module, inputs, output, number=number: leave(number, output))
         for parameter in model.parameters():

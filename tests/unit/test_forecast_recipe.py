@@ -1,0 +1,236 @@
+"""Every technique of the study is one that the predictor knows, with its settings and its real number of weights."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from finetune_study import techniques
+from finetune_study.errors import StudyError
+from finetune_study.forecast import predict, recipe, trace
+from finetune_study.forecast.build import Stack
+from finetune_study.forecast.layout import Layout, canonical
+from finetune_study.forecast.profile import SAVED, Profile
+from finetune_study.techniques.peft_method import MIXED, PeftMethod
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+}  # fmt: skip
+FALCON: dict[str, Any] = {
+    "model_type": "falcon", "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 1024,
+}  # fmt: skip
+TRACES = predict.Traces()
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "offload_optimizer": {"zero3": {}}, "offload_param": {"zero3": {}}, "zeropp": {"zero3": {}},
+}  # fmt: skip
+"""What a technique means nothing without."""
+
+
+def answer(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    row = {"model_config": LLAMA, "hardware": "h100-80gb", "num_gpus": 2, "sequence_length": 64, "techniques": recipe}
+    return predict.answer(row | changes, TRACES)
+
+
+@pytest.mark.parametrize("name", techniques.ALL)
+def test_every_technique_is_known_with_all_its_settings(name: str) -> None:
+    """One that is added later needs its words in the predictor: a name, its settings, and an answer at its defaults."""
+    assert name in recipe.KNOWN
+    fields = techniques.ALL[name].model_fields
+    assert set(fields) <= set(recipe.SETTINGS.get(name, ()))
+    defaults = techniques.ALL[name]().model_dump(mode="json")
+    found = answer(BESIDE.get(name, {}) | {name: defaults})
+    assert found["predicted_peak_memory_allocated_gib"] > 0
+    assert found["predicted_step_time_seconds"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in techniques.ALL if name in recipe.PEFT])
+def test_what_is_left_open_is_as_the_study_has_it(name: str) -> None:
+    written_out = answer({name: techniques.ALL[name]().model_dump(mode="json")})
+    left_open = answer({name: {}})
+    assert written_out.pop("techniques") != left_open.pop("techniques") or name == "qlora"
+    assert written_out == left_open
+
+
+def trained_by_peft(names: list[str], settings: dict[str, Any]) -> int:
+    """Of a real model, wrapped as a run does it."""
+    parsed = techniques.parse({name: settings.get(name, {}) for name in names})
+    run: Any = SimpleNamespace(parsed_techniques=parsed, num_steps=100, training=SimpleNamespace(seed=1))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).to(torch.bfloat16)
+    for technique in parsed.values():
+        if isinstance(technique, PeftMethod):
+            model = technique.wrap(model, run)
+    assert isinstance(model, torch.nn.Module)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        *(([name], {}) for name in techniques.ALL if name in recipe.PEFT and name != "qlora"),
+        (["loha"], {"loha": {"r": 5}}),
+        (["lokr"], {"lokr": {"r": 3, "target_modules": ["q_proj", "down_proj"]}}),
+        (["oft"], {"oft": {"oft_block_size": 16}}),
+        (["lora"], {"lora": {"r": 3, "use_dora": True, "modules_to_save": ["lm_head"]}}),
+        (["adaption_prompt"], {"adaption_prompt": {"adapter_layers": 3}}),
+        (["p_tuning"], {"p_tuning": {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 24}}),
+        (["prefix_tuning"], {"prefix_tuning": {"prefix_projection": True, "encoder_hidden_size": 24}}),
+        *((["lora", name], {"lora": {"r": 5}}) for name in sorted(MIXED - {"lora"})),
+        (["loha", "lokr"], {}),
+    ],
+    ids=str,
+)
+def test_weights_are_counted_as_peft_makes_them(names: list[str], settings: dict[str, Any]) -> None:
+    chosen = {name: settings.get(name, {}) for name in names}
+    profile, resolved = profile_of(chosen)
+    counted = sum(p.count(resolved.rank) for p in profile.parameters if p.trained)
+    assert counted == trained_by_peft(names, settings)
+
+
+def profile_of(chosen: dict[str, Any]) -> tuple[Profile, recipe.Recipe]:
+    resolved = recipe.resolve(chosen, num_gpus=1)
+    return TRACES.get(resolved.layout(LLAMA, 64)), resolved
+
+
+def test_states_of_mixed_methods_have_the_formats_that_peft_gives_their_weights() -> None:
+    """The first method has the format of the weights (peft/mixed_model.py turns none to fp32), the second its own."""
+    profile, resolved = profile_of({"lora": {}, "loha": {}})
+    formats = {p.dtype: p.count(resolved.rank) for p in profile.parameters if p.trained}
+    assert set(formats) == {"bfloat16", "float32"}
+    states = predict.answer(
+        {"model_config": LLAMA, "hardware": "h100-80gb", "sequence_length": 64, "techniques": {"lora": {}, "loha": {}}},
+        TRACES,
+    )["predicted_memory_gib"]["by_category"]["optimizer"]
+    assert states * 2**30 == 2 * (2 * formats["bfloat16"] + 4 * formats["float32"])
+
+
+def test_methods_that_peft_does_not_mix_exclude_each_other() -> None:
+    with pytest.raises(StudyError, match="exclude"):
+        answer({"lora": {}, "ia3": {}})
+    with pytest.raises(StudyError, match="exclude"):
+        answer({"lora": {}, "loha": {}, "adalora": {}})
+
+
+@pytest.mark.parametrize("config", [LLAMA, FALCON], ids=["llama", "falcon"])
+@pytest.mark.parametrize("depth", [16, 17, 32])
+def test_groups_of_layers_are_extended_exactly(
+    config: dict[str, Any], depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(canonical({**config, "num_hidden_layers": depth}), weights="bfloat16", checkpoint_every="sqrt")
+    short = trace.trace(layout)
+    monkeypatch.setattr(trace, "find_stack", lambda kinds: Stack(len(kinds), 0, 0, 0))
+    full = trace.trace(layout)
+    for batch, context in ((1, 128), (4, 384)):
+        ours, whole = (float(sum(one.curves(batch, context, 1).values()).max()) for one in (short, full))  # type: ignore[union-attr]
+        assert ours == pytest.approx(whole, rel=0.005)
+        assert short.amount(("recompute",), "matmul_bf16", batch, context, 1) == pytest.approx(
+            full.amount(("recompute",), "matmul_bf16", batch, context, 1), rel=0.005
+        )
+
+
+def test_groups_keep_an_input_each_and_compute_every_layer_again() -> None:
+    config = {**LLAMA, "num_hidden_layers": 25}
+    every = Layout(canonical(config), weights="bfloat16", checkpoint_every=1)
+    each, groups = TRACES.get(every), TRACES.get(dataclasses.replace(every, checkpoint_every="sqrt"))
+    batch, context = 2, 4096
+    residual = 2 * batch * context * LLAMA["hidden_size"]
+    at_turn = [float(one.curves(batch, context, 1)[SAVED][one.turn].min()) / residual for one in (each, groups)]
+    number = math.isqrt(25)
+    # beside the inputs both hold the last hidden state, and what the final norm keeps
+    assert at_turn[0] - at_turn[1] == pytest.approx(25 - number, abs=0.01)
+    work = [one.amount(("recompute",), "matmul_bf16", batch, context, 1) for one in (each, groups)]
+    # What a checkpoint computes last, its last layer's down projection, nothing saves, so torch stops before it.
+    down_projection = 2 * batch * context * LLAMA["hidden_size"] * LLAMA["intermediate_size"]
+    assert work[1] - work[0] == pytest.approx((25 - number) * down_projection)
+
+
+def test_a_drive_leaves_the_time_open_and_the_device_as_offload_to_the_host_does() -> None:
+    on_host = answer({"zero3": {}, "offload_optimizer": {}})
+    on_drive = answer({"zero3": {}, "offload_optimizer": {"device": "nvme", "nvme_path": "/scratch"}})
+    assert on_drive["predicted_memory_gib"] == on_host["predicted_memory_gib"]
+    assert on_drive["predicted_step_time_seconds"] is None
+    assert any("NVMe" in warning for warning in on_drive["warnings"])
+
+
+def test_a_compiler_that_does_not_fuse_saves_nothing() -> None:
+    sizes = {"per_device_train_batch_size": 64, "sequence_length": 4096}
+    recipes: list[dict[str, Any]] = [{}, {"torch_compile": {}}, {"torch_compile": {"torch_compile_backend": "eager"}}]
+    plain, fused, not_fused = (answer(chosen, **sizes) for chosen in recipes)
+    key = "predicted_peak_memory_allocated_gib"
+    assert not_fused[key] == plain[key] > fused[key]
+
+
+def test_emulated_fp8_multiplies_in_fp32() -> None:
+    sizes = {"per_device_train_batch_size": 64, "sequence_length": 4096}
+    recipes: list[dict[str, Any]] = [{"fp8": {"emulate": True}}, {"fp8": {}}, {"bf16": {}}]
+    emulated, real, bf16 = (answer(chosen, **sizes)["predicted_step_time_seconds"] for chosen in recipes)
+    assert emulated > bf16 > real
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"muon": {"momentum": 2}}, "momentum"),
+        ({"galore_adamw": {"rank": -3}}, "rank"),
+        ({"galore_adamw": {"ranks": 8}}, "did you mean rank"),
+        ({"packing": {"x": 1}}, "no settings"),
+        ({"loha": {"r": True}}, "not true or false"),
+        ({"loha": {"r": 10**9}}, "65536"),
+        ({"lora": {"r": math.inf}}, "65536"),
+        ({"lora": {"r": math.nan}}, "65536"),
+        ({"loha": {"ranks": 8}}, "ranks"),
+        ({"prompt_tuning": {"num_virtual_tokens": 10**12}}, "num_virtual_tokens"),
+        ({"gradient_checkpointing": {"every": "cube"}}, "every"),
+        ({"gradient_checkpointing": {"every": 0.5}}, "every"),
+        ({"zero2": {"reduce_bucket_size": "big"}}, "reduce_bucket_size"),
+        ({"zero2": {"reduce_bucket_size": -1}}, "reduce_bucket_size"),
+        ({"zero3": {}, "offload_optimizer": {"device": "tape"}}, "device"),
+        ({"fp8": {"recipe": "none"}}, "recipe"),
+        ({"qlora": {"bnb_4bit_quant_type": "int4"}}, "bnb_4bit_quant_type"),
+        ({"lora": {"target_modules": []}}, "target_modules"),
+        ({"sdpa": {"kernel": "best"}}, "kernel"),
+        ({"fsdp": {"sync_each_batch": "x"}}, "sync_each_batch"),
+        ({"p_tuning": {"encoder_reparameterization_type": "GRU"}}, "encoder_reparameterization_type"),
+    ],
+)
+def test_wrong_settings_are_told_by_name(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(StudyError, match=says):
+        answer(given)
+
+
+def test_copies_of_fake_layers_read_no_memory() -> None:
+    """peft copies a layer of `modules_to_save`; copied as a real one, a fake one ends the process sooner or later."""
+    layout = recipe.resolve({"lora": {"modules_to_save": ["lm_head"]}}, num_gpus=1).layout(LLAMA, 64)
+    for _ in range(8):
+        found = trace.trace(layout)
+    assert sum(p.count(8) for p in found.parameters if p.trained) > LLAMA["vocab_size"] * LLAMA["hidden_size"]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"sequence_length": NaN}', "NaN"),
+        ('{"sequence_length": 1e999}', "1e999"),
+        ('{"sequence_length": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"model": "' + "~" * 10000 + '", "hardware": "t4", "sequence_length": 8}', "model is not known"),
+        ('{"model": "a\\u0000", "hardware": "t4", "sequence_length": 8}', "model is not known"),
+        ('{"lengths_vary": "yes", "model": "x", "hardware": "t4", "sequence_length": 8}', "true or false"),
+    ],
+    ids=range(6),
+)
+def test_lines_that_are_answered_with_an_error_are_json_again(line: str, says: str) -> None:
+    (found,) = predict.answer_lines([line], TRACES)
+    answered = json.loads(found, parse_constant=lambda constant: pytest.fail(constant))
+    assert says in answered["error"]
+    assert "bug" not in answered["error"]
+
+
+def test_a_byte_order_mark_is_no_error() -> None:
+    row = {"model_config": LLAMA, "hardware": "t4", "sequence_length": 64}
+    assert "error" not in json.loads(next(predict.answer_lines(["\ufeff" + json.dumps(row)], TRACES)))
