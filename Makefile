@@ -56,7 +56,7 @@ $(INSTALLED): $(LOCK) pyproject.toml $(PLUGIN)/pyproject.toml
 demo: env
 	@$(BIN)/snakemake --cores all forecast && $(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
 
-SHARED := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+SHARED := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 test: env
 	@$(BIN)/python -m pytest $(SHARED)
 

@@ -1,7 +1,6 @@
 """What tests of all kinds share."""
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,22 @@ import pytest
 
 from tests.tiny_study import TINY_STUDY
 
-TESTS = Path(__file__).parent
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes share the suite: what waits for SLURM goes on beside what computes.
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Which tests stay together when two processes share the suite: those of the one cluster, and of one trained model.
-
-    So what waits for SLURM goes on beside what computes.
+    What has one cluster, or one trained model, stays in one process; of the unit tests, each module does.
     """
-    for item in items:
-        folder, *names = item.path.relative_to(TESTS).with_suffix("").parts
-        item.add_marker(pytest.mark.xdist_group("/".join([folder, *names] if folder == "unit" else [folder])))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            folder = Path(module).parts[1]
+            return module if folder == "unit" else folder
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture

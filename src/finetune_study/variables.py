@@ -38,9 +38,9 @@ CACHES = {
 """Variables that say where libraries keep caches, and the folder of each below the study's."""
 
 MAPPED_BYTES = 128 * 2**10
-"""On a CPU every block from this size on is mapped by itself, and given back when it is freed: peak memory is what a run
-needs, not what the C library's heap keeps. It is where glibc begins to map, too, but glibc moves the limit up to 32 MiB
-as blocks are freed (mallopt(3), M_MMAP_THRESHOLD), and before 2.38 an aligned block, as torch asks for, did not fit a
+"""On a CPU every block from this size on is mapped by itself, and given back when it is freed: peak memory is then what
+a run needs, not what the C library's heap keeps. glibc begins to map here, too, but moves the limit up to 32 MiB as
+blocks are freed (mallopt(3), M_MMAP_THRESHOLD), and before 2.38 an aligned block, as torch asks for, did not fit a
 freed one of its own size (sourceware bug 14581)."""
 
 
