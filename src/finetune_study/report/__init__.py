@@ -38,6 +38,7 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
     recommendations = recommend.recommend(comparisons)
     defaults = recommend.defaults(recommendations)
     pairs = pair_module.pairs(config, rows, recommendations)
+    drawn = figures.draw(pairs) if draw else []
     return page.Contents(
         config=config,
         cells=cells,
@@ -46,7 +47,7 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
         recommendations=recommendations,
         defaults=defaults,
         pairs=pairs,
-        figures=[(figure, figure.svg()) for figure in (figures.draw(pairs) if draw else [])],
+        figures=list(zip(drawn, figures.svgs(drawn), strict=True)),
         claims=claims.check(rows),
         walks=_walks(pairs, defaults),
         costs=costs.costs(config, defaults, rows),
@@ -96,7 +97,7 @@ def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, f
     if (target, hardware) not in every:
         raise recommend.no_such_pair(target, hardware, every)
     drawn = figures.of_pair(every[target, hardware])
-    return figures.write(drawn, [figure.svg() for figure in drawn], folder)
+    return figures.write(drawn, figures.svgs(drawn), folder)
 
 
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:

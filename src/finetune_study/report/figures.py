@@ -1,8 +1,12 @@
 """Every figure of the report, by grammar (Vega-Lite): what to draw is said, nothing is drawn by hand."""
 
+import multiprocessing
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import vl_convert
 
@@ -16,6 +20,11 @@ from finetune_study.report.scaling import context, gpus, long_context
 from finetune_study.report.tradeoff import pareto
 
 PNG_SCALE = 2
+WORTH_PROCESSES = 40
+"""So many figures take longer to convert, a third of a second each, than other processes take to start."""
+
+T = TypeVar("T")
+U = TypeVar("U")
 OF_A_PAIR = (feasibility, recipes, parts, phases, pareto, context, gpus, long_context)
 
 
@@ -29,22 +38,40 @@ def of_pair(pair: Pair) -> list[Figure]:
     return [figure for maker in OF_A_PAIR if (figure := maker(pair)) is not None]
 
 
-def save(figures: Sequence[Figure], svgs: Sequence[str], folder: Path) -> None:
+def svgs(figures: Sequence[Figure]) -> list[str]:
+    """Each as SVG."""
+    return _each(Figure.svg, figures)
+
+
+def _each(convert: Callable[[T], U], given: Sequence[T]) -> list[U]:
+    """The converter holds the interpreter's lock, so that threads would take turns."""
+    if len(given) < WORTH_PROCESSES:
+        return list(map(convert, given))
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(convert, given, chunksize=4))
+
+
+def _png(svg: str) -> bytes:
+    return bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+
+
+def save(figures: Sequence[Figure], drawn: Sequence[str], folder: Path) -> None:
     """Writes each figure as .svg and .png, and removes those of an earlier study."""
     for stale in (*folder.glob("*.svg"), *folder.glob("*.png")):
         stale.unlink()
-    write(figures, svgs, folder)
+    write(figures, drawn, folder)
 
 
-def write(figures: Sequence[Figure], svgs: Sequence[str], folder: Path) -> list[Path]:
+def write(figures: Sequence[Figure], drawn: Sequence[str], folder: Path) -> list[Path]:
     """Writes each figure as .svg and .png; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
+    # A file of its own has no page to link into, and no page's colours.
+    without_links = [re.sub(r"</?a\b[^>]*>", "", svg) for svg in drawn]
     files = []
-    for figure, svg in zip(figures, svgs, strict=True):
-        # A file of its own has no page to link into, and no page's colours.
-        alone = re.sub(r"</?a\b[^>]*>", "", svg)
+    for figure, svg, png in zip(figures, without_links, _each(_png, without_links), strict=True):
         svg_file, png_file = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
-        svg_file.write_text(alone, encoding="utf-8")
-        png_file.write_bytes(vl_convert.svg_to_png(alone, scale=PNG_SCALE))
+        svg_file.write_text(svg, encoding="utf-8")
+        png_file.write_bytes(png)
         files += [svg_file, png_file]
     return files
