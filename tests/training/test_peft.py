@@ -162,3 +162,11 @@ def test_lora_beside_another_method(lab: Lab, trained: Trained) -> None:
     assert counts[2] == counts[0] + counts[1]
     assert both.losses[0] == pytest.approx(alone.losses[0], rel=1e-4)
     assert both.losses[-1] < min(alone.losses[-1], other.losses[-1])
+
+
+def test_three_methods_side_by_side(lab: Lab, trained: Trained) -> None:
+    names = ("lora", "loha", "oft")
+    alone = [trained(Case((name,)), 2).ranks[0]["trainable_parameters"] for name in names]
+    together = trained(Case(names), 2)
+    assert together.ranks[0]["trainable_parameters"] == sum(alone)
+    assert together.losses[-1] < together.losses[0]

@@ -55,7 +55,7 @@ class PeftMethod(Technique):
             # By now peft would count the linear layers of the first method's adapters among them.
             config.target_modules = model.peft_config[names[0]].target_modules
         model.add_adapter(self.name, config)
-        model.set_adapter(names)
+        model.set_adapter(names[: names.index(self.name) + 1])
         return model
 
 
