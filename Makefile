@@ -1,9 +1,9 @@
 # Each target sets up what it needs by itself. The environment is .venv, installed from envs/local.lock.
 #
 #   make demo    forecast the demo study, run it on this machine and print its table
-#   make test    run the suite, but for what takes many minutes
+#   make test    run the suite, but for what takes long; with MARKED='not exhaustive' as CI runs it
 #   make test-all
-#                run all of it, every pair of techniques too (about half an hour more)
+#                run all of it, every pair of techniques too
 #   make techniques-ran
 #                every pair of techniques on the CPU, written down for docs/techniques.md
 #   make gpu-check
@@ -57,11 +57,12 @@ demo: env
 	@$(BIN)/snakemake --cores all forecast && $(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
 
 SHARED := --numprocesses 2 --dist loadscope --no-loadscope-reorder
+MARKED ?= not long and not exhaustive
 test: env
-	@$(BIN)/python -m pytest $(SHARED)
+	@$(BIN)/python -m pytest $(SHARED) -m '$(MARKED)'
 
-test-all: env
-	@$(BIN)/python -m pytest $(SHARED) -m ''
+test-all: MARKED :=
+test-all: test
 
 techniques-ran: env
 	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu-$$(date +%F).json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py

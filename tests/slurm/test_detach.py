@@ -256,7 +256,7 @@ def test_driver_job_is_cut_off_three_times(job: DriverJob) -> None:
     wait_for(lambda: job.states() == ["COMPLETED", "FAILED", "COMPLETED", "COMPLETED"], "accounting has four drivers")
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_driver_job_with_two_minutes_is_cut_off_three_times(job: DriverJob) -> None:
     """By its real time limit; six minutes of work, each run done once."""
     place = job.place

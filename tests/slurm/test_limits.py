@@ -186,7 +186,7 @@ def submit_room(options: dict[str, Any]) -> int | None:
 
 def also(*row: str) -> Any:
     """A row of which the mechanism is tested by another one too."""
-    return pytest.param(*row, marks=pytest.mark.long)
+    return pytest.param(*row, marks=pytest.mark.exhaustive)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_a_technique_alone(case: Case, lab: Lab, trained: Trained) -> None:
     check(case, lab, trained)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", pairs(), ids=str)
 def test_a_pair(case: Case, lab: Lab, trained: Trained) -> None:
     check(case, lab, trained)

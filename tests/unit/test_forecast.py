@@ -459,6 +459,20 @@ def test_a_models_own_code_is_run_where_it_is_allowed_by_name(tmp_path: Any, mon
     assert allowed == predict.answer(row(), TRACES)["predicted_memory_gib"]
 
 
+@pytest.mark.parametrize("techniques", [{"liger": {}}, {"chunked_cross_entropy": {}}])
+@pytest.mark.parametrize("method", [{}, {"lora": {"r": 8}}])
+def test_output_layer_takes_time_where_the_loss_is_in_chunks(techniques: Any, method: Any) -> None:
+    """Most of the work of this model is in it; only traffic of whole logits is saved."""
+    asked = row(per_device_train_batch_size=8, sequence_length=1024)
+    asked["model_config"] = {**SMALL, "hidden_size": 1024, "vocab_size": 262_144, "tie_word_embeddings": False}
+    whole, chunked = (
+        predict.answer({**asked, "techniques": recipe}, TRACES)["predicted_step_time_seconds"]
+        for recipe in (method, {**method, **techniques})
+    )
+    products = (4 if method else 6) * 8 * 1024 * 262_144 * 1024  # forward, and one or two in backward
+    assert products / 312e12 < chunked < whole
+
+
 def test_unknown_memory_leaves_open_what_fits() -> None:
     answer = predict.answer(row(hardware={"memory_gb_per_s": 900, "tflops": {"bf16": 100}}), TRACES)
     assert answer["fits"] is answer["fits_word"] is answer["margin_gib"] is None

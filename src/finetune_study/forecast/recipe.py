@@ -338,6 +338,11 @@ class Recipe:
         return self._setting_of("liger", "fused_linear_cross_entropy", True) if self.has("liger") else False
 
     @property
+    def chunks_loss(self) -> bool:
+        """The output layer and the loss are computed in chunks; the trace ends before them."""
+        return self.fused_loss or self.has("chunked_cross_entropy")
+
+    @property
     def fuses(self) -> bool:
         """A compiler fuses operations, and computes cheap ones again in backward."""
         return self.has("torch_compile") and self._compiler in FUSES
@@ -460,7 +465,7 @@ class Recipe:
             quantized_head=self.quantized_head,
             holds_loss=self._setting_of("qlora", "loop_holds_loss", False),
             upcast=self._upcast(),
-            loss="hidden" if self.fused_loss or self.has("chunked_cross_entropy") else "full",
+            loss="hidden" if self.chunks_loss else "full",
         )
 
     def _setting_of(self, name: str, key: str, default: bool) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from finetune_study.forecast.hardware import Device
-from finetune_study.forecast.layout import BYTES
+from finetune_study.forecast.layout import BYTES, Dtype
 from finetune_study.forecast.memory import Situation
 from finetune_study.forecast.profile import Profile
 from finetune_study.forecast.recipe import Recipe
@@ -35,6 +35,9 @@ NETWORK_GB_PER_S = {"before Hopper": 25.0, "Hopper": 50.0}
 """Of a GPU's own adapter, 200 or 400 Gb/s (DGX A100 and DGX H100), where nothing is said."""
 HOST_GB_PER_S = 150.0
 """Memory bandwidth of a server's host, shared by its GPUs (eight channels of DDR4-3200 give 205 at best)."""
+
+
+FORMATS: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,10 @@ def _matmul_seconds(
 ) -> float | None:
     seconds = 0.0
     for what, rates_of_kind in (("matmul", rates.matmul), ("attention", rates.attention)):
-        for kind in ("fp32", "fp16", "bf16"):
+        for kind, dtype in FORMATS.items():
             work = profile.amount(phases, f"{what}_{kind}", at.batch, at.context, max(recipe.rank, 1))
+            if recipe.chunks_loss and (what, dtype) == ("matmul", recipe.compute):
+                work += _head_work(profile, recipe, at, phases)
             if not work:
                 continue
             rate = rates_of_kind.get(_unit(recipe, kind) if what == "matmul" else kind) or rates_of_kind.get(kind)
@@ -167,6 +172,13 @@ def _matmul_seconds(
                 return None
             seconds += work / rate
     return seconds
+
+
+def _head_work(profile: Profile, recipe: Recipe, at: Situation, phases: tuple[str, ...]) -> float:
+    """Products of an output layer that is not in the trace: logits; in backward the gradients of its input and,
+    where it is trained, of its weights. liger computes these in forward already, which changes nothing in sum."""
+    product = 2.0 * at.batch * at.context * profile.vocabulary * profile.hidden_size
+    return product * ("forward" in phases) + product * (1 if recipe.peft else 2) * ("backward" in phases)
 
 
 def _unit(recipe: Recipe, kind: str) -> str:
