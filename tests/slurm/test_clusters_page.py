@@ -25,7 +25,7 @@ from tests.workflow.workplace import REPOSITORY, Workplace
 
 __all__ = ["place"]
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 PAGE = REPOSITORY / "docs" / "clusters.md"
 WORK_IS_LEFT = 75

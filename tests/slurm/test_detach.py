@@ -13,7 +13,7 @@ import pytest
 from tests.slurm.cluster import LIMIT_SECONDS, ask, attempts, queue, wait_for
 from tests.slurm.place import ALWAYS, PENDING, UNTIL_GO, Ended, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 ON_SIGNAL, WHEN_SUBMITTED = "--submitit-detach=on-signal", "--submitit-detach=when-submitted"
 WORK_IS_LEFT = 75

@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import wait_for
 from tests.slurm.place import EAT_300_MB, PENDING, UNTIL_GO, Driver, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 FAILS_ONCE = f"{UNTIL_GO}; mkdir tried 2> /dev/null && exit 3 || true"
 NOTED = 'pathlib.Path(given["output"][0]).write_text("killed")'

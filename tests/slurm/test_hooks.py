@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import wait_for
 from tests.slurm.place import PENDING, UNTIL_GO, Driver, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 HOOK = """
 with open("asked", "a") as stream:

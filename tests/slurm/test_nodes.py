@@ -24,7 +24,7 @@ from tests.workflow.workplace import REPOSITORY, Workplace
 
 __all__ = ["place"]
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 
 def study(**grid: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from tests.slurm.cluster import Cluster, ask, wait_for
 from tests.slurm.place import EAT_300_MB, PENDING, UNTIL_GO, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 
 def test_jobs_end_while_accounting_is_down(place: Place, cluster: Cluster) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import Cluster, attempts, wait_for
 from tests.slurm.place import Ended, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 ODD_FOLDERS = {
     "local": "local",
@@ -515,4 +515,4 @@ def test_each_try_is_a_job_of_its_own(others: Run, rule: str, memory: list[int])
 def test_jobs_are_named_after_rule_and_wildcards_or_as_they_want(others: Run) -> None:
     name = others.place.name
     wait_for(lambda: attempts(f"named_by_its_wildcards_{name}a"), "the job of that name is accounted")
-    wait_for(lambda: attempts(f"{name}it_s_a_näme_HOME_{300 * 'x'}"[:200]), "the job of that name is accounted")
+    wait_for(lambda: attempts(f"{name}it_s_a_n_me_HOME_{300 * 'x'}"[:200]), "the job of that name is accounted")

@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.place import EAT_300_MB, PENDING, UNTIL_GO, Place
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 ARRAYS = "--submitit-array-limit=1000"
 SHARED: Any = {"max_job_minutes": 40, "runtime": 10}

@@ -13,6 +13,8 @@ from tests.slurm.cluster import Attempt, Cluster, ask, queue, wait_for
 from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import REPOSITORY, Workplace
 
+pytestmark = [pytest.mark.slurm, pytest.mark.long]
+
 PROFILE = str(REPOSITORY / "slurm")
 JOBS = "2"
 """The nodes share this machine: more runs at once would only wait for each other."""
@@ -243,7 +245,6 @@ def test_driver_that_was_killed_is_followed_by_one_that_goes_on(place: Workplace
 OFTEN = ("--slurm-init-seconds-before-status-checks", "5", "--seconds-between-status-checks", "5")
 
 
-@pytest.mark.long
 def test_official_executor_runs_the_study_too_and_there_a_kill_is_a_failure(place: Workplace) -> None:
     one_run(place)
     answer = submit(place, "--executor", "slurm", *OFTEN, "--set-resources", "finetune:mem_mb=60")

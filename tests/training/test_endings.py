@@ -19,7 +19,7 @@ from finetune_study.run import Run
 from tests.training import lab as lab_module
 from tests.training.lab import LIMIT_SECONDS, WIDE, Ended, Lab, is_alive, launch, rank_facts, rank_pids, wait_for
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 GIB = 2**30
 BIG = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}

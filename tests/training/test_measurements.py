@@ -7,7 +7,7 @@ import pytest
 
 from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 LENGTH = 256
 LORA = {"lora": {"r": 4, "lora_alpha": 16}}

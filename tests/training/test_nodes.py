@@ -15,7 +15,7 @@ from finetune_study import record
 from tests.training import lab as lab_module
 from tests.training.lab import LIMIT_SECONDS, WIDE, Lab, is_alive, rank_facts, rank_pids, wait_for
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2"}
 

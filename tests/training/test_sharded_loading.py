@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
 from tests.tiny_study import TINY_STUDY
 from tests.training.lab import Ended, Lab
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 LLAMA2_70B = {
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000,

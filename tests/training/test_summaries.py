@@ -9,7 +9,7 @@ from finetune_study.measure import summaries
 from tests.tiny_study import TINY_STUDY
 from tests.training.lab import Lab
 
-pytestmark = pytest.mark.training
+pytestmark = [pytest.mark.training, pytest.mark.long]
 
 SEED = 1
 """Of weights that write something legible: bytes that are no text are left out of a summary."""

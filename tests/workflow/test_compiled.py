@@ -12,6 +12,8 @@ from finetune_study.config import Places
 from finetune_study.paths import Results
 from tests.workflow.workplace import Workplace
 
+pytestmark = pytest.mark.long
+
 
 def on_gpus(place: Workplace) -> None:
     raw = place.read()

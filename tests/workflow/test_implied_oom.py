@@ -10,6 +10,8 @@ from finetune_study.paths import RunPaths
 from finetune_study.record import Ending, Record
 from tests.workflow.workplace import Workplace
 
+pytestmark = pytest.mark.long
+
 REPORTING = {"extract_metrics": 1, "aggregate": 1, "report": 1}
 
 

@@ -10,6 +10,8 @@ from finetune_study.record import read_record
 from tests.workflow.conftest import OF_CACHES
 from tests.workflow.workplace import Workplace
 
+pytestmark = pytest.mark.long
+
 
 def test_study_leaves_nothing_in_the_home_folder(measured_once: Workplace, home: Path) -> None:
     assert list(home.iterdir()) == []

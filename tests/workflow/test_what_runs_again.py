@@ -15,6 +15,8 @@ import pytest
 from finetune_study.record import read_record
 from tests.workflow.workplace import REPOSITORY, Workplace
 
+pytestmark = pytest.mark.long
+
 REPORTING = {"extract_metrics": 1, "aggregate": 1, "report": 1}
 
 
