@@ -37,12 +37,6 @@ CACHES = {
 }
 """Variables that say where libraries keep caches, and the folder of each below the study's."""
 
-MAPPED_BYTES = 128 * 2**10
-"""On a CPU every block from this size on is mapped by itself, and given back when it is freed: peak memory is then what
-a run needs, not what the C library's heap keeps. glibc begins to map here, too, but moves the limit up to 32 MiB as
-blocks are freed (mallopt(3), M_MMAP_THRESHOLD), and before 2.38 an aligned block, as torch asks for, did not fit a
-freed one of its own size (sourceware bug 14581)."""
-
 
 def of_cache(cache: Path) -> dict[str, str]:
     """Sends the caches of all libraries to one folder."""
@@ -93,12 +87,8 @@ def set_for(run: Run, threads: int, environment: Mapping[str, str], interface: s
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "DS_ACCELERATOR": "cpu" if on_cpu else "cuda",
     }
-    cpu_only = {
-        "CUDA_VISIBLE_DEVICES": "",
-        # NCCL finds its networks by itself; gloo would ask for the node's name, which may stand for its loopback.
-        "GLOO_SOCKET_IFNAME": interface,
-        "MALLOC_MMAP_THRESHOLD_": str(MAPPED_BYTES),
-    }
+    # NCCL finds its networks by itself; gloo would ask for the node's name, which may stand for its loopback.
+    cpu_only = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": interface}
     return common | (cpu_only if on_cpu else _gpus_of(run, environment)) | run.hardware.environment
 
 

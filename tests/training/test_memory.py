@@ -13,6 +13,14 @@ DEEP: dict[str, Any] = {"architecture": {"num_hidden_layers": 9}, "sequence_leng
 SCORES = 4 * 4 * 512 * 512 * 4
 """Bytes of one layer's attention scores: sequences, heads, positions squared, fp32."""
 
+MAPPED = {"environment": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
+"""Every tensor is given back when it is freed; else the C library's heap would hide what a technique saves."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("mapped"), MAPPED)
+
 
 def wide(lab: Lab, recipe: dict[str, Any], **settings: Any) -> Ended:
     """States of a wide model dwarf everything else."""

@@ -473,6 +473,22 @@ def test_output_layer_takes_time_where_the_loss_is_in_chunks(techniques: Any, me
     assert products / 312e12 < chunked < whole
 
 
+def test_on_a_cpu_the_heap_holds_room_for_activations_twice_unless_tensors_are_mapped() -> None:
+    cpu = {"device": "cpu", "memory_gib": 8}
+    heap, mapped = (
+        predict.answer(row(hardware={**cpu, "maps_tensors": flag}, techniques={"fp32": {}}), TRACES)
+        for flag in (False, True)
+    )
+    one = mapped["predicted_memory_gib"]
+    assert heap["predicted_peak_memory_allocated_gib"] > mapped["predicted_peak_memory_allocated_gib"]
+    categories = heap["predicted_memory_gib"]["by_category"]
+    assert sum(categories.values()) == pytest.approx(heap["predicted_peak_memory_allocated_gib"])
+    assert sum(one["by_category"].values()) == pytest.approx(mapped["predicted_peak_memory_allocated_gib"])
+    assert hardware.maps_tensors({"MALLOC_MMAP_THRESHOLD_": "131072"})
+    assert not hardware.maps_tensors({"MALLOC_MMAP_THRESHOLD_": "1048576"})
+    assert not hardware.maps_tensors({})
+
+
 def test_unknown_memory_leaves_open_what_fits() -> None:
     answer = predict.answer(row(hardware={"memory_gb_per_s": 900, "tflops": {"bf16": 100}}), TRACES)
     assert answer["fits"] is answer["fits_word"] is answer["margin_gib"] is None

@@ -34,6 +34,8 @@ class Device(Section):
     """To another node, for each device, one direction."""
     pcie_gb_per_s: PositiveFloat | None = None
     """To the host, one direction."""
+    maps_tensors: bool = False
+    """On a CPU: the C library maps every tensor by itself, and its heap holds nothing back."""
     gpus_per_node: PositiveInt = 8
     """Devices of a node."""
     price_usd_per_gpu_hour: NonNegativeFloat | None = None
@@ -43,6 +45,16 @@ class Device(Section):
     def has_bf16(self) -> bool:
         """Matrix units for bf16 (Ampere and later)."""
         return self.device == "cpu" or self.compute_capability is None or self.compute_capability >= 8
+
+
+MAPPED_BYTES = 128 * 2**10
+"""Smallest block that glibc maps by itself unless it is told otherwise; it moves the limit up as blocks are freed."""
+
+
+def maps_tensors(environment: Mapping[str, str]) -> bool:
+    """Whether `MALLOC_MMAP_THRESHOLD_` keeps glibc from moving that limit up."""
+    limit = environment.get("MALLOC_MMAP_THRESHOLD_", "")
+    return limit.isdigit() and int(limit) <= MAPPED_BYTES
 
 
 @cache

@@ -54,6 +54,13 @@ CPU_RUNTIME_BYTES = 0.1 * GIB
 """On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
 library's, and not seen apart."""
 
+CPU_HEAP_BLOCK_BYTES = 32 * 2**20
+"""glibc takes smaller blocks from its heap (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX), which stays as large as it
+ever was; larger ones are mapped, and given back when they are freed."""
+CPU_HEAP_COPIES = 2
+"""Before glibc 2.38 an aligned block, as torch asks for, does not fit a freed block of its own size (sourceware bug
+14581), so that a pass takes its activations' room once more."""
+
 STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed gathers so many weights ahead, a prefetch bucket with every module (runtime/zero/config.py;
 partitioned_param_coordinator.py, fetch_sub_module)."""
@@ -83,6 +90,8 @@ class Situation:
     device: str = "cuda"
     lengths_vary: bool = False
     """Sequences are padded to the longest of their batch alone, not to the context."""
+    maps_tensors: bool = False
+    """On a CPU: the C library's heap holds nothing back."""
     hopper: bool = False
     """Compute capability 9: a larger cuBLAS workspace."""
 
@@ -322,12 +331,18 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     backward = profile.backward
     moving = states.buckets + states.gathered + np.where(backward, states.reducing, 0.0)
     fixed = states.parameters + states.optimizer_states + workspace
-    total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving
+    heap, most_on_heap = np.zeros_like(activations), 0.0
+    if at.device == "cpu" and not at.maps_tensors:
+        mapped = at.batch * at.context * profile.vocabulary * BYTES[recipe.compute] >= CPU_HEAP_BLOCK_BYTES
+        on_heap = activations if mapped else activations + logits
+        most_on_heap = CPU_HEAP_COPIES * float(on_heap.max())
+        heap = most_on_heap - on_heap
+    total = fixed + activations + logits + curves[TEMPORARY] + new + held + moving + heap
     peak = int(total.argmax())
     # ZeRO gives back gathered weights before the step (stage3.py, step: _partition_all_parameters), stages 1 and 2
     # their buckets, too (stage_1_and_2.py, _release_ipg_buffers).
     step_buckets = 0.0 if recipe.sharding in ("zero1", "zero2") else states.buckets
-    step = fixed + states.step_gradients + states.step_transient + step_buckets
+    step = fixed + states.step_gradients + states.step_transient + step_buckets + most_on_heap
     phases = {
         "load": states.parameters,
         "forward": float(total[~backward].max(initial=0.0)),
@@ -345,7 +360,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
             "gradients": states.step_gradients,
             "activations": 0.0,
             "logits": 0.0,
-            "temporary": states.step_transient + workspace,
+            "temporary": states.step_transient + workspace + most_on_heap,
             "communication": step_buckets,
         }
     else:
@@ -353,7 +368,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
             "gradients": float(held[peak] + new[peak]),
             "activations": float(activations[peak]),
             "logits": float(logits[peak]),
-            "temporary": float(curves[TEMPORARY][peak]) + workspace,
+            "temporary": float(curves[TEMPORARY][peak] + heap[peak]) + workspace,
             "communication": float(np.broadcast_to(moving, total.shape)[peak]),
         }
     allocated = max(step, float(total[peak]))

@@ -325,6 +325,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         gradient_accumulation_steps=question.accumulation,
         device=device.device,
         lengths_vary=question.lengths_vary,
+        maps_tensors=device.maps_tensors,
         hopper=(device.compute_capability or 0) >= 9,
     )
     found = memory.predict(profile, resolved, at)

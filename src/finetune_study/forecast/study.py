@@ -69,6 +69,7 @@ def device_of(name: str, entry: Hardware) -> Device:
         memory_gib=entry.memory_gib,
         compute_capability=entry.compute_capability,
         price_usd_per_gpu_hour=price,
+        maps_tensors=hardware_module.maps_tensors(entry.environment),
     )
 
 
@@ -81,6 +82,7 @@ def device_of_run(run: Run) -> Device:
         device=it.device,  # type: ignore[arg-type]
         gpu=it.gpu,
         memory_gib=it.memory_budget_gib,
+        maps_tensors=hardware_module.maps_tensors(it.environment),
     )
 
 
