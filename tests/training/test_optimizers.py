@@ -115,6 +115,7 @@ def test_optimizer_in_backward_gives_gradients_back(lab: Lab) -> None:
     settings: dict[str, Any] = {
         "architecture": WIDE,
         "micro_batch": EFFECTIVE_BATCH,
+        "sequence_length": 32,  # weights, gradients and states dwarf activations
         "training": {"max_grad_norm": 0.0},
     }
     fused, plain = lab.train({"optimizer_in_backward": {}}, **settings), lab.train({}, **settings)
