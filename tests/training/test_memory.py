@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.lab import WIDE, Ended, Lab
+from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
 
@@ -44,6 +44,14 @@ def test_eight_bit_states_take_a_quarter(lab: Lab) -> None:
 def test_adafactor_has_hardly_any_states(lab: Lab) -> None:
     plain, small = wide(lab, {}), wide(lab, {"adafactor": {}})
     assert plain.peak() - small.peak() > 5 * trained(plain)
+
+
+def test_optimizer_in_backward_gives_gradients_back(lab: Lab) -> None:
+    settings: dict[str, Any] = {"architecture": WIDE, "micro_batch": EFFECTIVE_BATCH, "sequence_length": 32}
+    settings["training"] = {"max_grad_norm": 0.0}
+    fused, plain = lab.train({"optimizer_in_backward": {}}, **settings), lab.train({}, **settings)
+    assert plain.peak() - fused.peak() > 0.5 * 4 * trained(plain)
+    assert len(fused.losses) == STEPS
 
 
 def test_zero3_takes_less_than_ddp(lab: Lab) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
+from tests.training.lab import EFFECTIVE_BATCH, Ended, Lab
 from tests.training.pairs import SETTINGS, Trained
 from tests.training.pool import Answer
 
@@ -108,17 +108,3 @@ def test_optimizer_in_backward_is_the_same_optimizer(trained: Trained) -> None:
     assert fused.eval_losses == pytest.approx(plain.eval_losses, rel=1e-4)
     assert states(fused) == states(plain)
     assert fused.ranks[0]["optimizer_class"] == plain.ranks[0]["optimizer_class"] == "torch.optim.adamw.AdamW"
-
-
-@pytest.mark.long
-def test_optimizer_in_backward_gives_gradients_back(lab: Lab) -> None:
-    settings: dict[str, Any] = {
-        "architecture": WIDE,
-        "micro_batch": EFFECTIVE_BATCH,
-        "sequence_length": 32,  # weights, gradients and states dwarf activations
-        "training": {"max_grad_norm": 0.0},
-    }
-    fused, plain = lab.train({"optimizer_in_backward": {}}, **settings), lab.train({}, **settings)
-    gradients = 4 * plain.first_rank["trainable_parameters"]
-    assert plain.peak() - fused.peak() > 0.5 * gradients
-    assert len(fused.losses) == STEPS
