@@ -12,21 +12,23 @@ frames while it is scrolled from its top to its end.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import synthetic
 from playwright import sync_api
 
@@ -71,6 +73,8 @@ def measure(folder: Path) -> dict[str, Any]:
         parts[name] = round(time.perf_counter() - start, 2)
         return value
 
+    memory = MemoryOfAll()
+    memory.start()
     results = Results(folder)
     config = config_module.parse(json.loads((folder / "config.json").read_text()))
     planned = timed("plan", lambda: plan.plan(config))
@@ -84,15 +88,27 @@ def measure(folder: Path) -> dict[str, Any]:
         "seconds": parts,
         "cpu_seconds": round(sum(os.times()[:4]) - planning, 2),
         "total_seconds": round(sum(value for name, value in parts.items() if name != "plan"), 2),
-        "max_rss_gib": round(_most_memory_gib(), 3),
+        "max_rss_gib": round(memory.peak_bytes / 2**30, 3),
         "page_mib": round(results.report.stat().st_size / 2**20, 2),
     }
 
 
-def _most_memory_gib() -> float:
-    """Of this process, and of as many others as convert figures, each taken as the largest of them."""
-    own, others = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return (own + len(os.sched_getaffinity(0)) * others) / 2**20
+class MemoryOfAll(threading.Thread):
+    """Most resident memory of this process and of those that convert figures, together; pages they share count twice."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+
+    def run(self) -> None:
+        own = psutil.Process()
+        while True:
+            resident = 0
+            for process in (own, *own.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    resident += process.memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, resident)
+            time.sleep(0.05)
 
 
 SCROLL = """async () => {
