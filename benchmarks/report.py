@@ -94,7 +94,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 class MemoryOfAll(threading.Thread):
-    """Most resident memory of this process and of those that convert figures, together; pages they share count twice."""
+    """Most resident memory of this process and of those that convert figures; pages that they share count twice."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
