@@ -17,6 +17,8 @@ from tests.workflow.workplace import Workplace
 
 NOTE = """
 import os, pathlib, sys
+
+pytestmark = pytest.mark.long
 with open({notes!r}, "a") as stream:
     print(sys.executable, os.environ.get("SITE_STACK"), os.environ.get("LOADEDMODULES"), file=stream)
 """

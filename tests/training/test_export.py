@@ -16,6 +16,8 @@ from finetune_study.plan import plan
 from finetune_study.study import Study
 from tests.unit import handmade
 
+pytestmark = pytest.mark.long
+
 ARCHITECTURE = {
     "model_type": "llama",
     "hidden_size": 64,
