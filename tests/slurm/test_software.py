@@ -15,10 +15,11 @@ from tests.slurm.test_study import stand_in, submit
 from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import Workplace
 
-NOTE = """
-import os, pathlib, sys
-
 pytestmark = pytest.mark.long
+
+NOTE = """
+import os, sys
+
 with open({notes!r}, "a") as stream:
     print(sys.executable, os.environ.get("SITE_STACK"), os.environ.get("LOADEDMODULES"), file=stream)
 """
