@@ -63,7 +63,7 @@ class Driver(Holding, Submitting, Watching):
         with self._turn:
             self._has_news = False
             try:
-                for step in (self._take_in, self._ask_hook, self._submit_new, self._notice_ends, self._ask_slurm):
+                for step in (self._take_in, self._let_in, self._notice_ends, self._ask_slurm):
                     if not self._stop.is_set():
                         step()
                 self._writing.worked()
@@ -73,6 +73,13 @@ class Driver(Holding, Submitting, Watching):
                     raise GaveUpError(f"{self.ledger.folder}: {error}\n{self.left()}") from None
                 pause = self._writing.failed()
                 self.listener.warn(f"{self.ledger.folder}: {error}; going on in {pause:.0f} s")
+
+    def _let_in(self) -> None:
+        """What comes together is asked about, and submitted, together."""
+        if self._gathered():
+            self._ask_hook()
+            if not self._stop.is_set():
+                self._submit_new()
 
     def strangers(self) -> list[str]:
         """Jobs that earlier calls submitted, that this one did not ask for, and that are not over.

@@ -28,7 +28,8 @@ SUBMIT_SECONDS = 5.0
 """A round submits for so long, then looks after the jobs that are there already."""
 
 GATHER_SECONDS, GATHER_AT_MOST_SECONDS = 0.3, 3.0
-"""Snakemake hands jobs over one by one: while they come, those that ask for the same are gathered for an array."""
+"""Snakemake hands jobs over one by one: while they come they are gathered, for one question to `before_submit` and for
+arrays of those that ask for the same."""
 
 
 class Submitting(Base):
@@ -79,7 +80,7 @@ class Submitting(Base):
 
     def _submit_new(self) -> None:
         self._is_cut_short = False
-        if not self._gathered() or self._submitting.is_waiting:
+        if self._submitting.is_waiting:
             return
         if self._unsent is not None and not self._send_again(self._unsent):
             return

@@ -15,26 +15,28 @@ __all__ = ["place"]
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
 
 
-def test_harder_run_waits_for_the_easier_one_and_takes_no_job(place: Workplace) -> None:
+def test_harder_runs_wait_for_the_easier_one_and_take_no_job(place: Workplace) -> None:
     raw = copy.deepcopy(TINY_STUDY)
     raw["hardware"] = {"no-memory": stand_in("v100", memory_gib=0.003)}
     raw["data"]["num_eval_samples"] = 0  # memory that runs out in evaluation proves nothing
-    raw["grid"][0] |= {"hardware": "no-memory", "recipes": "full", "sequence_length": [64, 128]}
+    raw["grid"][0] |= {"hardware": "no-memory", "recipes": "full", "sequence_length": [64, 96, 128]}
     place.write(raw)
-    place.snakemake("forecast")
-    answer = submit(place, "--jobs", "2")
+    place.snakemake("forecast", "prepare")  # so that all are ready, and asked about, together
+    answer = submit(place, "--jobs", "3")
     assert answer.returncode == 0, answer.stdout
     head = "tiny_no-memoryx1_s{}_b1_full_r1"
-    assert statuses(place) == {head.format(64): "device_oom", head.format(128): "implied_oom"}
+    implied = dict.fromkeys((head.format(96), head.format(128)), "implied_oom")
+    assert statuses(place) == {head.format(64): "device_oom"} | implied
     witness = place.record("_s64_").parent.name
     assert len(jobs_of(place, witness)) == 1
     prior = json.loads((place.record("_s64_").parent / "prior.json").read_text())
     assert prior["predicted_peak_memory_allocated_gib"] > 0
-    path = place.record("_s128_")
-    assert record.read_record(path).ending.witness == witness
-    assert jobs_of(place, path.parent.name) == []
-    assert not (path.parent / "prior.json").exists()
-    assert f"{path.parent.name}: resolved by before_submit, not run" in answer.stdout
+    for word in ("_s96_", "_s128_"):
+        path = place.record(word)
+        assert record.read_record(path).ending.witness == witness
+        assert jobs_of(place, path.parent.name) == []
+        assert not (path.parent / "prior.json").exists()
+        assert f"{path.parent.name}: resolved by before_submit, not run" in answer.stdout
     again = submit(place)
     assert "Nothing to be done" in again.stdout, again.stdout
 
@@ -73,6 +75,7 @@ def test_inside_a_job_that_runs_share_what_one_decides_is_not_trained(place: Wor
     contexts = [64, 66, 68, 70]
     raw["grid"][0] |= {"hardware": "no-memory", "recipes": "full", "sequence_length": contexts}
     place.write(raw)
+    place.snakemake("prepare")  # so that all are ready, and asked about, together
     answer = submit(place, "--jobs", "4", "--submitit-no-canary")
     assert answer.returncode == 0, answer.stdout
     ledger = place.folder / ".snakemake" / "auxiliary" / "submitit" / "ledger.jsonl"
