@@ -355,6 +355,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
         ({"model_config": {**SMALL, "vocab_size": -1}}, "vocab_size"),
         ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
+        ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
         ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
         ({"model_config": {**SMALL, "num_key_value_heads": 8}}, "divides 4"),
         ({"model_config": {**SMALL, "hidden_size": 10**9}}, "hidden_size"),

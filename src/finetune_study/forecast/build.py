@@ -38,8 +38,12 @@ LARGEST = {
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
     "num_local_experts": 1 << 16,
     "max_position_embeddings": 1 << 30,
+    "sliding_window": 1 << 30,
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
+
+LEAST = {"sliding_window": 0}
+"""Of those that may be less than 1; 0 switches it off."""
 
 
 def check_sizes(settings: Mapping[str, Any]) -> None:
@@ -50,12 +54,13 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
     """
     for key, most in LARGEST.items():
         size = settings.get(key)
-        if isinstance(size, int) and not 1 <= size <= most:
+        least = LEAST.get(key, 1)
+        if isinstance(size, int) and not least <= size <= most:
             raise ModelError(
                 "A size of the model is out of range",
                 where=f"model_config.{key}",
                 given=size,
-                allowed=f"a whole number from 1 to {most}",
+                allowed=f"a whole number from {least} to {most}",
             )
     heads = settings.get("num_attention_heads")
     for key in ("num_key_value_heads", "num_kv_heads"):

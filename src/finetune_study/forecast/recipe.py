@@ -156,9 +156,23 @@ JUDGED_BY_PEFT = ("loha", "lokr", "oft", "ia3", "adaption_prompt", "prompt_tunin
 CHANGE_NOTHING = ("init_lora_weights", "lora_alpha", "alpha", "target_modules")
 """Settings of the study that are not checked here: they change no number, or are peft's to judge."""
 
-LARGEST = {"r": 1 << 16, "init_r": 1 << 16, "rank": 1 << 16, "oft_block_size": 1 << 16, "adapter_len": 1 << 20,
-           "num_virtual_tokens": 1 << 20, "encoder_hidden_size": 1 << 20}  # fmt: skip
-"""What is still believed of settings; more is a slip of the pen."""
+_ELEMENTS = (0, 1 << 40)
+RANGES: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(("r", "init_r", "rank", "oft_block_size"), (0, 1 << 16)),
+    **dict.fromkeys(("adapter_len", "num_virtual_tokens", "encoder_hidden_size"), (0, 1 << 20)),
+    **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size", "stage3_max_live_parameters", "sub_group_size",
+                     "stage3_max_reuse_distance", "stage3_param_persistence_threshold",
+                     "stage3_prefetch_bucket_size"), _ELEMENTS),
+    "num_chunks": (1, 1 << 20),
+}  # fmt: skip
+"""What is still believed of whole numbers; more is a slip of the pen. Where 0 means nothing, the technique says so, or
+peft."""
+
+NAMES = ("modules_to_save", "exclude_modules", "llm_int8_skip_modules")
+"""Settings that name layers."""
+
+PATTERNS = {"rank_pattern": RANGES["r"][1], "alpha_pattern": RANGES["r"][1]}
+"""Settings that give some layers, by name, a number of their own, and the largest that is believed."""
 
 _YES_OR_NO = (True, False)
 OF_OURS: dict[str, tuple[Any, ...]] = {
@@ -250,8 +264,7 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _wrong(f"techniques.{name}.{key}", settings[key], ", ".join(map(str, OF_OURS[key])))
         if settings[key] == [] and key == "target_modules":
             raise _wrong(f"techniques.{name}.{key}", settings[key], "names of layers, or all-linear")
-        if key in LARGEST and isinstance(settings[key], int | float) and not settings[key] <= LARGEST[key]:
-            raise _wrong(f"techniques.{name}.{key}", settings[key], f"a whole number up to {LARGEST[key]}")
+        _check_value(f"techniques.{name}", key, settings)
     technique = known.ALL.get(name)
     fields = technique.model_fields.keys() - CHANGE_NOTHING if technique else set()
     own = {key: value for key, value in settings.items() if key in fields and value is not None}
@@ -267,6 +280,33 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return dict(settings) | {key: getattr(parsed, key) for key in own}
 
 
+def _check_value(where: str, key: str, settings: Mapping[str, Any]) -> None:
+    """Checks what the libraries take without a word, or in words of their own code.
+
+    Raises:
+        ConfigError: for a value that can't be meant.
+    """
+    value = settings[key]
+    if value is None:
+        return
+    if key in RANGES:
+        _number(settings, key, 0, where, *RANGES[key])
+    if key in NAMES and not isinstance(value, str) and not _are_names(value):
+        raise _wrong(f"{where}.{key}", value, "a list of names of layers")
+    if key in PATTERNS:
+        most = PATTERNS[key]
+        allowed = f'an object of names of layers and numbers above 0, up to {most}, for example {{"q_proj": 16}}'
+        if not isinstance(value, Mapping):
+            raise _wrong(f"{where}.{key}", value, allowed)
+        for layer, number in value.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= most:
+                raise _wrong(f"{where}.{key}.{layer}", number, allowed)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     """Without taking 1 for true."""
     return any(type(value) is type(one) and value == one for one in allowed)
@@ -280,14 +320,16 @@ def _wrong(where: str, given: object, allowed: str, what: str = "This is not und
     return ConfigError(what, where=where, given=given, allowed=allowed)
 
 
-def _number(settings: Mapping[str, Any], key: str, default: int, where: str, least: int = 0) -> int:
+def _number(
+    settings: Mapping[str, Any], key: str, default: int, where: str, least: int = 0, most: int | None = None
+) -> int:
     value = settings.get(key, default)
     if value == "auto":
         return default
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _wrong(f"{where}.{key}", value, f"a whole number, {least} or more")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise _wrong(f"{where}.{key}", value, f"a whole number, {least} " + (f"to {most}" if most else "or more"))
     return value
 
 
