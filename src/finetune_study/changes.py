@@ -23,6 +23,8 @@ from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
 ORDER = ("better", "worse", "differs", "same", "not known")
 """Of a change; the first two are what a reader looks for."""
 
+COLUMNS = (*CONFIGURATION, "change", "why", "step_time_text", "peak_memory_text", "software")
+
 
 @dataclass(frozen=True)
 class Earlier:
@@ -79,6 +81,8 @@ def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:
     changed.sort(key=lambda one: ORDER.index(one["change"]))
     counts = Counter(one["change"] for one in changed)
     words = ", ".join(f"{counts[name]} {name}" for name in ORDER if counts[name])
+    if unknown := Counter(one["why"] for one in changed if one["change"] == "not known"):
+        words += f" ({'; '.join(f'{why}: {number}' for why, number in unknown.most_common())})"
     summary = f"{len(changed)} of {len(now)} configurations are in both" + (f": {words}" if words else "")
     return Earlier(path, summary, changed)
 
@@ -110,7 +114,8 @@ def text(found: Earlier) -> str:
 
 def write(found: Earlier, path: Path) -> None:
     """The comparison as CSV."""
-    write_atomically(path, pl.DataFrame(found.changed, infer_schema_length=None).write_csv())
+    schema = dict.fromkeys(COLUMNS, pl.String) if not found.changed else None
+    write_atomically(path, pl.DataFrame(found.changed, schema, infer_schema_length=None).write_csv())
 
 
 def _key(row: Row) -> tuple[Any, ...]:

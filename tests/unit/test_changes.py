@@ -62,7 +62,16 @@ def test_one_repeat_tells_nothing_and_other_software_is_named(tmp_path: Path) ->
     found = changes.of_files(outcomes(tmp_path / "now", *now), outcomes(tmp_path / "then", *then))
     (one,) = found.changed
     assert (one["change"], one["software"]) == ("not known", "differs")
-    assert "1 of 1 configurations are in both: 1 not known" in changes.text(found)
+    assert "in both: 1 not known (too few repeats or nodes to tell: 1)" in changes.text(found)
+
+
+def test_a_table_without_rows_has_its_head(tmp_path: Path) -> None:
+    now = outcomes(tmp_path / "now", *timed("full", 1.0))
+    for recipe, rows in (("full", 1), ("lora", 0)):
+        then = outcomes(tmp_path / recipe, *timed(recipe, 1.0))
+        changes.write(changes.of_files(now, then), tmp_path / "changes.csv")
+        written = pl.read_csv(tmp_path / "changes.csv")
+        assert (written.columns, written.height) == (list(changes.COLUMNS), rows)
 
 
 def test_columns_that_an_earlier_version_lacked_are_null(tmp_path: Path) -> None:
