@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -93,6 +94,18 @@ def test_weights_are_counted_as_peft_makes_them(names: list[str], settings: dict
     assert counted == trained_by_peft(names, settings)
 
 
+@pytest.mark.parametrize(
+    "chosen", [0, [1], [0, LLAMA["num_hidden_layers"] - 1], list(range(LLAMA["num_hidden_layers"]))]
+)
+def test_layers_that_are_chosen_are_counted_at_full_depth(chosen: int | list[int]) -> None:
+    settings = {"r": 3, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": chosen}
+    profile, resolved = profile_of({"lora": settings})
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+    counted = sum(p.count(resolved.rank) for p in profile.parameters if p.trained)
+    assert counted == adapted.get_nb_trainable_parameters()[0]
+
+
 def profile_of(chosen: dict[str, Any]) -> tuple[Profile, recipe.Recipe]:
     resolved = recipe.resolve(chosen, num_gpus=1)
     return TRACES.get(resolved.layout(LLAMA, 64)), resolved
@@ -164,6 +177,18 @@ def test_a_compiler_that_does_not_fuse_saves_nothing() -> None:
     plain, fused, not_fused = (answer(chosen, **sizes) for chosen in recipes)
     key = "predicted_peak_memory_allocated_gib"
     assert not_fused[key] == plain[key] > fused[key]
+
+
+def test_fp8_leaves_the_output_layer_as_it_is() -> None:
+    """Twice the vocabulary costs fp8 what it costs bf16; the other layers take half the time (H100's data sheet)."""
+    sizes = {"per_device_train_batch_size": 64, "sequence_length": 4096}
+    wide = {**LLAMA, "vocab_size": 2 * LLAMA["vocab_size"]}
+    fp8, bf16 = (
+        [answer({name: {}}, model_config=config, **sizes)["predicted_step_time_seconds"] for config in (LLAMA, wide)]
+        for name in ("fp8", "bf16")
+    )
+    assert fp8[1] - fp8[0] == pytest.approx(bf16[1] - bf16[0], rel=1e-6)
+    assert fp8[0] < bf16[0]
 
 
 def test_emulated_fp8_multiplies_in_fp32() -> None:

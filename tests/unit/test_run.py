@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from finetune_study import config, plan, run
-from finetune_study.errors import RecordError
+from finetune_study.errors import ConfigError, RecordError
 
 Raw = dict[str, Any]
 
@@ -137,3 +137,12 @@ def test_run_yaml_of_several_nodes_is_read_back(raw: Raw, tmp_path: Path) -> Non
     path = tmp_path / "run.yaml"
     path.write_text(run.dump(one), encoding="utf-8")
     assert run.load(path) == one
+
+
+def test_names_too_long_for_a_folder_are_told(raw: Raw) -> None:
+    """The file system counts bytes: a letter of another script takes several."""
+    (name,) = raw["models"]
+    raw["models"] = {"模" * 80: raw["models"][name]}
+    raw["grid"][0]["targets"] = "模" * 80
+    with pytest.raises(ConfigError, match="at most 255 bytes"):
+        run_ids(raw)

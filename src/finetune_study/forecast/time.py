@@ -161,22 +161,29 @@ def _matmul_seconds(
     for what, rates_of_kind in (("matmul", rates.matmul), ("attention", rates.attention)):
         for kind, dtype in FORMATS.items():
             work = profile.amount(phases, f"{what}_{kind}", at.batch, at.context, max(recipe.rank, 1))
-            if recipe.chunks_loss and (what, dtype) == ("matmul", recipe.compute):
-                work += _head_work(profile, recipe, at, phases)
+            head = _head_work(profile, recipe, at, phases) if (what, dtype) == ("matmul", recipe.compute) else 0.0
+            work += head if recipe.chunks_loss else 0.0
             if not work:
                 continue
-            rate = rates_of_kind.get(_unit(recipe, kind) if what == "matmul" else kind) or rates_of_kind.get(kind)
-            if rate is None and kind == "bf16":
-                rate = rates_of_kind.get("fp32")  # without units of its own bf16 is computed in fp32
-            if rate is None:
+            rate, own = (
+                rates_of_kind.get(unit) or rates_of_kind.get(kind) or _instead_of(kind, rates_of_kind)
+                for unit in (_unit(recipe, kind) if what == "matmul" else kind, kind)
+            )
+            if rate is None or own is None:
                 return None
-            seconds += work / rate
+            seconds += (work - head) / rate + head / own if recipe.precision == "fp8" else work / rate
     return seconds
 
 
+def _instead_of(kind: str, rates: Mapping[str, float]) -> float | None:
+    """Without units of its own bf16 is computed in fp32."""
+    return rates.get("fp32") if kind == "bf16" else None
+
+
 def _head_work(profile: Profile, recipe: Recipe, at: Situation, phases: tuple[str, ...]) -> float:
-    """Products of an output layer that is not in the trace: logits; in backward the gradients of its input and,
-    where it is trained, of its weights. liger computes these in forward already, which changes nothing in sum."""
+    """Products of the output layer: logits; in backward the gradients of its input and, where it is trained, of its
+    weights. They are not in the trace where the loss is computed in chunks; liger computes those of backward in
+    forward, which changes nothing in sum. fp8 leaves the layer as it is."""
     product = 2.0 * at.batch * at.context * profile.vocabulary * profile.hidden_size
     return product * ("forward" in phases) + product * (1 if recipe.peft else 2) * ("backward" in phases)
 
