@@ -4,6 +4,7 @@ import fnmatch
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -29,8 +30,10 @@ EARLIER = "earlier"
 """Key of `snakemake --config`: outcomes.parquet of the study that `snakemake compare` compares with."""
 REMEASURE = "remeasure"
 """Key of `snakemake --config`: patterns of run_ids whose records are set aside and measured again."""
-
-
+WITHOUT_TRAINING = {
+    "unsupported": "unsupported", "implied_oom": "implied out of memory", "predicted_oom": "predicted out of memory",
+}  # fmt: skip
+"""Outcomes of runs that were not tried, in words."""
 SNAKEMAKE_CONFIG = "config/config.yaml, with what --configfile and --config add"
 
 
@@ -294,11 +297,12 @@ class Study:
 
     def summary(self) -> str:
         """What there is to do, in a line, and one more for each hardware entry on which no run can start yet."""
-        parts = [f"{len(self.planned)} runs", f"{len(self.recorded)} measured", f"{len(self.pending)} to train"]
-        if self.unsupported:
-            parts.append(f"{len(self.unsupported)} unsupported")
-        if self.implied:
-            parts.append(f"{len(self.implied)} implied out of memory")
+        endings = (self._kin.ending(run_id).get("status") for run_id in self.untrained & self.recorded)
+        counts = Counter(status for status in endings if status in WITHOUT_TRAINING)
+        measured = len(self.recorded) - counts.total()
+        counts.update(unsupported=len(self.unsupported), implied_oom=len(self.implied))
+        parts = [f"{len(self.planned)} runs", f"{measured} measured", f"{len(self.pending)} to train"]
+        parts += [f"{counts[status]} {words}" for status, words in WITHOUT_TRAINING.items() if counts[status]]
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
         missing = [f"warning, no run can start there yet: {error}" for error in self.missing_software.values()]

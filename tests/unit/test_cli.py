@@ -24,4 +24,4 @@ def test_plan_counts_runs_by_reason(raw: dict[str, Any], tmp_path: Path) -> None
     assert (implied, measured, to_train) == ("2 implied out of memory", "2 measured", "2 to train")
     assert flash.startswith("3 unsupported: FlashAttention-2 has CUDA kernels alone")
     assert tf32.startswith("3 unsupported: transformers: --tf32 requires")
-    assert summary.startswith("12 runs, 2 measured, 2 to train")
+    assert summary == "12 runs, 2 measured, 2 to train, 6 unsupported, 2 implied out of memory"

@@ -490,6 +490,24 @@ def test_on_a_cpu_the_heap_holds_room_for_activations_twice_unless_tensors_are_m
     assert not hardware.maps_tensors({})
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, "above the model's 1024 positions"),
+        ({**SMALL, "max_position_embeddings": 128}, "above the model's 128 positions"),
+        ({**SMALL, "quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config (gptq)"),
+        ({**SMALL, "quantization_config": 4}, "quantization_config (not understood)"),
+        (SMALL, "none of these"),
+    ],
+    ids=["class default", "its own", "quantised", "nonsense", "none"],
+)
+def test_what_a_configuration_leaves_out_is_warned_of(config: dict[str, Any], says: str) -> None:
+    warnings = predict.answer(row(model_config=config, sequence_length=2048), TRACES)["warnings"]
+    told = [warning for warning in warnings if "positions" in warning or "quantization_config" in warning]
+    assert told == [warning for warning in warnings if says in warning]
+    assert bool(told) == (config != SMALL)
+
+
 def test_unknown_memory_leaves_open_what_fits() -> None:
     answer = predict.answer(row(hardware={"memory_gb_per_s": 900, "tflops": {"bf16": 100}}), TRACES)
     assert answer["fits"] is answer["fits_word"] is answer["margin_gib"] is None

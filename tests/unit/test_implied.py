@@ -388,6 +388,7 @@ def test_the_plan_gives_implied_runs_their_record_and_names_the_witness(planned:
     assert middle in str(outcome_of(planned, long).reason)
     after = again(planned)
     assert (after.implied, after.pending, after.lost_files, after.outdated) == ({}, (short,), [], frozenset())
+    assert after.summary().startswith("3 runs, 1 measured, 1 to train, 1 implied out of memory")
     assert after.plan_digest == found.plan_digest == planned.plan_digest
 
 

@@ -16,6 +16,8 @@ rule forecast:
         "../../envs/controller.yaml"
     params:
         version=FORECAST_VERSION,
+        # Where Snakemake has forgotten what plan.json was made of, it takes another study's for this one's.
+        plan=STUDY.plan_digest,
         prices=STUDY.prices,
         margin=STUDY.config.protocol.skip_predicted_oom,
         measured=len(STUDY.recorded),

@@ -197,13 +197,20 @@ def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Ques
         raise ConfigError("This is not understood", where="lengths_vary", given=repr(varying), allowed="true or false")
     config = model_config(row, own_code)
     warnings: list[str] = []
-    longest = config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(longest, int) and numbers["sequence_length"] > longest:
-        warnings.append(f"sequence_length is above the model's {longest} positions")
+    if method := quantized_as(config):
+        warnings.append(f"the model's own quantization_config ({method}) is left out: as if its weights were not")
     return Question(
         config, device, numbers["num_gpus"], numbers["sequence_length"], numbers["per_device_train_batch_size"],
         numbers["gradient_accumulation_steps"], resolved, varying, warnings,
     )  # fmt: skip
+
+
+def quantized_as(config: Mapping[str, Any]) -> str | None:
+    """How a model's file says that its weights are quantised, if they are."""
+    given = config.get("quantization_config")
+    if not given:
+        return None
+    return str(given.get("quant_method", "of a kind not named")) if isinstance(given, Mapping) else "not understood"
 
 
 def _whole(row: Mapping[str, Any], key: str) -> int:
@@ -331,6 +338,10 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
     warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
+    if profile.positions is not None and question.context > profile.positions:
+        warnings.append(
+            f"sequence_length is above the model's {profile.positions} positions: where they are learned, it fails"
+        )
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:

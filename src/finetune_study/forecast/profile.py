@@ -80,6 +80,8 @@ class Profile:
     depth: int
     vocabulary: int
     hidden_size: int
+    positions: int | None
+    """That the model was made for; None where it has no such limit."""
     parameters: list[Parameters]
     largest_layer: float
     """Elements of the largest layer's frozen and trained weights, adapters apart."""
@@ -135,6 +137,7 @@ class Profile:
             "depth": self.depth,
             "vocabulary": self.vocabulary,
             "hidden_size": self.hidden_size,
+            "positions": self.positions,
             "parameters": [
                 {
                     "trained": p.trained,

@@ -316,6 +316,7 @@ class _Tracer:
             depth=self.stack.depth,
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
+            positions=getattr(text, "max_position_embeddings", None),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
             largest_trained=self._largest_trained(model),
