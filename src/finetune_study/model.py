@@ -1,7 +1,7 @@
 """Model of a run: loaded or drawn at random, in its dtype, with its attention."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def load(run: Run, folder: Path) -> Any:
     if run.model.weights == "random":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         quantisation = arguments.pop("quantization_config", None)
-        with _seeded_initialisation(run.seed):
+        with _seeded_initialisation(run.seed), _whole() if quantisation else nullcontext():
             model = AutoModelForCausalLM.from_config(config, **arguments)
         if quantisation is not None:
             # Weights are quantised while they are loaded, so random ones are loaded as well.
@@ -42,6 +42,20 @@ def load(run: Run, folder: Path) -> Any:
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
     model.config.use_cache = False  # keys and values of past tokens serve generation alone
     return model
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Weights are made whole on every rank, under ZeRO-3 too: what is quantised is read from there, and transformers
+    shards no quantised weights while it reads them (modeling_utils.py, get_init_context); DeepSpeed does so later."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 @contextmanager

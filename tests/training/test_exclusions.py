@@ -51,6 +51,15 @@ def in_spite_of_the_reason(lab: Lab, recipe: dict[str, Any], **settings: Any) ->
         pytest.param(
             {"adalora": {}, "zero3": {}}, {"num_gpus": 2}, r"The size of tensor a \(0\) must match", id="adalora+zero3"
         ),
+        pytest.param(
+            {"adalora": {}, "zero2": {}}, {}, "Gradients are only available immediately after backward",
+            id="adalora+zero2",
+        ),
+        pytest.param(
+            {"adalora": {}, "optimizer_in_backward": {}}, ONE_STEP, "'Parameter' and 'NoneType'",
+            id="adalora+optimizer_in_backward",
+        ),
+        pytest.param({"loha": {}, "zero3": {}}, {"num_gpus": 2}, "tuple index out of range", id="loha+zero3"),
         pytest.param({"zero3": {}, "zeropp": {}}, {"num_gpus": 2}, "not been implemented on CPU", id="zeropp"),
         pytest.param(
             {"optimizer_in_backward": {}, "zero2": {}}, ONE_STEP, r"lazy_init_hp_params_optimizer_state[\s\S]*KeyError",

@@ -4,9 +4,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from finetune_study.techniques.base import Recipe
 from finetune_study.techniques.peft_method import MIXED, PeftMethod, model_type
 
 if TYPE_CHECKING:
+    from finetune_study.config import Hardware
     from finetune_study.run import Run
 
 TargetModules = Literal["all-linear"] | list[str]
@@ -22,6 +24,10 @@ class Adalora(PeftMethod):
     method: ClassVar[str] = "ADALORA"
     excludes: ClassVar[dict[str, str]] = {
         "zero3": "peft needs whole weights to move ranks, and ZeRO-3 leaves none (The size of tensor a (0) must match)",
+        "optimizer_in_backward": (
+            "peft moves ranks by the gradients after a step, and here they are gone by then (unsupported operand "
+            "type(s) for *: 'Parameter' and 'NoneType')"
+        ),
     }
     effect: ClassVar[str] = (
         "memory: as lora of init_r; "
@@ -52,6 +58,15 @@ class Adalora(PeftMethod):
     """Dropout before the update."""
     target_modules: TargetModules = "all-linear"
     """Names of the layers that get an update, or `all-linear`: all but the output layer."""
+
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        # States on the host are stepped there, and DeepSpeed keeps the gradients.
+        if {"zero1", "zero2"} & recipe.keys() and "offload_optimizer" not in recipe:
+            return (
+                "peft moves ranks by the gradients after a step, and DeepSpeed has none by then (Gradients are only "
+                "available immediately after backward and before engine step): use ddp, or offload_optimizer"
+            )
+        return None
 
     def is_exported(self) -> bool:
         return False
@@ -108,6 +123,9 @@ class Loha(PeftMethod):
     method: ClassVar[str] = "LOHA"
     takes_conv1d: ClassVar[bool] = False
     beside: ClassVar[frozenset[str]] = MIXED - {"loha"}
+    excludes: ClassVar[dict[str, str]] = {
+        "zero3": "peft makes its matrices by the weights' shape, and ZeRO-3 leaves none (tuple index out of range)"
+    }
     effect: ClassVar[str] = (
         "memory: twice lora's trained weights, for a rank of r squared; "
         "speed: slower than lora; "

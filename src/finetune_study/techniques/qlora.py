@@ -62,6 +62,10 @@ class Qlora(Lora):
     def wrap(self, model: Any, run: "Run") -> Any:
         import peft
 
+        for module in model.modules():
+            # On a CPU bitsandbytes packs weights anew for its first evaluation, and later steps get other gradients.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         if self.prepare_model_for_kbit_training:
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return super().wrap(model, run)
