@@ -136,6 +136,9 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     settled = micro_batch.at(run, found) if micro_batch.is_searched(run) and found else run
     arguments = train.arguments_of(settled, "output")
     deepspeed = arguments.pop("deepspeed", None)
+    if deepspeed is not None and "zero3" in run.parsed_techniques:
+        # Else what is saved at the end is a checkpoint of DeepSpeed's, in pieces, and no model.
+        deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,

@@ -78,6 +78,15 @@ def read(folder: Path) -> list[Ran]:
     return found
 
 
+def _by_device(ran: list[Ran]) -> list[Ran]:
+    """All that was run on each device, whatever file says it."""
+    merged: dict[str, Ran] = {}
+    for one in ran:
+        before = merged.get(one.device, Ran(one.device, "", frozenset()))
+        merged[one.device] = Ran(one.device, "", before.completed | one.completed)
+    return list(merged.values())
+
+
 def why_not(name: str, hardware: Hardware) -> str | None:
     """What speaks against a technique at its defaults, whatever the precision beside it; None when nothing does."""
     technique = techniques.ALL[name]
@@ -109,7 +118,8 @@ def page(results: Path) -> str:
     """
     ran = read(results)
     on_gpus = any("/" in one.source for one in ran)
-    headings = [f"seen on {one.device}" for one in ran] + ([] if on_gpus else ["seen on a GPU"])
+    devices = _by_device(ran)
+    headings = [f"seen on {one.device}" for one in devices] + ([] if on_gpus else ["seen on a GPU"])
     lines = [
         "# Techniques",
         "",
@@ -126,7 +136,7 @@ def page(results: Path) -> str:
     notes: dict[str, int] = {}
     for name, technique in techniques.ALL.items():
         cells = [_can(why_not(name, hardware), notes) for hardware in PLACES.values()]
-        seen = [one.cell(name) for one in ran] + ([] if on_gpus else ["never run"])
+        seen = [one.cell(name) for one in devices] + ([] if on_gpus else ["never run"])
         lines.append(f"| `{name}` | {technique.kind} | {' | '.join(cells)} | {' | '.join(seen)} |")
     lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in notes.items()), ""]
     lines += ["## Where this was run", ""]

@@ -141,3 +141,45 @@ def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
     train = (tmp_path / "export" / "train.py").read_text(encoding="utf-8")
     assert "    torchrun --standalone --nproc-per-node 4 train.py --data my.jsonl" in train
     compile(train, "train.py", "exec")
+
+
+def test_under_zero3_what_is_saved_is_a_model(tmp_path: Path) -> None:
+    """Otherwise DeepSpeed writes its own pieces, which from_pretrained can't read."""
+    asked = handmade.study(
+        hardware={"a100": GPU}, recipes={"zero3": ["zero3"]}, grid=[BLOCK | {"recipes": ["zero3"], "num_gpus": 4}],
+        training={"effective_batch_size": 8},
+    )  # fmt: skip
+    planned = {one.run.run_id: one for one in handmade.planned(asked)}
+    results = handmade.write(tmp_path, *(handmade.completed(one.run, 1.0) for one in planned.values()))
+    study = Study(asked, results, planned)
+    one = exporter.choose(study, handmade.frame(asked, tmp_path), "tiny", "a100", None, None)
+    exporter.export(study, one, tmp_path / "export")
+    zero = json.loads((tmp_path / "export" / "deepspeed.json").read_text())["zero_optimization"]
+    assert (zero["stage"], zero["stage3_gather_16bit_weights_on_model_save"]) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "ids", "trained"),
+    [
+        ("abc", "de", [97, 98, 99, 100, 101, 0, 0, 0], [3, 4, 5]),
+        ("abcdefgh", "xy", [100, 101, 102, 103, 104, 120, 121, 0], [5, 6, 7]),
+        ("ab", "0123456789", [48, 49, 50, 51, 52, 53, 54, 55], list(range(8))),
+    ],
+    ids=["short", "long prompt", "long completion"],
+)
+def test_a_long_prompt_leaves_room_for_what_is_learnt(
+    tmp_path: Path, prompt: str, completion: str, ids: list[int], trained: list[int]
+) -> None:
+    job(tmp_path, 4)
+    script: dict[str, Any] = {"__file__": str(tmp_path / "export" / "train.py"), "__name__": "train"}
+    exec((tmp_path / "export" / "train.py").read_text(encoding="utf-8"), script)
+
+    class Bytes:
+        eos_token_id = pad_token_id = 0
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())}
+
+    made = script["example"]({"prompt": prompt, "completion": completion}, Bytes(), 8)
+    assert made["input_ids"] == ids
+    assert [i for i, label in enumerate(made["labels"]) if label != -100] == trained

@@ -65,6 +65,15 @@ def test_cells_are_those_of_the_stored_results(tmp_path: Path) -> None:
     assert "GPUs: none yet" not in page
 
 
+def test_files_of_one_device_share_a_column(tmp_path: Path) -> None:
+    store(tmp_path, "techniques-cpu-1.json", "CPU", [(["lora"], 1, "completed")])
+    store(tmp_path, "techniques-cpu-2.json", "CPU", [(["lora", "zero2"], 2, "completed")])
+    page = techniques_docs.page(tmp_path)
+    assert row(page, "lora")[-2:] == ["run on 1 and 2, beside 1 other", "never run"]
+    assert "seen on CPU | seen on a GPU |" in page
+    assert page.count("seen on CPU") == 1
+
+
 def test_what_can_run_where(tmp_path: Path) -> None:
     page = techniques_docs.page(tmp_path)
     columns = ["technique", "kind", *techniques_docs.PLACES]

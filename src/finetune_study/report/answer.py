@@ -85,7 +85,8 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> s
     what = joined(f"{name} ({n} times)" for name, n in added.most_common(3))
     text = f"Where a default does not fit ({len(beyond)} of {settings}), "
     text += f"another recipe does in {saved}, mostly by adding {what}" if added else "no other recipe is known to"
-    return text + (f"; in {nothing} settings nothing that was tried fits." if nothing else ".")
+    all_told = f". In {nothing} of all {settings} nothing that was tried fits." if nothing else "."
+    return text + all_told
 
 
 def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
