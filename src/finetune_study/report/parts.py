@@ -94,8 +94,8 @@ def phases(pair: Pair) -> Figure | None:
         },
         f"Peak of each phase: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}",
         {"marks": marks},
-        f"Measured, GiB per device, of {'what tensors take' if pair.device == 'cuda' else 'all that is in use'}. In full "
-        "colour: the phase in which the recipe's peak lies.",
+        f"Measured, GiB per device, of {'what tensors take' if pair.device == 'cuda' else 'all that is in use'}. "
+        "In full colour: the phase in which the recipe's peak lies.",
     )
 
 
