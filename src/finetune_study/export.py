@@ -38,6 +38,8 @@ FULL_TRAINING: dict[str, Any] = {
     "report_to": [],
 }
 """In their place: one epoch, with checkpoints to go on from."""
+SAVED_WHOLE = {"stage3_gather_16bit_weights_on_model_save": True}
+"""Else ZeRO-3 saves no model, but DeepSpeed's own pieces of one; a run that is measured saves nothing."""
 MARGIN = 1.5
 """Of the job's time over the promised hours: loading, checkpoints, a slower node."""
 MIN_MINUTES = 60
@@ -136,9 +138,8 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     settled = micro_batch.at(run, found) if micro_batch.is_searched(run) and found else run
     arguments = train.arguments_of(settled, "output")
     deepspeed = arguments.pop("deepspeed", None)
-    if deepspeed is not None and "zero3" in run.parsed_techniques:
-        # Else what is saved at the end is a checkpoint of DeepSpeed's, in pieces, and no model.
-        deepspeed["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if deepspeed is not None:
+        deepspeed["zero_optimization"] |= SAVED_WHOLE
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
     files: dict[str, Any] = {
         "training_arguments.json": kept | FULL_TRAINING,
@@ -217,6 +218,7 @@ def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.from_string(_resource("job.sbatch.j2")).render(
         name=slurm.job_name(f"{run.target}-{run.recipe}"),
+        own_model=_own_model(run),
         nodes=run.nodes,
         gres=asked["gres"],
         cpus_per_task=asked["cpus_per_task"],
@@ -233,6 +235,11 @@ def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
         srun=" ".join(slurm.srun(run)),
         gpus_per_node=run.gpus_per_node,
     )
+
+
+def _own_model(run: Run) -> str:
+    """What a call has to name where the study measured random weights."""
+    return " --model FOLDER_OR_HUB_ID" if run.model.weights == "random" else ""
 
 
 def _torchrun(run: Run) -> str:
@@ -263,11 +270,11 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         f"{show(best.peak_memory_gib_median if best else None, 'GiB')} peak memory"
         + (f", {show(hours)} hours for an epoch of the study's data." if hours is not None else "."),
         "",
-        "    sbatch job.sbatch my.jsonl",
+        f"    sbatch job.sbatch my.jsonl{_own_model(run)}",
         "",
         "or without SLURM" + (", on each of the nodes" if run.nodes > 1 else ""),
         "",
-        f"    {_torchrun(run)} train.py --data my.jsonl",
+        f"    {_torchrun(run)} train.py --data my.jsonl{_own_model(run)}",
         "",
         "`train.py` says what my.jsonl holds; it goes on from its last checkpoint, and its `promised.json` compares "
         "hours and memory of one epoch with what is promised here. It needs torch, transformers, datasets, accelerate"

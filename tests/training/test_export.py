@@ -29,17 +29,26 @@ ARCHITECTURE = {
 }
 
 
-def config() -> Config:
+RECIPES: dict[str, dict[str, Any]] = {
+    "lora-gc": {"lora": {"r": 4}, "gradient_checkpointing": {}},
+    "zero2": {"zero2": {}},
+    "zero3": {"zero3": {}},
+    "zero3-lora": {"zero3": {}, "lora": {"r": 4}},
+}
+
+
+def config(recipe: str = "lora-gc", num_gpus: int = 1) -> Config:
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": recipe, "sequence_length": 64, "num_gpus": num_gpus}
     return handmade.study(
         models={"tiny": {"architecture": ARCHITECTURE, "weights": "random"}},
-        recipes={"lora-gc": {"lora": {"r": 4}, "gradient_checkpointing": {}}},
-        grid=[{"targets": "tiny", "hardware": "cpu", "recipes": "lora-gc", "sequence_length": 64}],
+        recipes=RECIPES,
+        grid=[block],
         training={"effective_batch_size": 2, "learning_rate": 0.01},
     )
 
 
-def exported(root: Path) -> Path:
-    study_config = config()
+def exported(root: Path, recipe: str = "lora-gc", num_gpus: int = 1) -> Path:
+    study_config = config(recipe, num_gpus)
     planned = {one.run.run_id: one for one in plan(study_config)}
     (run,) = (one.run for one in planned.values())
     results = handmade.write(root / "results", handmade.completed(run, 0.05, 0.05, 0.05))
@@ -93,3 +102,21 @@ def test_an_exported_recipe_trains_one_epoch_checks_the_promise_and_goes_on_afte
     said = start(folder, "my.jsonl", "--model", str(own))
     assert json.loads((folder / "output" / "promised.json").read_text())["resumed_from"] == "output/checkpoint-4"
     assert '"optimizer_steps": 6' in said
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("recipe", ["zero2", "zero3", "zero3-lora"])
+def test_what_deepspeed_trained_is_a_model_that_transformers_reads(recipe: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, own = exported(tmp_path, recipe, num_gpus=2), model(tmp_path)
+    (folder / "my.jsonl").write_text("".join(json.dumps({"text": f"It is {n}."}) + "\n" for n in range(4)))
+    start(folder, "my.jsonl", "--model", str(own), "--merge")
+    assert json.loads((folder / "output" / "promised.json").read_text())["optimizer_steps"] == 2
+    saved = folder / "output" / ("merged" if "lora" in recipe else "")
+    before, after = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (own, saved))
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]
+    assert any("q_proj" in name for name in changed)
+    assert all(before[name].shape == after[name].shape for name in before)

@@ -143,21 +143,6 @@ def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
     compile(train, "train.py", "exec")
 
 
-def test_under_zero3_what_is_saved_is_a_model(tmp_path: Path) -> None:
-    """Otherwise DeepSpeed writes its own pieces, which from_pretrained can't read."""
-    asked = handmade.study(
-        hardware={"a100": GPU}, recipes={"zero3": ["zero3"]}, grid=[BLOCK | {"recipes": ["zero3"], "num_gpus": 4}],
-        training={"effective_batch_size": 8},
-    )  # fmt: skip
-    planned = {one.run.run_id: one for one in handmade.planned(asked)}
-    results = handmade.write(tmp_path, *(handmade.completed(one.run, 1.0) for one in planned.values()))
-    study = Study(asked, results, planned)
-    one = exporter.choose(study, handmade.frame(asked, tmp_path), "tiny", "a100", None, None)
-    exporter.export(study, one, tmp_path / "export")
-    zero = json.loads((tmp_path / "export" / "deepspeed.json").read_text())["zero_optimization"]
-    assert (zero["stage"], zero["stage3_gather_16bit_weights_on_model_save"]) == (3, True)
-
-
 @pytest.mark.parametrize(
     ("prompt", "completion", "ids", "trained"),
     [
