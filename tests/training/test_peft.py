@@ -88,6 +88,13 @@ def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:
         assert quantised.losses != lora.losses
 
 
+def test_quantised_weights_train_alike_in_pieces(trained: Trained) -> None:
+    """Evaluation comes before training: what it does to the weights must not reach the steps."""
+    whole, pieces = (trained.run({"qlora": {"r": 4}, name: {}}, num_gpus=2) for name in ("ddp", "zero3"))
+    assert pieces.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert pieces.eval_losses == pytest.approx(whole.eval_losses, rel=1e-4)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
