@@ -24,21 +24,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The study's configuration.")]
+ConfigFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config", "-c", help="The study's configuration; may be repeated, a later file adds to those before it."
+    ),
+]
 ResultsFolder = Annotated[Path, typer.Option("--results", "-r", help="The study's results.")]
 
-CONFIG = Path("config/config.yaml")
-RESULTS = Path("results")
+CONFIG = Path(study_module.CONFIG_FILE)
+RESULTS = Path(study_module.RESULTS_FOLDER)
 MIN_WIDTH = 120
 """Columns of a terminal that tables are made for; a narrower one wraps them."""
 
 
-def _open(config: Path, results: Path) -> Study:
-    return study_module.open_study(config_module.read(config), Results(results), str(config))
+def _open(config: list[Path] | None, results: Path) -> Study:
+    files = config or [CONFIG]
+    names = [str(file) for file in files]
+    return study_module.open_study(config_module.read_all(files), Results(results), ", ".join(names), names)
 
 
 @app.command()
-def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+def plan(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
     """List every run of the study and what became of it, then how many there are of each, with the reason."""
     study = _open(config, results)
     counts: Counter[str] = Counter()
@@ -60,7 +67,7 @@ def plan(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
 
 
 @app.command()
-def summary(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+def summary(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
     """Print a short table of all runs, the answer so far, and where the report lies."""
     from finetune_study.cells import cells
     from finetune_study.report import gather
@@ -71,14 +78,14 @@ def summary(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> No
     frame = cells(list(study.planned.values()), study.results, study.config.hardware)
     print(summary_text(frame))
     width = max(MIN_WIDTH, Console().width)
-    print(texts.terminal(gather(study.config, frame, draw=False), width, colour=sys.stdout.isatty()))
+    print(texts.terminal(gather(study.config, frame, study.options, draw=False), width, colour=sys.stdout.isatty()))
     if study.results.report.exists():
         print(f"report: {study.results.report.absolute()}")
 
 
 @app.command()
 def status(
-    config: ConfigFile = CONFIG,
+    config: ConfigFile = None,
     results: ResultsFolder = RESULTS,
     ledger: Annotated[Path | None, typer.Option(help="The executor's ledger.jsonl.")] = None,
     watch: Annotated[float | None, typer.Option(help="Look again every so many seconds, until Ctrl-C.", min=1)] = None,
@@ -117,7 +124,7 @@ def export(
     nodes: Annotated[int | None, typer.Option(help="Nodes that they are on; default: likewise, or one.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Context; default: likewise.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Another recipe that fits there.")] = None,
-    config: ConfigFile = CONFIG,
+    config: ConfigFile = None,
     results: ResultsFolder = RESULTS,
 ) -> None:
     """Write the recommended recipe for data of your own: settings, training script, resumable sbatch script."""
@@ -136,7 +143,7 @@ def figures(
     target: Annotated[str, typer.Argument(help="An entry under `models`.")],
     hardware: Annotated[str, typer.Argument(help="An entry under `hardware`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("figures"),
-    config: ConfigFile = CONFIG,
+    config: ConfigFile = None,
     results: ResultsFolder = RESULTS,
 ) -> None:
     """Draw the report's figures of one target on one hardware entry as SVG and PNG, from what runs there are."""
@@ -165,7 +172,7 @@ def compare(
 
 
 @app.command()
-def report(config: ConfigFile = CONFIG, results: ResultsFolder = RESULTS) -> None:
+def report(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
     """Build outcomes, comparisons and the report from whatever runs there are."""
     study = _open(config, results)
     study_module.report_what_there_is(study)
@@ -207,7 +214,7 @@ def before_submit(results: ResultsFolder = RESULTS) -> None:
 
 @app.command()
 def doctor(
-    config: ConfigFile = CONFIG,
+    config: ConfigFile = None,
     results: ResultsFolder = RESULTS,
     hardware: Annotated[list[str] | None, typer.Option(help="Only this hardware entry; may be repeated.")] = None,
     jobs: Annotated[bool, typer.Option(help="Submit a short job for each hardware entry.")] = True,
@@ -225,7 +232,9 @@ def doctor(
     """Examine the cluster: is all there that the study needs, and if not, how is it mended?"""
     from finetune_study.doctor import command
 
-    raw = config_module.load(config) if config.exists() or not describe else None
+    files = config or [CONFIG]
+    there = not describe or any(file.exists() for file in files)
+    raw = config_module.parse(config_module.read_all(files), ", ".join(map(str, files))) if there else None
     is_well = command.run(
         raw,
         Results(results),

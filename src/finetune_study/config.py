@@ -2,7 +2,7 @@
 
 import difflib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -498,6 +498,26 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError("The configuration is not a mapping", where=str(path), given=type(raw).__name__)
     return raw
+
+
+def read_all(files: Sequence[Path]) -> dict[str, Any]:
+    """Several YAML files as one, as Snakemake takes them: mappings grow key by key, of all else the last one counts.
+
+    Raises:
+        ConfigError: as `read` does.
+    """
+    whole: dict[str, Any] = {}
+    for file in files:
+        _add(whole, read(file))
+    return whole
+
+
+def _add(whole: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(whole.get(key), dict):
+            _add(whole[key], value)
+        else:
+            whole[key] = value
 
 
 def load(path: Path) -> Config:

@@ -1,6 +1,7 @@
 """Which recipe, where, and how sure that is; a tie is called a tie."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ FORMAT = 4
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
+PLAIN = frozenset({"ddp", "eager"})
+"""Techniques that save nothing: naming them is no advice."""
 MIN_NODES = 2
 """Nodes that the runs of two compared recipes must come from: nodes of one kind differ, often by several per cent."""
 
@@ -123,6 +126,21 @@ class Versus(Section):
     too_few: str | None
     """What a ranking of these two lacks."""
 
+    @property
+    def alike(self) -> bool:
+        """A tie that rests on data: by median hardly slower. Else the interval holds 1 since it is too wide."""
+        return self.ratio <= 1 + LITTLE
+
+    @property
+    def equal(self) -> bool:
+        """The interval holds 1, and little differences alone."""
+        little = 1 + LITTLE
+        return self.low is not None and self.high is not None and 1 / little <= self.low <= 1 <= self.high <= little
+
+    @property
+    def numbers(self) -> str:
+        return f"{self.recipe} × {show(self.ratio)}, {show(self.low)} to {show(self.high)}"
+
 
 class Recommendation(Section):
     """The fastest recipe that fits in one setting, and what that rests on."""
@@ -146,6 +164,23 @@ class Recommendation(Section):
 
     def evidence_of(self, recipe: str | None) -> Evidence | None:
         return next((one for one in self.evidence if one.recipe == recipe), None)
+
+    @property
+    def alike(self) -> list[str]:
+        """Of those tied, the ones that are hardly slower by median."""
+        return [name for name in self.tied_with if name not in self.not_told_apart]
+
+    @property
+    def tie_in_words(self) -> str:
+        """The others of a tie; empty where there is none."""
+        same = f"a tie with {', '.join(self.alike)}" if self.alike else ""
+        apart = f"not told apart from {', '.join(self.not_told_apart)} yet" if self.not_told_apart else ""
+        return "; ".join(filter(None, (same, apart)))
+
+    @property
+    def not_told_apart(self) -> list[str]:
+        """Of those tied, the ones that are much slower by median: their repeats scatter too much to tell."""
+        return [one.recipe for one in self.versus if one.recipe in self.tied_with and not one.alike]
 
     @property
     def best(self) -> Evidence | None:
@@ -257,8 +292,8 @@ def _elsewhere(default: Recommendation, here: Recommendation, found: Evidence) -
         ended=found.states,
         verdict=here.verdict,
         recipe=here.recipe,
-        added=[name for name in other if name not in own],
-        left_out=[name for name in own if name not in other] if best else [],
+        added=[name for name in other if name not in own and name not in PLAIN],
+        left_out=[name for name in own if name not in other and name not in PLAIN] if best else [],
         step_time_seconds_median=best.step_time_seconds_median if best else None,
         peak_memory_gib_median=best.peak_memory_gib_median if best else None,
         cost_usd_per_epoch_median=best.cost_usd_per_epoch_median if best else None,
@@ -354,7 +389,7 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
         named = _least_memory([best, *tied])
-        return "tie", named, f"{numbers}. {_tie(best, tied)} {_taken(named[0])}{beside}", versus
+        return "tie", named, f"{numbers}. {_tie(best, tied, versus)} {_taken(named[0])}{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
 
 
@@ -373,8 +408,15 @@ def _least_memory(tied: list[Evidence]) -> list[Evidence]:
     return [chosen, *(one for one in tied if one is not chosen)]
 
 
-def _tie(best: Evidence, tied: list[Evidence]) -> str:
-    return f"A tie: no difference beyond the noise between {table.joined(one.recipe for one in (best, *tied))}."
+def _tie(best: Evidence, tied: list[Evidence], versus: list[Versus]) -> str:
+    found = [_of(versus, one.recipe) for one in tied]
+    alike = [one.recipe for one in found if one.alike]
+    wide = [one.numbers for one in found if not one.alike]
+    same = f"A tie: no difference beyond the noise between {table.joined((best.recipe, *alike))}." if alike else ""
+    if all(one.equal for one in found):
+        same += f" By the intervals they are within {LITTLE:.0%} of the fastest: any will do."
+    apart = f"The repeats scatter too much to tell {best.recipe} from {table.joined(wide)}." if wide else ""
+    return " ".join(filter(None, (same, apart)))
 
 
 def _taken(chosen: Evidence) -> str:
@@ -470,9 +512,27 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
     undated = [one.recipe for one in fitting if None in one.starts_of_repeats]
     if undated and any("started" in lack for lack in lacking):
         steps.append(f"remeasure {', '.join(undated)}: when they started is not known")
-    if verdict == "tie" and not steps:
-        steps.append("more repeats")
-    return steps
+    return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
+
+
+def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:
+    """How many repeats would end a tie: an interval narrows with the root of their number.
+
+    It ends where the interval, about the ratio of now, leaves out 1 or holds little differences alone.
+    """
+    num_repeats = max(one.num_completed for one in evidence)
+    wanted: dict[str, int] = {}
+    for one in versus:
+        if one.low is None or one.high is None or one.differs or one.equal:
+            continue
+        half, effect = (math.log(one.high) - math.log(one.low)) / 2, abs(math.log(one.ratio))
+        narrow = max(effect, math.log(1 + LITTLE) - effect)
+        wanted[one.recipe] = max(num_repeats + 1, math.ceil(num_repeats * (half / narrow) ** 2))
+    if not wanted:
+        return []
+    fastest = next(one.recipe for one in evidence if one.fits and one.recipe not in {other.recipe for other in versus})
+    names = ", ".join((fastest, *wanted))
+    return [f"protocol.repeats: about {max(wanted.values())} instead of {num_repeats}, of {names}"]
 
 
 def _timing(one: Evidence, versus: Versus | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_study import places
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
-from finetune_study.study import Study, open_study
+from finetune_study.study import CONFIG_FILE, RESULTS_FOLDER, Study, open_study
 
 
 class _Tee:
@@ -43,7 +43,8 @@ def opened(snakemake: Any) -> Iterator[Study]:
         redirect_stderr(stream),
     ):
         try:
-            study = open_study(snakemake.config, Results(Path("results")))
+            files = snakemake.params.get("config_files", [CONFIG_FILE])
+            study = open_study(snakemake.config, Results(Path(RESULTS_FOLDER)), files=files)
             places.enter(study.config.places, study.results)
             yield study
         except StudyError as error:

@@ -100,6 +100,8 @@ class Status:
     counts: list[tuple[str, int]]
     open: list[tuple[Submitted, InQueue | None]]
     failures: list[record.Failure]
+    """The last of them, the newest first."""
+    num_failures: int
     used_gpu_hours: float
     expected_gpu_hours: float | None
     """Of the runs without an outcome; None where nothing is known that they could be compared with."""
@@ -128,6 +130,7 @@ def look(
         counts=[(state, Counter(states)[state]) for state in STATES if state in states],
         open=[(job, seen.get(job.slurm_id or "")) for job in jobs],
         failures=failures[-LAST_FAILURES:][::-1],
+        num_failures=len(failures),
         used_gpu_hours=used,
         expected_gpu_hours=expected,
         num_left=sum(state in ("failed", "not_run") for state in states),
@@ -159,7 +162,10 @@ def _state(document: Document) -> str:
 
 
 def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float | None]:
-    """GPU-hours that tries took, and what those to come may take: the mean of runs of the same kind, else of all."""
+    """GPU-hours that tries took, and what those to come may take.
+
+    That is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
+    """
     used = 0.0
     by_kind: dict[tuple[str, str, int, int], list[float]] = {}
     for run_id, document in runs.items():
@@ -172,13 +178,12 @@ def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float
             by_kind.setdefault(_kind(run), []).append(hours)
     left = [study.run(i) for i in study.pending if not isinstance(runs.get(i), record.Record)]
     every = [hours for values in by_kind.values() for hours in values]
-    if left and not every:
-        return used, None
-    expected = 0.0
+    expected = []
     for run in left:
-        like = by_kind.get(_kind(run), every)
-        expected += sum(like) / len(like)
-    return used, expected
+        predicted = study.predicted_cost(run.run_id)[0]
+        like = by_kind.get(_kind(run)) or ([predicted] if predicted is not None else every)
+        expected.append(sum(like) / len(like) if like else None)
+    return used, None if None in expected else sum(filter(None, expected))
 
 
 def _kind(run: Run) -> tuple[str, str, int, int]:
@@ -305,6 +310,10 @@ def advice(reason: str) -> str | None:
     return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
 
 
+def runs(number: int) -> str:
+    return f"{number} {'run' if number == 1 else 'runs'}"
+
+
 def render(status: Status, now: float | None = None) -> Group:
     """The status for a terminal.
 
@@ -314,14 +323,18 @@ def render(status: Status, now: float | None = None) -> Group:
     """
     now = time.time() if now is None else now
     total = sum(number for _, number in status.counts)
-    parts: list[Any] = [Text(f"{total} runs: " + ", ".join(f"{n} {STATES[state].words}" for state, n in status.counts))]
+    parts: list[Any] = [
+        Text(f"{runs(total)}: " + ", ".join(f"{n} {STATES[state].words}" for state, n in status.counts))
+    ]
     expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
     parts.append(
-        Text(f"GPU-hours: {show(status.used_gpu_hours)} used, {expected} still to come ({status.num_left} runs)")
+        Text(f"GPU-hours: {show(status.used_gpu_hours)} used; of {runs(status.num_left)} still to come: {expected}")
     )
     parts.append(Text(status.driver))
     if status.open:
         parts.append(_jobs(status.open, now))
+    if status.num_failures > len(status.failures):
+        parts.append(Text(f"The last {len(status.failures)} of {status.num_failures} failures:"))
     for failure in status.failures:
         parts.append(Text(f"{failure.run_id} failed (try {failure.attempt}): {failure.cause}\n  log: {failure.log}"))
         tail = failure.log_tail.strip().splitlines()[-3:]

@@ -4,8 +4,9 @@ import fnmatch
 import json
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,6 +35,8 @@ WITHOUT_TRAINING = {
     "unsupported": "unsupported", "implied_oom": "implied out of memory", "predicted_oom": "predicted out of memory",
 }  # fmt: skip
 """Outcomes of runs that were not tried, in words."""
+CONFIG_FILE, RESULTS_FOLDER = "config/config.yaml", "results"
+"""Where a study lies, unless it is said otherwise."""
 SNAKEMAKE_CONFIG = "config/config.yaml, with what --configfile and --config add"
 
 
@@ -51,6 +54,15 @@ class Study:
     """Runs whose record was given without training."""
     compared_with: str | None = None
     """Outcomes of another study, named on the command line."""
+    files: tuple[str, ...] = (CONFIG_FILE,)
+    """The configuration, where it came from files."""
+
+    @property
+    def options(self) -> str:
+        """What a command `finetune-study` needs to find this study, with a space before it; empty for the defaults."""
+        files = () if self.files == (CONFIG_FILE,) else self.files
+        folder = [] if self.results.root == Path(RESULTS_FOLDER) else [f"-r {shlex.quote(str(self.results.root))}"]
+        return "".join(f" {option}" for option in [*(f"-c {shlex.quote(file)}" for file in files), *folder])
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -308,28 +320,36 @@ class Study:
         missing = [f"warning, no run can start there yet: {error}" for error in self.missing_software.values()]
         return "\n".join([", ".join(parts) + self._bill(), *missing])
 
+    def predicted_cost(self, run_id: str) -> tuple[float | None, float | None]:
+        """GPU-hours and US dollars that the last forecast expects of a run; None where it knows none."""
+        hours, dollars = self._last_forecast.get("runs", {}).get(run_id, [None, None])
+        return hours, dollars
+
     def _bill(self) -> str:
         """What the runs to train are predicted to take, where a forecast knows it of all of them.
 
         Runs that are predicted not to fit end before their first step: they are counted, and not charged."""
-        known = self._last_forecast.get("runs", {})
         too_large = set(self._last_forecast.get("do_not_fit", [])) & set(self.pending)
-        expected = [known.get(run_id, [None, None]) for run_id in self.pending if run_id not in too_large]
-        if not self.pending or any(hours is None for hours, _ in expected):
+        expected = [self.predicted_cost(run_id) for run_id in self.pending if run_id not in too_large]
+        hours = [gpu_hours for gpu_hours, _ in expected if gpu_hours is not None]
+        dollars = [cost for _, cost in expected if cost is not None]
+        if not self.pending or len(hours) < len(expected):
             return ""
-        dollars = [cost for _, cost in expected]
-        cost = "" if None in dollars else f", {sum(dollars):.2f} US dollars"
+        cost = f", {sum(dollars):.2f} US dollars" if len(dollars) == len(expected) else ""
         without = f" without {len(too_large)} that do not fit" if too_large else ""
-        return f"; predicted: {sum(hours for hours, _ in expected):.1f} GPU-hours{cost}{without}"
+        return f"; predicted: {sum(hours):.1f} GPU-hours{cost}{without}"
 
 
-def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG) -> Study:
+def open_study(
+    raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG, files: Sequence[str] = (CONFIG_FILE,)
+) -> Study:
     """The study of a configuration, checked as far as it can be before anything runs.
 
     Args:
         raw: the configuration as YAML or Snakemake gives it.
         results: its results folder.
         where: what to call the configuration in a message.
+        files: that it came from, for commands that are shown.
 
     Raises:
         ConfigError: for a configuration that does not hold together.
@@ -344,7 +364,7 @@ def open_study(raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_
     untrained = _check_records(results, planned)
     _check_files(config)
     slurm.check(config)
-    study = Study(config, results, planned, _select(patterns, planned), untrained, earlier)
+    study = Study(config, results, planned, _select(patterns, planned), untrained, earlier, tuple(files))
     _forget_purged(study)
     return study
 
@@ -504,7 +524,7 @@ def report_what_there_is(study: Study) -> None:
     readable = [run_id for run_id in study.planned if _is_readable(results.run(run_id))]
     outcome.write(results, readable, study.config.hardware)
     recommend.aggregate(study.config, planned, results)
-    report.build(study.config, cells.of_outcomes(planned, results), results)
+    report.build(study.config, cells.of_outcomes(planned, results), results, study.options)
     for path in (
         results.outcomes_parquet,
         results.outcomes_csv,

@@ -1,3 +1,4 @@
+import html
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,24 @@ def test_plan_counts_runs_by_reason(raw: dict[str, Any], tmp_path: Path) -> None
     assert flash.startswith("3 unsupported: FlashAttention-2 has CUDA kernels alone")
     assert tf32.startswith("3 unsupported: transformers: --tf32 requires")
     assert summary == "12 runs, 2 measured, 2 to train, 6 unsupported, 2 implied out of memory"
+
+
+def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[str, Any], tmp_path: Path) -> None:
+    """As with Snakemake's --configfile: mappings grow, of all else the last one counts."""
+    first, second, results = tmp_path / "config.yaml", tmp_path / "my study.yaml", tmp_path / "out"
+    first.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    second.write_text(yaml.safe_dump({"report": {"title": "Ours"}, "grid": raw["grid"][:1]}), encoding="utf-8")
+    options = ["-c", str(first), "-c", str(second), "-r", str(results)]
+    answer = CliRunner().invoke(cli.app, ["report", *options])
+    assert answer.exit_code == 0, answer.output
+    merged = raw | {"report": {**raw.get("report", {}), "title": "Ours"}, "grid": raw["grid"][:1]}
+    study = open_study(merged, Results(results), files=[str(first), str(second)])
+    page = html.unescape(study.results.report.read_text(encoding="utf-8"))
+    assert "<h1>Ours</h1>" in page
+    assert study.options == f" -c {first} -c '{second}' -r {results}"
+    run = next(iter(study.planned.values())).run
+    handmade.write(results, handmade.completed(run, 1.0))
+    CliRunner().invoke(cli.app, ["report", *options])
+    page = html.unescape(study.results.report.read_text(encoding="utf-8"))
+    assert f"finetune-study export {run.target} {run.hardware.name}{study.options}</pre>" in page
+    assert open_study(raw, Results(Path("results"))).options == ""

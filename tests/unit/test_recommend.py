@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ def test_of_a_tie_the_one_with_least_memory_is_named(
     assert (one.verdict, one.recipe, one.tied_with) == ("tie", named, others)
     assert "A tie: no difference beyond the noise between full, lora and ia3. " in one.reason
     assert why in one.reason
-    assert one.settled_by == ["more repeats"]
+    assert "within 10% of the fastest: any will do" in one.reason
+    assert one.settled_by == []
     assert {versus.recipe: versus.differs for versus in one.versus} == {"lora": False, "ia3": False, "slow": True}
     (default,) = recommend.defaults([one])
     (sentence, *_) = answer([one], [default])
@@ -134,6 +136,12 @@ def test_a_wide_interval_makes_no_slow_recipe_the_default(tmp_path: Path) -> Non
     records = tied(study, full=((1.0, 1.1, 2.6), 0.9), lora=((1.6, 1.65, 1.7), 0.5))
     one = the_only(study, tmp_path, *records)
     assert (one.verdict, one.recipe, one.tied_with) == ("tie", "full", ["lora"])
+    assert one.not_told_apart == ["lora"]
+    assert "The repeats scatter too much to tell full from lora × 1." in one.reason
+    (step,) = one.settled_by
+    assert re.fullmatch(r"protocol\.repeats: about \d+ instead of 3, of full, lora", step)
+    (sentence, *_) = answer([one], recommend.defaults([one]))
+    assert "full for tiny on cpu (not told apart from lora yet)." in sentence
 
 
 NODE_EFFECT = 1.08
@@ -174,7 +182,7 @@ def test_a_node_effect_of_eight_per_cent_is_never_ranked(tmp_path: Path, case: s
         assert versus.low is not None
         assert versus.high is not None
         assert versus.low <= 1 <= versus.high
-        assert one.settled_by
+        assert bool(one.settled_by) != versus.equal
 
 
 def test_a_difference_of_four_per_cent_is_found_under_a_node_effect_of_eight(tmp_path: Path) -> None:

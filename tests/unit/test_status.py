@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import os
@@ -65,13 +66,27 @@ def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> 
     assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
     assert seen.driver == "no driver has been at work here"
     assert "2 runs: 1 completed, 1 not run" in shown(seen)
-    assert "GPU-hours: 0.0100 used, about 0.0100 still to come (1 runs)" in shown(seen)
+    assert "GPU-hours: 0.0100 used; of 1 run still to come: about 0.0100" in shown(seen)
 
 
 def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:
     seen = status.look(study(tmp_path), tmp_path / "none.jsonl", no_slurm)
     assert seen.expected_gpu_hours is None
-    assert "not known yet still to come" in shown(seen)
+    assert "still to come: not known yet" in shown(seen)
+
+
+def test_what_the_forecast_says_is_expected_of_kinds_that_were_not_measured(tmp_path: Path) -> None:
+    found = study(tmp_path)
+    forecast = {"plan": found.plan_digest, "runs": {i: [2.5, None] for i in found.planned}}
+    found.results.root.mkdir(exist_ok=True)
+    found.results.forecast.write_text(json.dumps(forecast), encoding="utf-8")
+    assert status.look(found, tmp_path / "none.jsonl", no_slurm).expected_gpu_hours == 5.0
+
+
+def test_of_many_failures_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    seen = status.look(study(tmp_path, handmade.failure(FULL)), tmp_path / "none.jsonl", no_slurm)
+    assert "failures:" not in shown(seen)
+    assert "The last 1 of 12 failures:" in shown(dataclasses.replace(seen, num_failures=12))
 
 
 def test_the_last_failures_come_with_cause_and_log(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 # The study as Python sees it, and the named input functions of all rules.
 
 import hashlib
+import os
 import shutil
 import sys
 import time
@@ -14,11 +15,12 @@ from finetune_study.forecast import VERSION as FORECAST_VERSION
 from finetune_study.outcome import METRICS_VERSION
 from finetune_study.paths import Results
 
-RESULTS = Results(Path("results"))
+RESULTS = Results(Path(study_module.RESULTS_FOLDER))
+CONFIG_FILES = [study_module.CONFIG_FILE, *(os.path.relpath(path) for path in workflow.config_settings.configfiles)]
 STARTED = time.time()
 
 try:
-    STUDY = study_module.open_study(config, RESULTS)
+    STUDY = study_module.open_study(config, RESULTS, files=CONFIG_FILES)
 except StudyError as error:
     raise WorkflowError(str(error)) from None
 

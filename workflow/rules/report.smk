@@ -59,6 +59,7 @@ rule report:
         "../../envs/controller.yaml"
     params:
         report=STUDY.config.report.model_dump(),
+        config_files=CONFIG_FILES,
     script:
         "../scripts/report.py"
 

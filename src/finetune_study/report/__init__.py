@@ -16,22 +16,23 @@ from finetune_study.report.pair import Pair
 from finetune_study.table import Row
 
 
-def build(config: Config, cells: pl.DataFrame, results: Results) -> None:
+def build(config: Config, cells: pl.DataFrame, results: Results, options: str = "") -> None:
     """Writes report/index.html, report/summary.md, report/figures and report/tables.
 
     Args:
         config: the study.
         cells: one row per planned run (`cells.SCHEMA`).
         results: where the report goes.
+        options: of the commands that the report shows (`Study.options`).
     """
-    contents = gather(config, cells)
+    contents = gather(config, cells, options)
     figures.save([figure for figure, _ in contents.figures], [svg for _, svg in contents.figures], results.figures)
     save_tables(contents, results.tables)
     write_atomically(results.summary, summary.markdown(contents))
     write_atomically(results.report, page.render(contents))
 
 
-def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Contents:
+def gather(config: Config, cells: pl.DataFrame, options: str = "", *, draw: bool = True) -> page.Contents:
     """Everything that the report says of a study; without its figures where only text is wanted."""
     comparisons = table.compare(cells, table.baseline_of(config))
     rows = comparisons.to_dicts()
@@ -41,6 +42,7 @@ def gather(config: Config, cells: pl.DataFrame, *, draw: bool = True) -> page.Co
     drawn = figures.draw(pairs) if draw else []
     return page.Contents(
         config=config,
+        options=options,
         cells=cells,
         compared=comparisons,
         comparisons=rows,

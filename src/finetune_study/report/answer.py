@@ -8,6 +8,8 @@ from finetune_study.table import joined, show
 QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
 MAX_NAMED = 4
 """Recipes that a sentence names with their targets; of a tie, so many others."""
+MAX_STEPS = 3
+"""Missing runs, and other things to do, that a sentence names."""
 
 
 def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
@@ -20,51 +22,63 @@ def answer(recommendations: list[Recommendation], defaults: list[Default]) -> li
 def _default(defaults: list[Default]) -> str:
     named = [one for one in defaults if one.recommendation.recipe]
     if not named:
-        return "No recipe can be recommended yet: " + _why_none(defaults) + "."
+        return f"No recipe can be recommended yet {_why_none(defaults)}."
     groups: dict[str, list[Default]] = {}
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     parts = [
-        f"{recipe} for {joined(_where_and_tie(one) for one in some[:3])}{_more(some[3:])}"
+        f"{recipe} for {joined(_where_and_how_sure(one) for one in some[:3])}{_more(some[3:])}"
         for recipe, some in ranked[:MAX_NAMED]
     ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
     verdicts = {one.recommendation.verdict for one in named}
-    doubts = [", in a tie the one among those nearly as fast that takes least memory"] if "tie" in verdicts else []
-    doubts += [", as far as the runs can tell"] if verdicts - {"ranked", "only_one_fits", "tie"} else []
-    first = "The fastest recipe that fits" + "".join(doubts) + ("," if doubts else "")
-    nothing = [one for one in defaults if one.recommendation.verdict == "nothing_fits"]
-    beside = f"; nothing tried fits {joined(_where(one) for one in nothing[:3])}{_more(nothing[3:])}" if nothing else ""
+    doubt = ", in a tie the one among those nearly as fast that takes least memory," if "tie" in verdicts else ""
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
-    return f"{first} is {'; '.join(parts)}{others}{beside}."
+    none = [one for one in defaults if not one.recommendation.recipe]
+    beside = f"; none can be named {_why_none(none)}" if none else ""
+    return f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}."
 
 
 def _where(one: Default) -> str:
     return f"{one.target} on {one.hardware}"
 
 
-def _where_and_tie(one: Default) -> str:
-    tied = one.recommendation.tied_with
-    others = joined([*tied[:MAX_NAMED], *([f"{len(tied) - MAX_NAMED} more"] if len(tied) > MAX_NAMED else [])])
-    return _where(one) + (f" (a tie with {others})" if tied else "")
+def _where_and_how_sure(one: Default) -> str:
+    at = one.recommendation
+    doubts = {
+        "tie": [f"a tie with {_named(at.alike)}"] * bool(at.alike)
+        + [f"not told apart from {_named(at.not_told_apart)} yet"] * bool(at.not_told_apart),
+        "too_few_data": ["too few data for a ranking"],
+        "contradictory": ["repeats of others contradict each other"],
+    }.get(at.verdict, [])
+    return _where(one) + (f" ({', '.join(doubts)})" if doubts else "")
+
+
+def _named(recipes: list[str]) -> str:
+    rest = len(recipes) - MAX_NAMED
+    return joined([*recipes[:MAX_NAMED], *([f"{rest} more"] if rest > 0 else [])])
 
 
 def _more(rest: list[Default]) -> str:
     return f" and {len(rest)} more" if rest else ""
 
 
+_NONE = {
+    "nothing_fits": "nothing that was tried fits",
+    "no_data": "nothing is known to fit yet",
+    "contradictory": "repeats contradict each other",
+    "not_comparable": "the runs differ in software, weights or data",
+}
+"""Why no recipe is named, by verdict."""
+
+
 def _why_none(defaults: list[Default]) -> str:
-    verdicts = Counter(one.recommendation.verdict for one in defaults)
-    words = {
-        "nothing_fits": "everything that was tried failed to fit",
-        "no_data": "nothing is known to fit yet",
-        "contradictory": "repeats contradict each other",
-        "not_comparable": "the runs differ in software, weights or data",
-    }
+    groups: dict[str, list[Default]] = {}
+    for one in defaults:
+        groups.setdefault(one.recommendation.verdict, []).append(one)
     return joined(
-        f"{words.get(verdict, verdict)} ({n} of {len(defaults)} pairs of model and hardware)"
-        for verdict, n in verdicts.items()
+        f"for {joined(map(_where, some[:3]))}{_more(some[3:])} ({_NONE[verdict]})" for verdict, some in groups.items()
     )
 
 
@@ -115,8 +129,22 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
     elif hours:
         cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
     else:
-        return f"What an epoch costs is not known yet; {sure}."
-    return f"An epoch costs {cost}; {sure}."
+        return f"What an epoch costs is not known yet; {sure}{_settled_by(defaults)}."
+    return f"An epoch costs {cost}; {sure}{_settled_by(defaults)}."
+
+
+def _settled_by(defaults: list[Default]) -> str:
+    """What would settle the defaults that are open: runs that are planned, by name, and what else to add."""
+    open_ones = [
+        one.recommendation
+        for one in defaults
+        if one.recommendation.verdict in ("too_few_data", "no_data", "contradictory", "not_comparable")
+    ]
+    steps = [*dict.fromkeys(step for one in open_ones for step in one.settled_by)]
+    if not steps:
+        return ""
+    rest = f"; and {len(steps) - MAX_STEPS} more" if len(steps) > MAX_STEPS else ""
+    return f"; what would settle the defaults that are open: {'; '.join(steps[:MAX_STEPS])}{rest}"
 
 
 def _range(values: list[tuple[str, str]]) -> str:

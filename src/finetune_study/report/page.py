@@ -64,6 +64,8 @@ class Contents:
     """Everything that the page shows."""
 
     config: Config
+    options: str
+    """Of the commands `finetune-study` that are shown (`Study.options`)."""
     cells: pl.DataFrame
     """One row per planned run (`cells.SCHEMA`)."""
     compared: pl.DataFrame
@@ -117,6 +119,7 @@ def render(contents: Contents) -> str:
     return template.render(
         title=config.report.title,
         notice=config.report.notice,
+        options=contents.options,
         question=QUESTION,
         answer=answer(contents.recommendations, contents.defaults),
         headline=tables.headline(cells),

@@ -48,7 +48,7 @@ def _plain(text: str) -> str:
 def _cells(one: Default) -> list[str]:
     at, best = one.recommendation, one.recommendation.best
     place = f"{one.target} on {devices(one.hardware, at.num_gpus, at.nodes)}, context {at.sequence_length}"
-    verdict = at.verdict.replace("_", " ") + (f" with {', '.join(at.tied_with)}" if at.tied_with else "")
+    verdict = at.tie_in_words or at.verdict.replace("_", " ")
     if best is None:
         return [place, "none", verdict, "", "", "", ""]
     hours = best.epoch_hours_median
