@@ -228,7 +228,8 @@ def _memory_of_zero(rows: list[Row]) -> Claim:
         "zero-memory",
         "ZeRO shards model states: 2 to 4 times less memory.",
         PAPER,
-        "At least half of the peak memory is saved on several GPUs, the recipe being the same otherwise.",
+        "At least half of the peak memory is saved on several GPUs, the recipe being the same otherwise; the peak "
+        "holds activations, too, which ZeRO does not shard, so that less is saved of it than of model states.",
     )
 
     def judge(first: Row, second: Row) -> tuple[str, bool | None]:
@@ -239,35 +240,47 @@ def _memory_of_zero(rows: list[Row]) -> Claim:
     return _pairs_claim(claim, several, {"ddp"}, {"zero2", "zero3"}, judge)
 
 
+_THREE = frozenset({"zero3", "lora", "gradient_checkpointing"})
+_LESSER_SHARDING = frozenset({"ddp", "zero1", "zero2"})
+
+
 def _very_large(rows: list[Row]) -> Claim:
     claim = Claim(
         "very-large",
-        "Models of tens of billions of parameters need ZeRO-3, LoRA and gradient checkpointing together.",
+        "For models of tens of billions of parameters ZeRO-3, LoRA and gradient checkpointing together avoid running "
+        "out of memory where lesser mixes do not.",
         PAPER,
-        "The mix completes, every recipe with fewer of the three has an outcome, none of them completes and at least "
-        "one ran out of memory. Against it speaks that one of them completes.",
+        "The mix completes, every recipe that has fewer of the three and is the same otherwise (the host's memory "
+        "used, or not) has an outcome, none of them completes and at least one ran out of memory. Against it speaks "
+        "that one of them completes, or that the mix ran out itself.",
     )
-    three = {"zero3", "lora", "gradient_checkpointing"}
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
     for group in _settings(row for row in rows if row["target"] in large):
-        mixes = [r for r in group if three <= techniques(r) and "offload_optimizer" not in techniques(r)]
-        lesser = [r for r in group if len(three & techniques(r)) < 3]
-        if not mixes or not lesser:
-            continue
-        mix_fits = any(completed_everywhere(r) for r in mixes)
-        ran_out = [r for r in lesser if RAN_OUT & {*r["states"]}]
-        fitting = [r for r in lesser if completed_everywhere(r)]
-        unanswered = [r for r in lesser if {*r["states"]} <= OPEN]
-        # One that completes suffices against it: then the mix is one way, not a need.
-        speaks = False if fitting else True if mix_fits and ran_out and not unanswered else None
-        what = (
-            f"{mixes[0]['recipe']} {'completes' if mix_fits else 'does not fit, or is not known to'}; of "
-            f"{len(lesser)} lesser mixes {len(ran_out)} ran out of memory, {len(fitting)} fit"
-        )
-        what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
-        what += f", {len(unanswered)} have no outcome" if unanswered else ""
-        claim.comparisons.append(Comparison(where(group[0]), what, speaks, _ids(mixes[0])))
+        by_rest: dict[frozenset[str], list[Row]] = {}
+        for row in group:
+            by_rest.setdefault(techniques(row) - _THREE - _LESSER_SHARDING, []).append(row)
+        claim.comparisons.extend(filter(None, map(_mix_against_lesser, by_rest.values())))
     return claim
+
+
+def _mix_against_lesser(rows: list[Row]) -> Comparison | None:
+    """Recipes that differ in the three alone, and in what shards in place of ZeRO-3."""
+    mixes, lesser = ([r for r in rows if (techniques(r) >= _THREE) is whole] for whole in (True, False))
+    if not mixes or not lesser:
+        return None
+    mix_fits = any(completed_everywhere(r) for r in mixes)
+    ran_out = [r for r in lesser if RAN_OUT & {*r["states"]}]
+    fitting = [r for r in lesser if completed_everywhere(r)]
+    unanswered = [r for r in lesser if {*r["states"]} <= OPEN]
+    mix_ran_out = all(RAN_OUT & {*r["states"]} for r in mixes)
+    # A lesser one that completes suffices against it: then the mix is one way, not what it takes.
+    speaks = False if fitting or mix_ran_out else True if mix_fits and ran_out and not unanswered else None
+    own = "completes" if mix_fits else "ran out of memory itself" if mix_ran_out else "is not known to fit"
+    what = f"{mixes[0]['recipe']} {own}; of {len(lesser)} lesser mixes {len(ran_out)} ran out of memory"
+    what += f", {len(fitting)} fit"
+    what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
+    what += f", {len(unanswered)} have no outcome" if unanswered else ""
+    return Comparison(where(mixes[0]), what, speaks, _ids(mixes[0]))
 
 
 def _flash_long(rows: list[Row]) -> Claim:
@@ -303,6 +316,57 @@ def _flash_short(rows: list[Row]) -> Claim:
     return _pairs_claim(
         claim, [r for r in rows if r["sequence_length"] < SHORT], {"eager", "sdpa"}, {"flash_attention_2"}, judge
     )
+
+
+def _flash_linear(rows: list[Row]) -> Claim:
+    claim = Claim(
+        "flash-linear",
+        "With FlashAttention-2 memory grows in proportion to the context, not with its square.",
+        PAPER,
+        "Of the two curves through the peaks of two contexts, the straight line comes nearer to the peak of a third, "
+        "longer one than the parabola does, for the largest and the smallest of at least two repeats at each.",
+    )
+    curves: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if "flash_attention_2" in techniques(row) and completed_everywhere(row) and row["num_completed"] >= 2:
+            key = [row[name] for name in (*SETTING, "recipe", "micro_batch") if name != "sequence_length"]
+            curves.setdefault(tuple(key), []).append(row)
+    for found in curves.values():
+        longest = sorted(found, key=lambda row: int(row["sequence_length"]))[-3:]
+        if len(longest) == 3 and one_kind(longest) and all(row["peak_memory_gib_median"] for row in longest):
+            share, low, high = (_towards_parabola(longest, *which) for which in _ENDS)
+            numbers = ", ".join(
+                f"{show(r['peak_memory_gib_median'], 'GiB')} at {r['sequence_length']}" for r in longest
+            )
+            what = f"{longest[0]['recipe']}: {numbers}"
+            if share is None or low is None or high is None:
+                what += "; memory does not grow between the first two"
+                speaks = None
+            else:
+                what += f"; 0 is a line and 1 a parabola: {show(share)} ({show(low)} to {show(high)})"
+                speaks = _side((share, low, high), None, 0.5)
+            claim.comparisons.append(Comparison(where(longest[-1]), what, speaks, _ids(*longest)))
+    return claim
+
+
+_ENDS = (("median", "median", "median"), ("min", "max", "min"), ("max", "min", "max"))
+"""Which of the repeats counts at each of three contexts: the usual ones, and those that bend a curve least and most."""
+
+
+def _towards_parabola(rows: list[Row], *which: str) -> float | None:
+    """Where the last of three peaks lies between a line (0) and a parabola c + a s² (1) through the first two.
+
+    None where memory does not grow between those: something else than activations is the peak there.
+    """
+    (s1, m1), (s2, m2), (s3, m3) = (
+        (float(row["sequence_length"]), float(row[f"peak_memory_gib_{end}"]))
+        for row, end in zip(rows, which, strict=True)
+    )
+    if m2 <= m1:
+        return None
+    line = m2 + (m2 - m1) * (s3 - s2) / (s2 - s1)
+    parabola = m2 + (m2 - m1) * (s3**2 - s2**2) / (s2**2 - s1**2)
+    return (m3 - line) / (parabola - line)
 
 
 def _checkpointing(rows: list[Row]) -> Claim:
@@ -366,7 +430,8 @@ def _lora_memory(rows: list[Row]) -> Claim:
         "lora-memory",
         "LoRA saves up to two thirds of the memory.",
         f"{PAPER}; {LECTURE}",
-        "The largest saving among the pairs of one target on one hardware is 60 % or more, by its interval.",
+        "The largest saving among the pairs of one target on one hardware is 60 % or more, by its interval: more than "
+        "was promised speaks for it, too.",
     )
     best: dict[tuple[str, str], tuple[tuple[float, float | None, float | None], Row, Row]] = {}
     for first, second in exchanged(rows, frozenset(), frozenset({"lora"})):
@@ -416,6 +481,7 @@ CLAIMS: tuple[Callable[[list[Row]], Claim], ...] = (
     _very_large,
     _flash_long,
     _flash_short,
+    _flash_linear,
     _checkpointing,
     _checkpointing_fits,
     _lora_parameters,

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def study(recipes: dict[str, Any], lengths: list[int], num_gpus: int = 2) -> Con
 
 
 def checked(
-    config: Config, root: Path, numbers: dict[tuple[str, int], tuple[float, float] | None], **parameters: int
+    config: Config, root: Path, numbers: Mapping[tuple[str, int], tuple[float, float] | None], **parameters: int
 ) -> dict[str, Claim]:
     """The claims where each recipe at each context took (seconds, GiB), ran out of memory (None), or has no outcome."""
     records: list[Record] = []
@@ -158,18 +159,57 @@ def test_very_large_counts_what_its_criterion_says(tmp_path: Path) -> None:
         "zero3-lora": {"zero3": {}, "lora": {}},
         "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
     }
-    config = study(recipes, [256])
+    config = study(recipes, [128, 256])
     mix, lesser, least = ((name, 256) for name in ("zero3-lora-gc", "zero3-lora", "lora"))
     large = {"total_parameters": 70_000_000_000}
-    cases = {
+    known_to_be_large = {("lora", 128): (1.0, 60.0)}
+    cases: dict[str, tuple[dict[tuple[str, int], tuple[float, float] | None], bool | None]] = {
         "none of two fits": ({mix: (1.0, 70.0), lesser: None, least: None}, True),
         "one of two fits": ({mix: (1.0, 70.0), lesser: (1.0, 75.0), least: None}, False),
         "a lesser one fits, the mix does not": ({mix: None, lesser: (1.0, 75.0), least: None}, False),
         "one of two is not run": ({mix: (1.0, 70.0), lesser: None}, None),
+        "nothing fits": ({mix: None, lesser: None, least: None}, False),
+        "the mix is not run": ({lesser: None, least: None}, None),
     }
     for name, (numbers, speaks) in cases.items():
-        (one,) = checked(config, tmp_path / name, numbers, **large)["very-large"].comparisons
+        found = checked(config, tmp_path / name, numbers | known_to_be_large, **large)["very-large"]
+        (one,) = (one for one in found.comparisons if one.where.endswith("context 256"))
         assert one.speaks_for is speaks, name
+
+
+def test_very_large_mixes_are_compared_with_those_that_use_the_host_alike(tmp_path: Path) -> None:
+    """The paper keeps optimizer states on the host throughout."""
+    recipes: dict[str, Any] = {
+        "lesser": {"zero2": {}, "lora": {}, "gradient_checkpointing": {}},
+        "mix": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
+    }
+    recipes |= {f"{name}-offload": {**recipe, "offload_optimizer": {}} for name, recipe in recipes.items()}
+    numbers = {
+        ("lesser", 256): None,
+        ("mix", 256): None,
+        ("lesser-offload", 256): None,
+        ("mix-offload", 256): (9.0, 60.0),
+    }
+    found = checked(study(recipes, [256]), tmp_path, numbers, total_parameters=70_000_000_000)["very-large"]
+    assert [(one.what.split()[0], one.speaks_for) for one in found.comparisons] == [
+        ("mix", False),
+        ("mix-offload", True),
+    ]
+
+
+def test_memory_with_flash_attention_grows_as_a_line_or_does_not(tmp_path: Path) -> None:
+    config = study({"flash": {"flash_attention_2": {}}}, [1024, 2048, 4096])
+    for name, peaks, speaks in (
+        ("line", (10.0, 14.0, 22.0), True),
+        ("square", (10.0, 13.0, 25.0), False),
+        ("a step that holds the peak", (10.0, 10.0, 12.0), None),
+    ):
+        numbers = {("flash", length): (1.0, gib) for length, gib in zip((1024, 2048, 4096), peaks, strict=True)}
+        (one,) = checked(config, tmp_path / name, numbers)["flash-linear"].comparisons
+        assert one.speaks_for is speaks, (name, one.what)
+    assert not checked(config, tmp_path / "two", {("flash", n): (1.0, 9.0) for n in (1024, 2048)})[
+        "flash-linear"
+    ].deciding
 
 
 def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
