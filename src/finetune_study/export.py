@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,7 @@ def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
             ("mem", asked["mem"]),
         ],
         extra=asked["slurm_extra"],
-        interpreter=study.python(run.run_id, "python"),
+        interpreter=study.python(run.run_id, sys.executable, from_anywhere=True),
         srun=" ".join(slurm.srun(run)),
         gpus_per_node=run.gpus_per_node,
     )
@@ -276,8 +277,9 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         "",
         f"    {_torchrun(run)} train.py --data my.jsonl{_own_model(run)}",
         "",
-        "`train.py` says what my.jsonl holds; it goes on from its last checkpoint, and its `promised.json` compares "
-        "hours and memory of one epoch with what is promised here. It needs torch, transformers, datasets, accelerate"
+        "`job.sbatch` calls the Python that the study trained with. `train.py` says what my.jsonl holds; it goes on from "
+        "its last checkpoint, and its `promised.json` compares hours and memory of one epoch with what is promised "
+        "here. It needs torch, transformers, datasets, accelerate"
         + (", peft" if "peft.json" in files else "")
         + (", deepspeed" if "deepspeed.json" in files else "")
         + ", in the versions that were measured: the report names them.",

@@ -49,6 +49,22 @@ def _home(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
+def absolute(software: Software) -> Software:
+    """The same from any folder: what is named by a relative path is named by a whole one."""
+
+    def whole(path: str | None, *, is_path: bool) -> str | None:
+        return str(Path(_home(path)).absolute()) if path is not None and is_path else path
+
+    return software.model_copy(
+        update={
+            # In an image it is a path of the image's.
+            "python": whole(software.python, is_path=software.apptainer is None and "/" in (software.python or "")),
+            "apptainer": whole(software.apptainer, is_path="://" not in (software.apptainer or "")),
+            "conda": whole(software.conda, is_path="/" in (software.conda or "")),
+        }
+    )
+
+
 def _in_double_quotes(path: str) -> str:
     """A folder of the config in which the node's shell writes out `~/` and variables."""
     path = "$HOME" + path[1:] if path.startswith("~/") else path if path.startswith(("/", "$")) else f"$PWD/{path}"

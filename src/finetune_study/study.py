@@ -197,11 +197,12 @@ class Study:
         """The part of a shell command that calls the Python that trains this run; `default` runs Snakemake."""
         return slurm.on_each_node(self.run(run_id), self.hardware(run_id), self.python(run_id, default))
 
-    def python(self, run_id: str, default: str) -> str:
-        """The same on one node."""
+    def python(self, run_id: str, default: str, *, from_anywhere: bool = False) -> str:
+        """The same on one node; for a job that may start in another folder, too."""
         hardware = self.hardware(run_id)
         cache = places.of(self.config.places, hardware.places).cache or str(self.results.cache.absolute())
-        return software.interpreter(hardware.software, default, cache)
+        entry = software.absolute(hardware.software) if from_anywhere else hardware.software
+        return software.interpreter(entry, default, cache)
 
     @cached_property
     def missing_software(self) -> dict[str, ConfigError]:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,8 @@ def model(root: Path) -> Path:
 
 
 def start(folder: Path, *arguments: str) -> str:
-    """The job's script as SLURM would start it, with this environment's python."""
-    variables = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_SUBMIT_DIR": str(folder),
-    }
+    """The job's script as SLURM would start it."""
+    variables = os.environ | {"SLURM_SUBMIT_DIR": str(folder)}
     done = subprocess.run(["bash", "job.sbatch", *arguments], cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

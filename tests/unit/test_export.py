@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def test_the_job_asks_for_what_the_runs_asked_for(tmp_path: Path) -> None:
         "--nodes=1", "--ntasks-per-node=1", "--gres=gpu:a100:4", "--cpus-per-task=32", "--partition=gpu",
         "--mem=409600", "--reservation=lab",
     } <= {*asked}  # fmt: skip
-    assert "python -m torch.distributed.run --standalone --nproc-per-node 4 train.py" in text
+    assert "run_python -m torch.distributed.run --standalone --nproc-per-node 4 train.py" in text
+    assert f'run_python() {{ {sys.executable} "$@"; }}' in text
     assert "srun" not in text
 
 
@@ -77,7 +79,7 @@ def test_on_several_nodes_each_has_a_launcher(tmp_path: Path) -> None:
     assert "#SBATCH --gres=gpu:a100:4" in text
     assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=32" in text
     assert "--nnodes 2 --nproc-per-node 4" in text
-    assert "load_modules.sh cuda/12 && python -m torch.distributed.run" in text
+    assert 'load_modules.sh cuda/12 && python "$@"; }' in text
     about = json.loads((tmp_path / "export" / "recipe.json").read_text(encoding="utf-8"))
     assert (about["num_gpus"], about["nodes"]) == (8, 2)
     readme = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
@@ -85,11 +87,20 @@ def test_on_several_nodes_each_has_a_launcher(tmp_path: Path) -> None:
     assert "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d" in readme
 
 
+def test_the_job_finds_its_python_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f'run_python() {{ {tmp_path}/.venv-gpu/bin/python "$@"; }}' in job(
+        tmp_path, 4, software={"python": ".venv-gpu/bin/python"}
+    )
+    in_image = job(tmp_path, 4, software={"apptainer": "images/a.sif", "python": "/opt/bin/python"})
+    assert f'{tmp_path}/images/a.sif /opt/bin/python "$@"; }}' in in_image
+
+
 def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -> None:
     """With commands that stand for SLURM's and for Python: what is called, and with what."""
-    job(tmp_path, 8)
     tools = tmp_path / "bin"
     tools.mkdir()
+    job(tmp_path, 8, software={"python": str(tools / "python")})
     for name, script in {
         "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
         "scontrol": "echo node-1; echo node-2",
