@@ -278,8 +278,8 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         f"    {_torchrun(run)} train.py --data my.jsonl{_own_model(run)}",
         "",
         "`job.sbatch` calls the Python that the study trained with. `train.py` says what my.jsonl holds; it goes on "
-        "from its last checkpoint, and its `promised.json` compares hours and memory of one epoch with what is promised "
-        "here. It needs torch, transformers, datasets, accelerate"
+        "from its last checkpoint, and its `promised.json` compares hours and memory of one epoch with what is "
+        "promised here. It needs torch, transformers, datasets, accelerate"
         + (", peft" if "peft.json" in files else "")
         + (", deepspeed" if "deepspeed.json" in files else "")
         + ", in the versions that were measured: the report names them.",
