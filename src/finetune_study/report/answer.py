@@ -133,14 +133,22 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
     return f"An epoch costs {cost}; {sure}{_settled_by(defaults)}."
 
 
+_OPEN = frozenset({"too_few_data", "no_data", "contradictory", "not_comparable"})
+"""Verdicts that more runs may change; of a tie it is known that the choice matters little."""
+
+
+def _run_ids(one: Default) -> set[str]:
+    return {run_id for evidence in one.recommendation.evidence for run_id in evidence.run_ids}
+
+
 def _settled_by(defaults: list[Default]) -> str:
     """What would settle the defaults that are open: runs that are planned, by name, and what else to add."""
-    open_ones = [
-        one.recommendation
-        for one in defaults
-        if one.recommendation.verdict in ("too_few_data", "no_data", "contradictory", "not_comparable")
+    open_ones = [one for one in defaults if one.recommendation.verdict in _OPEN]
+    steps = [
+        step if step in _run_ids(one) else f"for {_where(one)}, {step}"
+        for one in open_ones
+        for step in one.recommendation.settled_by
     ]
-    steps = [*dict.fromkeys(step for one in open_ones for step in one.settled_by)]
     if not steps:
         return ""
     rest = f"; and {len(steps) - MAX_STEPS} more" if len(steps) > MAX_STEPS else ""
