@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import re
+import subprocess
+import sys
 from importlib import resources
 from typing import Any
 
@@ -17,6 +20,7 @@ from finetune_study.forecast import CATEGORIES, hardware, memory, predict, recip
 from finetune_study.forecast.build import Stack, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
+from finetune_study.forecast.quiet import quiet
 
 TRACES = predict.Traces()
 
@@ -293,7 +297,7 @@ def test_unknown_rates_give_no_time() -> None:
     answer = predict.answer(row(hardware={"memory_gib": 20}), TRACES)
     assert answer["predicted_step_time_seconds"] is None
     assert answer["bottleneck"] is None
-    assert any("rates" in warning for warning in answer["warnings"])
+    assert any("calibrate` measures" in warning for warning in answer["warnings"])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from finetune_study.forecast import memory, recipe
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.layout import CODE, Layout
 from finetune_study.forecast.profile import Profile
+from finetune_study.forecast.quiet import quiet
 
 INPUT = (
     "model_config",
@@ -109,9 +110,10 @@ class Traces:
             return None  # cut off, or of another version: it is traced anew
 
     def _trace(self, layout: Layout) -> Profile:
-        from finetune_study.forecast import trace
+        with quiet():
+            from finetune_study.forecast import trace
 
-        profile = trace.trace(layout)
+            profile = trace.trace(layout)
         path = self._path(layout)
         if path:
             try:
@@ -139,7 +141,7 @@ def _trace_apart(layouts: list[Layout], folder: Path, workers: int) -> None:
 
     They are commands, since multiprocessing would run the caller's main script again, Snakemake's for example.
     """
-    command = [sys.executable, "-m", "finetune_study.forecast.trace", str(folder)]
+    command = [sys.executable, "-m", "finetune_study.forecast.worker", str(folder)]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(workers)]
     for number, process in enumerate(processes):
         assert process.stdin is not None

@@ -17,14 +17,10 @@ and on meta tensors it would take the quadratic one. Where the CPU differs from 
 import contextlib
 import gc
 import json
-import logging
 import math
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +91,7 @@ def trace(layout: Layout) -> Profile:
     Raises:
         ModelError: for a model that can't be made, or whose step can't be traced.
     """
-    with _quiet(), _uncollected():
+    with _uncollected():
         try:
             return _trace(layout)
         except StudyError:
@@ -130,22 +126,6 @@ def _trace(layout: Layout) -> Profile:
     if [k.of_model for k in found] != [kinds[i].of_model for i in stack.traced]:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
     return _Tracer(short, stack, layout, skeleton).run()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A prediction is one line; what libraries say to themselves is not part of it."""
-    fake = logging.getLogger("torch._subclasses.fake_tensor")
-    levels = fake.level, transformers.utils.logging.get_verbosity()
-    fake.setLevel(logging.CRITICAL)
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        fake.setLevel(levels[0])
-        transformers.utils.logging.set_verbosity(levels[1])
 
 
 @contextlib.contextmanager
@@ -433,17 +413,3 @@ def _undominated(alive: Any, phases: Any) -> Any:
             kept.append(int(row))
     kept.sort()
     return alive[kept], phases[kept]
-
-
-def main(folder: Path) -> None:
-    """Traces the layouts that come as JSON lines into a folder; one that can't be traced is passed over."""
-    from finetune_study.forecast.predict import Traces
-
-    traces = Traces(folder)
-    for line in sys.stdin:
-        with contextlib.suppress(StudyError):
-            traces.get(Layout(**json.loads(line)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
