@@ -215,14 +215,22 @@ def quantized_as(config: Mapping[str, Any]) -> str | None:
     return str(given.get("quant_method", "of a kind not named")) if isinstance(given, Mapping) else "not understood"
 
 
+JSON_KINDS = {
+    str: "text", float: "a fraction", bool: "true or false", list: "an array", dict: "an object", type(None): "null"
+}  # fmt: skip
+"""Values of JSON, in words."""
+
+
 def _whole(row: Mapping[str, Any], key: str) -> int:
     value = row.get(key, 1)
+    allowed = f"a whole number from 1 to {MOST[key]}"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[key]:
-        raise ConfigError(
-            "A number is out of range", where=key, given=repr(value), allowed=f"a whole number from 1 to {MOST[key]}"
-        )
+    if not isinstance(value, int) or isinstance(value, bool):
+        kind = JSON_KINDS.get(type(value), type(value).__name__)
+        raise ConfigError(f"This must be a whole number, not {kind}", where=key, given=repr(value), allowed=allowed)
+    if not 1 <= value <= MOST[key]:
+        raise ConfigError("A number is out of range", where=key, given=value, allowed=allowed)
     return value
 
 

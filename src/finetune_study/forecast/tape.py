@@ -130,7 +130,10 @@ class Tape(TorchDispatchMode):
             raise ModelError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
-                given=f"more than {MOST_OPERATIONS}: a loop over positions, as in recurrent layers without a kernel?",
+                given=f"more than {MOST_OPERATIONS:,} in a forward pass over {self.sizes.context:,} positions: "
+                "its layers loop over them, as recurrent ones do without a kernel of their own",
+                allowed=f"at most {MOST_OPERATIONS:,}; layers of attention take some hundred each, at any length",
+                do="measure this model; its loop takes other memory at each length, and a GPU's kernel another still",
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
