@@ -350,13 +350,21 @@ def test_shipped_hardware_is_complete() -> None:
         ({"sequence_length": 0}, "sequence_length"),
         ({"sequence_length": 10**12}, "sequence_length"),
         ({"num_gpus": "two"}, "num_gpus"),
+        ({"sequence_length": "256"}, "must be a whole number, not text"),
+        ({"per_device_train_batch_size": 1.5}, "must be a whole number, not a fraction"),
+        ({"gradient_accumulation_steps": True}, "must be a whole number, not true or false"),
+        ({"num_gpus": None}, "must be a whole number, not null"),
+        ({"num_gpus": [2]}, "must be a whole number, not an array"),
         ({"hardware": "a100-90gb"}, "did you mean"),
         ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
         ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
         ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
-        ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        (
+            {"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}},
+            r"(?s)operations.*given: .*more than 20,000 .* positions: .*loop.*allowed: at most 20,000.*do: ",
+        ),
         ({"model_config": {**SMALL, "vocab_size": -1}}, "vocab_size"),
         ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
         ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
@@ -619,6 +627,56 @@ def test_a_bad_line_does_not_stop_the_others() -> None:
     assert [("error" in answer) for answer in answers] == [True, True, True, False]
     assert answers[-1]["id"] == "good"
     assert set(row()) <= set(answers[-1])
+
+
+def test_predict_says_nothing_but_its_answers(tmp_path: Any) -> None:
+    """A row with an adapter imports whatever of a GPU's kernels torch, transformers and peft have here."""
+    rows, cache = tmp_path / "rows.jsonl", str(tmp_path / "traces")
+    rows.write_text(json.dumps(row(techniques={"lora": {}, "gradient_checkpointing": {}})) + "\n")
+    command = [sys.executable, "-m", "finetune_study.cli", "predict", str(rows), "--cache", cache]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["fits"] is True
+
+
+def test_what_others_log_while_it_is_quiet_is_still_seen(caplog: pytest.LogCaptureFixture) -> None:
+    with quiet():
+        logging.getLogger("torchao").warning("no kernel")
+        logging.getLogger("finetune_study").warning("ours")
+    logging.getLogger("torchao").warning("afterwards")
+    assert [record.message for record in caplog.records] == ["ours", "afterwards"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "unmatched"),
+    [
+        ({"target_modules": ["q_proj", "query_key_value"]}, ["target_modules: query_key_value"]),
+        ({"modules_to_save": ["lm_head", "score"]}, ["modules_to_save: score"]),
+        ({"rank_pattern": {"q_proj": 16, "wq": 8}}, ["rank_pattern: wq"]),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, []),
+        ({"target_modules": "all-linear"}, []),
+    ],
+)
+def test_names_that_no_module_has_are_warned_of(settings: dict[str, Any], unmatched: list[str]) -> None:
+    """peft takes them without a word, and trains less than was meant."""
+    found = predict.answer(row(techniques={"lora": settings}), TRACES)
+    named = [warning for warning in found["warnings"] if "no such modules" in warning]
+    expected = f"the model has no such modules, and peft leaves them out: {', '.join(unmatched)}"
+    assert named == ([expected] if unmatched else [])
+
+
+def test_modules_of_single_layers_are_counted_as_often_as_they_are_named() -> None:
+    config = {**SMALL, "num_hidden_layers": 12}
+
+    def trained(names: Any) -> float:
+        layout = Layout(canonical(config), peft=canonical([{"method": "LORA", "target_modules": names}]))
+        return sum(p.count(8) for p in trace.trace(layout).parameters if p.trained)
+
+    one = trained(["layers.11.self_attn.q_proj"])
+    assert one > 0
+    assert trained([f"layers.{n}.self_attn.q_proj" for n in (1, 5, 7)]) == 3 * one
+    assert trained(r".*layers\.[0-5]\.self_attn\.q_proj") == 6 * one
+    assert trained(["q_proj"]) == 12 * one
 
 
 def test_what_failed_once_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:

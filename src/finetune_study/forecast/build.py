@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -333,6 +334,51 @@ def adapted_layers(settings: Mapping[str, Any], depth: int) -> Collection[int]:
     if settings["method"] == "ADAPTION_PROMPT":
         return range(max(0, depth - (settings.get("adapter_layers") or depth)), depth)
     return range(depth) if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "feedforward_modules",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings of peft that name modules."""
+
+
+def _names(layout: Layout) -> Iterator[tuple[str, str, str]]:
+    """Each setting with each name in it, and the regular expression of modules that peft takes the name for."""
+    for settings in json.loads(layout.peft or "[]"):
+        for setting in NAMING:
+            given = settings.get(setting) or ()
+            if given == "all-linear":
+                continue
+            if isinstance(given, str):
+                yield setting, given, given
+                continue
+            for name in map(str, given):
+                start = ".*" if setting == "modules_to_save" else r"(.*\.)?"
+                yield setting, name, f"{start}({name if setting.endswith('_pattern') else re.escape(name)})"
+
+
+def unmatched(model: Any, layout: Layout) -> list[str]:
+    """Names in the settings of peft's methods that no module of the model has.
+
+    peft passes over them without a word, as long as one of the targets is there (tuners_utils.py, inject_adapter;
+    utils/other.py, _set_trainable and get_pattern_key).
+    """
+    modules = [name for name, _ in model.named_modules()]
+    return [
+        f"{setting}: {name}"
+        for setting, name, expression in _names(layout)
+        if not any(re.fullmatch(expression, module) for module in modules)
+    ]
+
+
+def names_single_layers(layout: Layout) -> bool:
+    """Whether a method names modules of single layers by the layers' numbers, or by an expression that may do so."""
+    return any(re.search(r"\d", name) and re.search(r"[.\\]", name) for _, name, _ in _names(layout))
 
 
 def shorten(config: Any, layers: list[int]) -> Any:

@@ -352,6 +352,8 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         warnings.append(
             f"sequence_length is above the model's {profile.positions} positions: where they are learned, it fails"
         )
+    if profile.unmatched:
+        warnings.append(f"the model has no such modules, and peft leaves them out: {', '.join(profile.unmatched)}")
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:

@@ -409,6 +409,8 @@ class Recipe:
         found = []
         if self.has("torch_compile") and not self.fuses:
             found.append(f"what torch_compile's backend {self._compiler} saves is not known: as without it")
+        if self.techniques.get("qlora", {}).get("llm_int8_skip_modules"):
+            found.append("layers of llm_int8_skip_modules are counted as quantised, but for the output layer")
         if self.has("liger"):
             found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
         if self.precision == "fp8" and not self.emulates_fp8:

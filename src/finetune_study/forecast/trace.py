@@ -38,8 +38,10 @@ from finetune_study.forecast.build import (
     layer_kinds,
     layer_stack,
     make_config,
+    names_single_layers,
     shorten,
     traced_model,
+    unmatched,
 )
 from finetune_study.forecast.layout import Layout
 from finetune_study.forecast.profile import (
@@ -125,6 +127,8 @@ def _trace(layout: Layout) -> Profile:
         found = layer_kinds(build(short, torch.float32, "eager"), layout)
     if [k.of_model for k in found] != [kinds[i].of_model for i in stack.traced]:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
+    if names_single_layers(layout):
+        stack, short = Stack(len(kinds), 0, 0, 0), config  # the numbers are those of the whole model
     return _Tracer(short, stack, layout, skeleton).run()
 
 
@@ -297,6 +301,7 @@ class _Tracer:
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
             positions=getattr(text, "max_position_embeddings", None),
+            unmatched=unmatched(self.skeleton, self.layout),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
             largest_trained=self._largest_trained(model),
