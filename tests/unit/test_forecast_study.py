@@ -91,6 +91,25 @@ def test_a_forecast_stands_beside_each_run_to_train_and_freezes_nothing(gpu_raw:
     assert not paths.prior.exists()
 
 
+def test_a_forecast_that_is_the_same_is_not_written_again(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    paths = study.results.run(forecast.write(study)[0]["run_id"])
+    before = paths.forecast.stat().st_ino
+    forecast.write(study)
+    assert paths.forecast.stat().st_ino == before
+    paths.forecast.write_text("{}")
+    forecast.write(study)
+    assert "predicted_peak_memory_allocated_gib" in paths.forecast.read_text()
+
+
+def test_outcomes_without_training_are_no_reason_for_another_forecast(gpu_raw: Raw, tmp_path: Path) -> None:
+    gpu_raw["hardware"]["a100"]["compute_capability"] = 7.0
+    gpu_raw["recipes"]["full"] = {"flash_attention_2": {}}
+    study = opened(gpu_raw, tmp_path)
+    after = open_study(gpu_raw, study.results)
+    assert set(after.recorded) == set(after.without_training) != set()
+
+
 def test_measured_runs_teach_the_step_time_of_those_to_come(gpu_raw: Raw, tmp_path: Path) -> None:
     study = opened(gpu_raw, tmp_path)
     done, to_come = forecast.write(study)

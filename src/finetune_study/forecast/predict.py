@@ -334,17 +334,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         profile: the trace of its layout.
         calibration: rates that were measured, instead of the data sheet's.
     """
-    device, resolved = question.device, question.recipe
-    at = memory.Situation(
-        batch=question.batch,
-        context=question.context,
-        num_gpus=question.num_gpus,
-        gradient_accumulation_steps=question.accumulation,
-        device=device.device,
-        lengths_vary=question.lengths_vary,
-        maps_tensors=device.maps_tensors,
-        hopper=(device.compute_capability or 0) >= 9,
-    )
+    device, resolved, at = question.device, question.recipe, _situation(question)
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
     warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
@@ -381,6 +371,26 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _situation(question: Question) -> memory.Situation:
+    device = question.device
+    return memory.Situation(
+        batch=question.batch,
+        context=question.context,
+        num_gpus=question.num_gpus,
+        gradient_accumulation_steps=question.accumulation,
+        device=device.device,
+        lengths_vary=question.lengths_vary,
+        maps_tensors=device.maps_tensors,
+        hopper=(device.compute_capability or 0) >= 9,
+    )
+
+
+def word(question: Question, profile: Profile) -> str | None:
+    """`fits_word` of `outputs`, and nothing else of it."""
+    found = memory.predict(profile, question.recipe, _situation(question))
+    return _word(found, question.device.memory_gib)
 
 
 DOES_NOT_FIT = "does not fit"

@@ -1,6 +1,7 @@
 """What a study's runs will need: one row a run, the bill, and what was expected of a run before it was submitted."""
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -329,7 +330,9 @@ def keep(paths: RunPaths, row: dict[str, Any]) -> None:
         return
     kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
     text = json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n"
-    paths.folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, UnicodeDecodeError):
+        if paths.forecast.read_text(encoding="utf-8") == text:
+            return  # of a study of thousands, writing takes longest
     write_atomically(paths.forecast, text)
 
 
