@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import CATEGORIES, hardware, memory, predict, recipe, time, trace
-from finetune_study.forecast.build import Stack, build, make_config
+from finetune_study.forecast.build import Stack, _defaults, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
 from finetune_study.forecast.quiet import quiet
@@ -392,6 +392,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"techniques": {"lora": {"rank": 8}}}, "rank"),
         ({"techniques": {"lora": {"target_modules": ["nonesuch"]}}}, "nonesuch"),
         ({"techniques": {"zero2": {}, "zero3": {}}}, "exclude"),
+        ({"techniques": {"zero3": {"stage": 2}}}, r"(?s)techniques.zero3.stage.*allowed: 3"),
         ({"techniques": {"offload_optimizer": {}}}, "alone"),
         ({"seq_len": 4}, "seq_len"),
         ({"model": "meta-llama/Llama-2-7b-hf"}, "both"),
@@ -518,6 +519,27 @@ def test_what_a_configuration_leaves_out_is_warned_of(config: dict[str, Any], sa
     told = [warning for warning in warnings if "positions" in warning or "quantization_config" in warning]
     assert told == [warning for warning in warnings if says in warning]
     assert bool(told) == (config != SMALL)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (SMALL, None),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}, None),
+        ({k: v for k, v in SMALL.items() if k != "vocab_size"}, "vocab_size 32000"),
+        ({"model_type": "gpt2", "vocab_size": 512, "n_embd": 96}, "num_hidden_layers 12, num_attention_heads 12"),
+    ],
+)
+def test_sizes_that_are_not_given_are_said(config: dict[str, Any], says: str | None) -> None:
+    warnings = predict.answer(row(model_config=config), TRACES)["warnings"]
+    told = [warning for warning in warnings if "not given" in warning]
+    assert told == ([f"not given, so as transformers has it: {says}"] if says else [])
+
+
+@pytest.mark.parametrize("model", predict.architectures())
+def test_shapes_that_are_known_by_their_name_leave_no_size_open(model: str) -> None:
+    config = predict.architectures()[model]
+    assert _defaults(make_config(config), Layout(canonical(config))) == []
 
 
 def test_unknown_memory_leaves_open_what_fits() -> None:

@@ -362,7 +362,32 @@ def _names(layout: Layout) -> Iterator[tuple[str, str, str]]:
                 yield setting, name, f"{start}({name if setting.endswith('_pattern') else re.escape(name)})"
 
 
-def unmatched(model: Any, layout: Layout) -> list[str]:
+def warnings_of(model: Any, layout: Layout) -> list[str]:
+    """What was assumed of a whole model, or has no effect on it."""
+    defaults, names = _defaults(model.config, layout), _unmatched(model, layout)
+    warnings = [f"not given, so as transformers has it: {', '.join(defaults)}"] if defaults else []
+    return warnings + (
+        [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
+    )
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What makes most of a model's size; transformers has a default for each."""
+
+
+def _defaults(config: Any, layout: Layout) -> list[str]:
+    """Sizes that the configuration does not give, by any name that transformers knows for them."""
+    given = json.loads(layout.config)
+    if CODE in given:
+        return []
+    text = config.get_text_config()
+    names = given | (given.get("text_config") or {}) if text is not config else given
+    aliases = getattr(text, "attribute_map", {})
+    missing = [size for size in SIZES if not {size, aliases.get(size)} & names.keys()]
+    return [f"{size} {getattr(text, size)}" for size in missing if isinstance(getattr(text, size, None), int)]
+
+
+def _unmatched(model: Any, layout: Layout) -> list[str]:
     """Names in the settings of peft's methods that no module of the model has.
 
     peft passes over them without a word, as long as one of the targets is there (tuners_utils.py, inject_adapter;

@@ -221,14 +221,18 @@ JSON_KINDS = {
 """Values of JSON, in words."""
 
 
+def _kind(value: object) -> str:
+    return JSON_KINDS.get(type(value), "a number")
+
+
 def _whole(row: Mapping[str, Any], key: str) -> int:
     value = row.get(key, 1)
     allowed = f"a whole number from 1 to {MOST[key]}"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        kind = JSON_KINDS.get(type(value), type(value).__name__)
-        raise ConfigError(f"This must be a whole number, not {kind}", where=key, given=repr(value), allowed=allowed)
+        what = f"This must be a whole number, not {_kind(value)}"
+        raise ConfigError(what, where=key, given=repr(value), allowed=allowed)
     if not 1 <= value <= MOST[key]:
         raise ConfigError("A number is out of range", where=key, given=value, allowed=allowed)
     return value
@@ -248,9 +252,7 @@ def model_config(row: Mapping[str, Any], own_code: Container[str] = ()) -> dict[
     if given is None:
         return _config_of(str(model), str(model) in own_code)
     if not isinstance(given, Mapping):
-        raise ConfigError(
-            "The model's configuration is not an object", where="model_config", given=type(given).__name__
-        )
+        raise ConfigError("The model's configuration is not an object", where="model_config", given=_kind(given))
     return _check_code(dict(given), "model_config")
 
 
@@ -337,13 +339,17 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
     device, resolved, at = question.device, question.recipe, _situation(question)
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
-    warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
+    warnings = [
+        *question.warnings,
+        *profile.warnings,
+        *resolved.why_not(device),
+        *resolved.not_modelled,
+        *took.warnings,
+    ]
     if profile.positions is not None and question.context > profile.positions:
         warnings.append(
             f"sequence_length is above the model's {profile.positions} positions: where they are learned, it fails"
         )
-    if profile.unmatched:
-        warnings.append(f"the model has no such modules, and peft leaves them out: {', '.join(profile.unmatched)}")
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
     if found.paged:
@@ -436,7 +442,7 @@ def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] 
         try:
             row = _parsed(line)
             if not isinstance(row, dict):
-                raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
+                raise ConfigError("The line is not a JSON object", where=f"line {number}", given=_kind(row))
             result = answer(row, traces, own_code)
         except RecursionError:
             result = {"line": number, "error": "The line's objects and arrays are nested too deeply"}

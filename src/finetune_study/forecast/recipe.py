@@ -262,6 +262,8 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _wrong(f"techniques.{name}", key, hint + listed, "The setting is not known")
         if key in OF_OURS and not _is_one_of(settings[key], OF_OURS[key]):
             raise _wrong(f"techniques.{name}.{key}", settings[key], ", ".join(map(str, OF_OURS[key])))
+        if key == "stage" and settings[key] != int(name[-1]):
+            raise _wrong(f"techniques.{name}.{key}", settings[key], f"{name[-1]}, or nothing; the name says it")
         if settings[key] == [] and key == "target_modules":
             raise _wrong(f"techniques.{name}.{key}", settings[key], "names of layers, or all-linear")
         _check_value(f"techniques.{name}", key, settings)

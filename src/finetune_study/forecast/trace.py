@@ -41,7 +41,7 @@ from finetune_study.forecast.build import (
     names_single_layers,
     shorten,
     traced_model,
-    unmatched,
+    warnings_of,
 )
 from finetune_study.forecast.layout import Layout
 from finetune_study.forecast.profile import (
@@ -301,7 +301,7 @@ class _Tracer:
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
             positions=getattr(text, "max_position_embeddings", None),
-            unmatched=unmatched(self.skeleton, self.layout),
+            warnings=warnings_of(self.skeleton, self.layout),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
             largest_trained=self._largest_trained(model),
