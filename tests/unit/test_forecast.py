@@ -369,6 +369,10 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
         ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
         ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
+        ({"model_config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 9}}, "9 of 4 experts"),
+        ({"hardware": {"memory_gib": 80, "tflops": {"bf17": 1}}}, "hardware.tflops.bf17"),
+        ({"techniques": {"lora": {"target_modules": [1]}}}, "names of layers"),
+        ({"techniques": {"lora": {"use_dora": "yes"}}}, "use_dora"),
         ({"model_config": {**SMALL, "num_key_value_heads": 8}}, "divides 4"),
         ({"model_config": {**SMALL, "hidden_size": 10**9}}, "hidden_size"),
         ({"model_config": {**SMALL, "intermediate_size": 0}}, "intermediate_size"),
@@ -410,6 +414,16 @@ def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, mon
     with pytest.raises(ModelError, match="operations"):
         trace.trace(Layout(canonical({**SMALL, "num_hidden_layers": 1})))
     assert torch.is_grad_enabled()
+
+
+def test_many_layers_that_differ_are_traced_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that names one layer has all of them traced, of which each takes its share of what is allowed."""
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", 9_000)
+    names = ["layers.60.self_attn.q_proj"]
+    layout = Layout(
+        canonical({**SMALL, "num_hidden_layers": 100}), peft=canonical([{"method": "LORA", "target_modules": names}])
+    )
+    assert sum(p.count(1) for p in trace.trace(layout).parameters if p.trained) == 2 * SMALL["hidden_size"]
 
 
 def test_lines_that_are_nested_too_deeply_are_told_so() -> None:

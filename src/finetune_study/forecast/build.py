@@ -63,6 +63,16 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
                 given=size,
                 allowed=f"a whole number from {least} to {most}",
             )
+    chosen = settings.get("num_experts_per_tok")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = settings.get(key)
+        if isinstance(chosen, int) and isinstance(experts, int) and not 0 < chosen <= experts:
+            raise ModelError(
+                "A token can't go to so many experts",
+                where="model_config.num_experts_per_tok",
+                given=f"{chosen} of {experts} experts ({key})",
+                allowed=f"a whole number from 1 to {experts}",
+            )
     heads = settings.get("num_attention_heads")
     for key in ("num_key_value_heads", "num_kv_heads"):
         shared = settings.get(key)

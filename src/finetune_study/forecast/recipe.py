@@ -168,7 +168,7 @@ RANGES: dict[str, tuple[int, int]] = {
 """What is still believed of whole numbers; more is a slip of the pen. Where 0 means nothing, the technique says so, or
 peft."""
 
-NAMES = ("modules_to_save", "exclude_modules", "llm_int8_skip_modules")
+NAMES = ("target_modules", "modules_to_save", "exclude_modules", "llm_int8_skip_modules")
 """Settings that name layers."""
 
 PATTERNS = {"rank_pattern": RANGES["r"][1], "alpha_pattern": RANGES["r"][1]}
@@ -179,7 +179,7 @@ OF_OURS: dict[str, tuple[Any, ...]] = {
     "kernel": ("math", "auto"),
     "upcast": (True, False, "logits"),
     "overlap_comm": (True, False, None, "auto"),
-    **dict.fromkeys(("sync_each_batch", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
+    **dict.fromkeys(("sync_each_batch", "use_dora", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
                      "autocast_adapter_dtype"), _YES_OR_NO),
 }  # fmt: skip
 """Values of settings that the study does not have."""

@@ -25,7 +25,7 @@ def table(rows: list[Row], width: int = 160) -> str:
         width: columns of the terminal; where a line would be longer, the run stands on a line of its own.
     """
     lines = [*_lines([HEADING, *map(_cells, rows)], width), "", *_notes(rows, width)]
-    return "\n".join([*lines, *(_total(name, sums) for name, sums in totals(rows).items())])
+    return "\n".join([*lines, *(_wrapped(_total(name, sums), width) for name, sums in totals(rows).items())])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -72,12 +72,13 @@ def _padded(text: str, heading: str, width: int) -> str:
 def _notes(rows: list[Row], width: int) -> list[str]:
     """Warnings about runs to train, each with the number of runs that it is about."""
     counts = Counter(warning for row in rows if row["state"] == TO_TRAIN for warning in _warnings(row)).most_common()
-    notes = [
-        textwrap.fill(f"{_runs(number)}: {warning}", width, subsequent_indent="  ", break_long_words=False)
-        for warning, number in counts[:MAX_NOTES]
-    ]
+    notes = [_wrapped(f"{_runs(number)}: {warning}", width) for warning, number in counts[:MAX_NOTES]]
     more = [f"and {len(counts) - MAX_NOTES} more warnings in forecast.csv"] if len(counts) > MAX_NOTES else []
     return [*notes, *more, ""] if notes else []
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _warnings(row: Row) -> list[str]:

@@ -182,7 +182,7 @@ class _Tracer:
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime, self.stack)
-            tape = Tape(self.sizes)
+            tape = Tape(self.sizes, len(self.stack.traced))
             self._step(model, tape)
             return self._profile(model, tape)
 
