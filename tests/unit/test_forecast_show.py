@@ -68,7 +68,7 @@ def test_columns_without_a_number_are_left_out_and_said_why() -> None:
 
 def test_the_reason_why_a_run_is_not_predicted_is_whole() -> None:
     reason = "The model's configuration is not here yet; do: prepare"
-    nothing = dict.fromkeys(name for name in COLUMNS if name.startswith("predicted_"))
+    nothing: dict[str, Any] = dict.fromkeys(name for name in COLUMNS if name.startswith("predicted_"))
     assert f"1 run: {reason}" in show.table([row(**nothing, fits=None, warnings=reason)])
 
 

@@ -76,8 +76,10 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     """
     measured = calibration or {}
     age = "Hopper" if (device.compute_capability or 0) >= 9 else "before Hopper"
-    matmul = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
-    attention = {kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    matmul: dict[str, float] = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    attention: dict[str, float] = {
+        kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()
+    }
     attention |= {
         key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")
     }
