@@ -68,8 +68,11 @@ def sizes(run: Run) -> list[int]:
 
 def at(run: Run, size: int) -> Run:
     """The run with its micro-batch settled."""
-    each = run.training.effective_batch_size // run.num_gpus
-    return _changed(run, per_device_train_batch_size=size, gradient_accumulation_steps=max(1, each // size))
+    return _changed(run, per_device_train_batch_size=size, gradient_accumulation_steps=_accumulation(run, size))
+
+
+def _accumulation(run: Run, size: int) -> int:
+    return max(1, run.training.effective_batch_size // run.num_gpus // size)
 
 
 def short(run: Run, size: int) -> Run:
@@ -201,7 +204,7 @@ def words(run: Run, question: "Question", profile: "Profile") -> dict[int, str]:
     """
     from finetune_study.forecast import predict
 
-    return {size: str(predict.outputs(_of_size(run, question, size), profile)["fits_word"]) for size in sizes(run)}
+    return {size: str(predict.word(_of_size(run, question, size), profile)) for size in sizes(run)}
 
 
 def expected(run: Run, question: "Question", profile: "Profile") -> "Question":
@@ -213,9 +216,7 @@ def expected(run: Run, question: "Question", profile: "Profile") -> "Question":
 
 
 def _of_size(run: Run, question: "Question", size: int) -> "Question":
-    settled = at(run, size)
-    assert settled.gradient_accumulation_steps is not None
-    return replace(question, batch=size, accumulation=settled.gradient_accumulation_steps)
+    return replace(question, batch=size, accumulation=_accumulation(run, size))
 
 
 def predict_words(run: Run, results: Results, memory_gib: float | None) -> dict[int, str]:

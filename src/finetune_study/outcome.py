@@ -323,14 +323,15 @@ def _with_errors(values: dict[str, Any]) -> dict[str, Any]:
         return values
     memory = values["peak_memory_allocated_gib"] or values["peak_device_used_gib"]
     return values | {
-        "predicted_memory_error_percent": _error_percent(values["predicted_peak_memory_allocated_gib"], memory),
-        "predicted_step_time_error_percent": _error_percent(
+        "predicted_memory_error_percent": error_percent(values["predicted_peak_memory_allocated_gib"], memory),
+        "predicted_step_time_error_percent": error_percent(
             values["predicted_step_time_seconds"], values.get("step_time_seconds_median")
         ),
     }
 
 
-def _error_percent(predicted: float | None, measured: float | None) -> float | None:
+def error_percent(predicted: float | None, measured: float | None) -> float | None:
+    """Predicted over measured, less one, per cent; None where either is not known."""
     return None if predicted is None or not measured else 100 * (predicted / measured - 1)
 
 

@@ -95,6 +95,12 @@ class Study:
         return True
 
     @cached_property
+    def without_training(self) -> dict[str, str]:
+        """Runs that have an outcome without having been tried, and its status."""
+        endings = ((i, self._kin.ending(i).get("status")) for i in self.untrained & self.recorded)
+        return {run_id: str(status) for run_id, status in endings if status in WITHOUT_TRAINING}
+
+    @cached_property
     def implied(self) -> dict[str, str]:
         """Runs without an outcome that the record of an easier one decides, and which one that is."""
         if not self.config.protocol.infer_oom:
@@ -309,17 +315,15 @@ class Study:
         return {name: hardware.price_usd_per_gpu_hour for name, hardware in self.config.hardware.items()}
 
     def summary(self) -> str:
-        """What there is to do, in a line, and one more for each hardware entry on which no run can start yet."""
-        endings = (self._kin.ending(run_id).get("status") for run_id in self.untrained & self.recorded)
-        counts = Counter(status for status in endings if status in WITHOUT_TRAINING)
+        """What there is to do, in a line."""
+        counts = Counter(self.without_training.values())
         measured = len(self.recorded) - counts.total()
         counts.update(unsupported=len(self.unsupported), implied_oom=len(self.implied))
         parts = [f"{len(self.planned)} runs", f"{measured} measured", f"{len(self.pending)} to train"]
         parts += [f"{counts[status]} {words}" for status, words in WITHOUT_TRAINING.items() if counts[status]]
         if self.given_up:
             parts.append(f"{len(self.given_up)} given up after {self.config.protocol.max_attempts} failures")
-        missing = [f"warning, no run can start there yet: {error}" for error in self.missing_software.values()]
-        return "\n".join([", ".join(parts) + self._bill(), *missing])
+        return ", ".join(parts) + self._bill()
 
     def predicted_cost(self, run_id: str) -> tuple[float | None, float | None]:
         """GPU-hours and US dollars that the last forecast expects of a run; None where it knows none."""

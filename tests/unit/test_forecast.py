@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import re
+import subprocess
+import sys
 from importlib import resources
 from typing import Any
 
@@ -14,9 +17,10 @@ from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import CATEGORIES, hardware, memory, predict, recipe, time, trace
-from finetune_study.forecast.build import Stack, build, make_config
+from finetune_study.forecast.build import Stack, _defaults, build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
+from finetune_study.forecast.quiet import quiet
 
 TRACES = predict.Traces()
 
@@ -293,7 +297,7 @@ def test_unknown_rates_give_no_time() -> None:
     answer = predict.answer(row(hardware={"memory_gib": 20}), TRACES)
     assert answer["predicted_step_time_seconds"] is None
     assert answer["bottleneck"] is None
-    assert any("rates" in warning for warning in answer["warnings"])
+    assert any("calibrate` measures" in warning for warning in answer["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -346,17 +350,29 @@ def test_shipped_hardware_is_complete() -> None:
         ({"sequence_length": 0}, "sequence_length"),
         ({"sequence_length": 10**12}, "sequence_length"),
         ({"num_gpus": "two"}, "num_gpus"),
+        ({"sequence_length": "256"}, "must be a whole number, not text"),
+        ({"per_device_train_batch_size": 1.5}, "must be a whole number, not a fraction"),
+        ({"gradient_accumulation_steps": True}, "must be a whole number, not true or false"),
+        ({"num_gpus": None}, "must be a whole number, not null"),
+        ({"num_gpus": [2]}, "must be a whole number, not an array"),
         ({"hardware": "a100-90gb"}, "did you mean"),
         ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
         ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
         ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
-        ({"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}}, "operations"),
+        (
+            {"model_config": {"model_type": "mamba", "num_hidden_layers": 2, "hidden_size": 64}},
+            r"(?s)operations.*given: .*more than 20,000 .* positions: .*loop.*allowed: at most 20,000.*do: ",
+        ),
         ({"model_config": {**SMALL, "vocab_size": -1}}, "vocab_size"),
         ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
         ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
         ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
+        ({"model_config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 9}}, "9 of 4 experts"),
+        ({"hardware": {"memory_gib": 80, "tflops": {"bf17": 1}}}, "hardware.tflops.bf17"),
+        ({"techniques": {"lora": {"target_modules": [1]}}}, "names of layers"),
+        ({"techniques": {"lora": {"use_dora": "yes"}}}, "use_dora"),
         ({"model_config": {**SMALL, "num_key_value_heads": 8}}, "divides 4"),
         ({"model_config": {**SMALL, "hidden_size": 10**9}}, "hidden_size"),
         ({"model_config": {**SMALL, "intermediate_size": 0}}, "intermediate_size"),
@@ -380,6 +396,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"techniques": {"lora": {"rank": 8}}}, "rank"),
         ({"techniques": {"lora": {"target_modules": ["nonesuch"]}}}, "nonesuch"),
         ({"techniques": {"zero2": {}, "zero3": {}}}, "exclude"),
+        ({"techniques": {"zero3": {"stage": 2}}}, r"(?s)techniques.zero3.stage.*allowed: 3"),
         ({"techniques": {"offload_optimizer": {}}}, "alone"),
         ({"seq_len": 4}, "seq_len"),
         ({"model": "meta-llama/Llama-2-7b-hf"}, "both"),
@@ -397,6 +414,16 @@ def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, mon
     with pytest.raises(ModelError, match="operations"):
         trace.trace(Layout(canonical({**SMALL, "num_hidden_layers": 1})))
     assert torch.is_grad_enabled()
+
+
+def test_many_layers_that_differ_are_traced_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that names one layer has all of them traced, of which each takes its share of what is allowed."""
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", 9_000)
+    names = ["layers.60.self_attn.q_proj"]
+    layout = Layout(
+        canonical({**SMALL, "num_hidden_layers": 100}), peft=canonical([{"method": "LORA", "target_modules": names}])
+    )
+    assert sum(p.count(1) for p in trace.trace(layout).parameters if p.trained) == 2 * SMALL["hidden_size"]
 
 
 def test_lines_that_are_nested_too_deeply_are_told_so() -> None:
@@ -508,6 +535,27 @@ def test_what_a_configuration_leaves_out_is_warned_of(config: dict[str, Any], sa
     assert bool(told) == (config != SMALL)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (SMALL, None),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 512}, None),
+        ({k: v for k, v in SMALL.items() if k != "vocab_size"}, "vocab_size 32000"),
+        ({"model_type": "gpt2", "vocab_size": 512, "n_embd": 96}, "num_hidden_layers 12, num_attention_heads 12"),
+    ],
+)
+def test_sizes_that_are_not_given_are_said(config: dict[str, Any], says: str | None) -> None:
+    warnings = predict.answer(row(model_config=config), TRACES)["warnings"]
+    told = [warning for warning in warnings if "not given" in warning]
+    assert told == ([f"not given, so as transformers has it: {says}"] if says else [])
+
+
+@pytest.mark.parametrize("model", predict.architectures())
+def test_shapes_that_are_known_by_their_name_leave_no_size_open(model: str) -> None:
+    config = predict.architectures()[model]
+    assert _defaults(make_config(config), Layout(canonical(config))) == []
+
+
 def test_unknown_memory_leaves_open_what_fits() -> None:
     answer = predict.answer(row(hardware={"memory_gb_per_s": 900, "tflops": {"bf16": 100}}), TRACES)
     assert answer["fits"] is answer["fits_word"] is answer["margin_gib"] is None
@@ -615,6 +663,56 @@ def test_a_bad_line_does_not_stop_the_others() -> None:
     assert [("error" in answer) for answer in answers] == [True, True, True, False]
     assert answers[-1]["id"] == "good"
     assert set(row()) <= set(answers[-1])
+
+
+def test_predict_says_nothing_but_its_answers(tmp_path: Any) -> None:
+    """A row with an adapter imports whatever of a GPU's kernels torch, transformers and peft have here."""
+    rows, cache = tmp_path / "rows.jsonl", str(tmp_path / "traces")
+    rows.write_text(json.dumps(row(techniques={"lora": {}, "gradient_checkpointing": {}})) + "\n")
+    command = [sys.executable, "-m", "finetune_study.cli", "predict", str(rows), "--cache", cache]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["fits"] is True
+
+
+def test_what_others_log_while_it_is_quiet_is_still_seen(caplog: pytest.LogCaptureFixture) -> None:
+    with quiet():
+        logging.getLogger("torchao").warning("no kernel")
+        logging.getLogger("finetune_study").warning("ours")
+    logging.getLogger("torchao").warning("afterwards")
+    assert [record.message for record in caplog.records] == ["ours", "afterwards"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "unmatched"),
+    [
+        ({"target_modules": ["q_proj", "query_key_value"]}, ["target_modules: query_key_value"]),
+        ({"modules_to_save": ["lm_head", "score"]}, ["modules_to_save: score"]),
+        ({"rank_pattern": {"q_proj": 16, "wq": 8}}, ["rank_pattern: wq"]),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, []),
+        ({"target_modules": "all-linear"}, []),
+    ],
+)
+def test_names_that_no_module_has_are_warned_of(settings: dict[str, Any], unmatched: list[str]) -> None:
+    """peft takes them without a word, and trains less than was meant."""
+    found = predict.answer(row(techniques={"lora": settings}), TRACES)
+    named = [warning for warning in found["warnings"] if "no such modules" in warning]
+    expected = f"the model has no such modules, and peft leaves them out: {', '.join(unmatched)}"
+    assert named == ([expected] if unmatched else [])
+
+
+def test_modules_of_single_layers_are_counted_as_often_as_they_are_named() -> None:
+    config = {**SMALL, "num_hidden_layers": 12}
+
+    def trained(names: Any) -> float:
+        layout = Layout(canonical(config), peft=canonical([{"method": "LORA", "target_modules": names}]))
+        return sum(p.count(8) for p in trace.trace(layout).parameters if p.trained)
+
+    one = trained(["layers.11.self_attn.q_proj"])
+    assert one > 0
+    assert trained([f"layers.{n}.self_attn.q_proj" for n in (1, 5, 7)]) == 3 * one
+    assert trained(r".*layers\.[0-5]\.self_attn\.q_proj") == 6 * one
+    assert trained(["q_proj"]) == 12 * one
 
 
 def test_what_failed_once_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from finetune_study.forecast import predict
+from finetune_study.forecast import predict, show
 from finetune_study.forecast import study as forecast
 from finetune_study.paths import Results
 from finetune_study.record import Ending, Record, write_record
@@ -58,7 +58,6 @@ def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neith
     rows[1]["state"] = "unsupported"
     total = forecast.totals(rows)["a100"]
     assert (total["runs"], total["unsupported"], total["gpu_hours"], total["cost_usd"]) == (1, 1, 0, 0)
-    assert "1 do not fit, and are not in the sums, 1 more are not supported" in forecast.table(rows)
 
 
 def test_the_summary_charges_no_run_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:
@@ -92,6 +91,25 @@ def test_a_forecast_stands_beside_each_run_to_train_and_freezes_nothing(gpu_raw:
     assert not paths.prior.exists()
 
 
+def test_a_forecast_that_is_the_same_is_not_written_again(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    paths = study.results.run(forecast.write(study)[0]["run_id"])
+    before = paths.forecast.stat().st_ino
+    forecast.write(study)
+    assert paths.forecast.stat().st_ino == before
+    paths.forecast.write_text("{}")
+    forecast.write(study)
+    assert "predicted_peak_memory_allocated_gib" in paths.forecast.read_text()
+
+
+def test_outcomes_without_training_are_no_reason_for_another_forecast(gpu_raw: Raw, tmp_path: Path) -> None:
+    gpu_raw["hardware"]["a100"]["compute_capability"] = 7.0
+    gpu_raw["recipes"]["full"] = {"flash_attention_2": {}}
+    study = opened(gpu_raw, tmp_path)
+    after = open_study(gpu_raw, study.results)
+    assert set(after.recorded) == set(after.without_training) != set()
+
+
 def test_measured_runs_teach_the_step_time_of_those_to_come(gpu_raw: Raw, tmp_path: Path) -> None:
     study = opened(gpu_raw, tmp_path)
     done, to_come = forecast.write(study)
@@ -117,6 +135,20 @@ def test_a_run_alone_is_predicted_as_in_its_study(gpu_raw: Raw, tmp_path: Path) 
     }
 
 
+def test_a_cpu_has_no_step_time_until_it_is_calibrated(raw: Raw, tmp_path: Path) -> None:
+    study = opened(raw, tmp_path)
+    rows = forecast.write(study)
+    assert all(row["predicted_peak_memory_allocated_gib"] for row in rows)
+    assert {row["predicted_step_time_seconds"] for row in rows} == {row["predicted_cost_usd"] for row in rows} == {None}
+    text = show.table(rows)
+    assert "no step time until, in a study, `snakemake --cores all calibrate` measures them" in text
+    assert "2 without a predicted time, and not in the sums" in text
+    paths = study.results.calibration("cpu")
+    paths.parent.mkdir(parents=True)
+    paths.write_text(json.dumps({"rates": {"matmul_fp32": 1e11, "attention_fp32": 1e11, "memory": 1e10}}))
+    assert all(row["predicted_step_time_seconds"] > 0 for row in forecast.write(study))
+
+
 def test_a_model_that_is_not_known_yet_is_null_with_the_reason(gpu_raw: Raw, tmp_path: Path) -> None:
     gpu_raw["models"]["tiny"] = {"name_or_path": "nobody/knows-it"}
     study = opened(gpu_raw, tmp_path)
@@ -140,7 +172,8 @@ def test_what_is_predicted_not_to_fit_is_not_trained_when_asked(gpu_raw: Raw, tm
     assert not after.pending
     record = json.loads(after.results.run(next(iter(after.planned))).record.read_text())
     assert record["ending"]["status"] == "predicted_oom"
-    forecast.write(after)
+    rows = forecast.write(after)
+    assert {row["state"] for row in rows} == {"not tried"}
     assert after.plan_digest != study.plan_digest
     del gpu_raw["protocol"]["skip_predicted_oom"]
     taken_back = open_study(gpu_raw, Results(tmp_path))

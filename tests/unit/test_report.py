@@ -392,8 +392,33 @@ def test_the_summary_has_predictions_only_where_there_is_one(tmp_path: Path) -> 
     assert "predicted" not in tables.summary_text(handmade.frame(STUDY, tmp_path, *documents))
     Results(tmp_path).run(LORA.run_id).prior.write_text('{"predicted_peak_memory_allocated_gib": 0.3}')
     text = tables.summary_text(handmade.frame(STUDY, tmp_path))
-    assert "predicted" in text
-    assert "0.300 GiB" in text
+    assert text.count("predicted") == 1, "no step time was predicted"
+    assert "0.300 (+20.0 %)" in text
+
+
+def test_texts_show_predictions_with_their_errors_and_the_mean_of_these(tmp_path: Path) -> None:
+    done = [handmade.completed(FULL, 2.0, used=0.5), handmade.completed(LORA, 1.0, used=0.25)]
+    for run, gib in ((FULL, 0.6), (LORA, 0.2)):
+        prior = Results(tmp_path).run(run.run_id).prior
+        prior.parent.mkdir(parents=True)
+        prior.write_text(f'{{"predicted_peak_memory_allocated_gib": {gib}, "predicted_step_time_seconds": 1.1}}')
+    frame = handmade.frame(STUDY, tmp_path, *done)
+    contents = report.gather(STUDY, frame, draw=False)
+    mean = (
+        "Mean absolute error of what was predicted before the runs: peak memory 20.0 % over 2 runs and step time 27.5 %"
+    )
+    for text in (summary.markdown(contents), summary.terminal(contents, 200)):
+        assert "1.10 (+10.0 %)" in text
+        assert "0.200 (-20.0 %)" in text
+        assert mean in text
+    lines = tables.summary_text(frame).splitlines()
+    assert lines[0].split() == ["run", "status", "step", "time", "predicted", "peak", "memory", "predicted"]
+    assert lines[2].endswith("completed      2.00 s   1.10 (-45.0 %)     0.500 GiB   0.600 (+20.0 %)")
+
+
+def test_nothing_is_said_of_predictions_where_none_was_made(tmp_path: Path) -> None:
+    contents = report.gather(STUDY, handmade.frame(STUDY, tmp_path, *mixed()), draw=False)
+    assert "predicted" not in summary.markdown(contents) + summary.terminal(contents)
 
 
 def test_the_summary_of_an_empty_study(tmp_path: Path) -> None:

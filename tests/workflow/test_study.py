@@ -128,10 +128,12 @@ def test_a_python_that_is_not_there_stops_the_start_of_runs_alone(fresh: Workpla
     raw = fresh.read()
     raw["hardware"]["cpu"]["software"] = {"python": "no/such/python"}
     fresh.write(raw)
-    for does_without in (("--dry-run",), (str(fresh.results.relative_to(fresh.folder) / "plan.json"),)):
+    warning = "warning, no run can start there yet: There is no such interpreter"
+    plan = str(fresh.results.relative_to(fresh.folder) / "plan.json")
+    for does_without, warnings in ((("--dry-run",), 1), (("--dry-run", "forecast"), 0), ((plan,), 0)):
         answer = fresh.snakemake(*does_without)
         assert answer.returncode == 0, answer.stdout
-        assert "warning, no run can start there yet: There is no such interpreter" in answer.stdout
+        assert answer.stdout.count(warning) == warnings, does_without
     answer = fresh.snakemake()
     assert answer.returncode != 0
     assert "hardware.cpu.software.python" in answer.stdout

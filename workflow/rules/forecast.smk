@@ -20,6 +20,7 @@ rule forecast:
         plan=STUDY.plan_digest,
         prices=STUDY.prices,
         margin=STUDY.config.protocol.skip_predicted_oom,
-        measured=len(STUDY.recorded),
+        # Records that the plan gives without training say nothing that a forecast could learn from.
+        measured=len(STUDY.recorded) - len(STUDY.without_training),
     script:
         "../scripts/forecast.py"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,16 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
                 where=f"model_config.{key}",
                 given=size,
                 allowed=f"a whole number from {least} to {most}",
+            )
+    chosen = settings.get("num_experts_per_tok")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = settings.get(key)
+        if isinstance(chosen, int) and isinstance(experts, int) and not 0 < chosen <= experts:
+            raise ModelError(
+                "A token can't go to so many experts",
+                where="model_config.num_experts_per_tok",
+                given=f"{chosen} of {experts} experts ({key})",
+                allowed=f"a whole number from 1 to {experts}",
             )
     heads = settings.get("num_attention_heads")
     for key in ("num_key_value_heads", "num_kv_heads"):
@@ -333,6 +344,76 @@ def adapted_layers(settings: Mapping[str, Any], depth: int) -> Collection[int]:
     if settings["method"] == "ADAPTION_PROMPT":
         return range(max(0, depth - (settings.get("adapter_layers") or depth)), depth)
     return range(depth) if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+NAMING = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "feedforward_modules",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings of peft that name modules."""
+
+
+def _names(layout: Layout) -> Iterator[tuple[str, str, str]]:
+    """Each setting with each name in it, and the regular expression of modules that peft takes the name for."""
+    for settings in json.loads(layout.peft or "[]"):
+        for setting in NAMING:
+            given = settings.get(setting) or ()
+            if given == "all-linear":
+                continue
+            if isinstance(given, str):
+                yield setting, given, given
+                continue
+            for name in map(str, given):
+                start = ".*" if setting == "modules_to_save" else r"(.*\.)?"
+                yield setting, name, f"{start}({name if setting.endswith('_pattern') else re.escape(name)})"
+
+
+def warnings_of(model: Any, layout: Layout) -> list[str]:
+    """What was assumed of a whole model, or has no effect on it."""
+    defaults, names = _defaults(model.config, layout), _unmatched(model, layout)
+    warnings = [f"not given, so as transformers has it: {', '.join(defaults)}"] if defaults else []
+    return warnings + (
+        [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
+    )
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""What makes most of a model's size; transformers has a default for each."""
+
+
+def _defaults(config: Any, layout: Layout) -> list[str]:
+    """Sizes that the configuration does not give, by any name that transformers knows for them."""
+    given = json.loads(layout.config)
+    if CODE in given:
+        return []
+    text = config.get_text_config()
+    names = given | (given.get("text_config") or {}) if text is not config else given
+    aliases = getattr(text, "attribute_map", {})
+    missing = [size for size in SIZES if not {size, aliases.get(size)} & names.keys()]
+    return [f"{size} {getattr(text, size)}" for size in missing if isinstance(getattr(text, size, None), int)]
+
+
+def _unmatched(model: Any, layout: Layout) -> list[str]:
+    """Names in the settings of peft's methods that no module of the model has.
+
+    peft passes over them without a word, as long as one of the targets is there (tuners_utils.py, inject_adapter;
+    utils/other.py, _set_trainable and get_pattern_key).
+    """
+    modules = [name for name, _ in model.named_modules()]
+    return [
+        f"{setting}: {name}"
+        for setting, name, expression in _names(layout)
+        if not any(re.fullmatch(expression, module) for module in modules)
+    ]
+
+
+def names_single_layers(layout: Layout) -> bool:
+    """Whether a method names modules of single layers by the layers' numbers, or by an expression that may do so."""
+    return any(re.search(r"\d", name) and re.search(r"[.\\]", name) for _, name, _ in _names(layout))
 
 
 def shorten(config: Any, layers: list[int]) -> Any:

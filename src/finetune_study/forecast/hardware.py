@@ -24,7 +24,7 @@ class Device(Section):
     """Memory that torch sees on one device; null: not known, and so neither is what fits."""
     compute_capability: PositiveFloat | None = None
     """CUDA compute capability."""
-    tflops: dict[str, PositiveFloat] = {}
+    tflops: dict[Literal["fp32", "tf32", "fp16", "bf16", "fp8"], PositiveFloat] = {}
     """Dense peak rate by number format, 10^12 operations per second."""
     memory_gb_per_s: PositiveFloat | None = None
     """Bandwidth of the device's memory, 10^9 bytes per second."""

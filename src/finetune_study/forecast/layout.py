@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODE = "_code"
 """Key of a configuration whose model's own code may be run: its folder, and a digest of the code."""
 
-TRACE_VERSION = 10
+TRACE_VERSION = 11
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -60,8 +61,14 @@ class Layout:
     @property
     def key(self) -> str:
         """Digest of all fields, and of the versions whose code is traced."""
-        parts = [TRACE_VERSION, dataclasses.asdict(self), *(version(p) for p in ("torch", "transformers", "peft"))]
+        parts = [TRACE_VERSION, dataclasses.asdict(self), *_versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    """Looked up once: it reads the packages' files."""
+    return tuple(version(package) for package in ("torch", "transformers", "peft"))
 
 
 def canonical(value: Any) -> str:

@@ -23,6 +23,7 @@ from finetune_study.forecast import memory, recipe
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.layout import CODE, Layout
 from finetune_study.forecast.profile import Profile
+from finetune_study.forecast.quiet import quiet
 
 INPUT = (
     "model_config",
@@ -109,9 +110,10 @@ class Traces:
             return None  # cut off, or of another version: it is traced anew
 
     def _trace(self, layout: Layout) -> Profile:
-        from finetune_study.forecast import trace
+        with quiet():
+            from finetune_study.forecast import trace
 
-        profile = trace.trace(layout)
+            profile = trace.trace(layout)
         path = self._path(layout)
         if path:
             try:
@@ -139,7 +141,7 @@ def _trace_apart(layouts: list[Layout], folder: Path, workers: int) -> None:
 
     They are commands, since multiprocessing would run the caller's main script again, Snakemake's for example.
     """
-    command = [sys.executable, "-m", "finetune_study.forecast.trace", str(folder)]
+    command = [sys.executable, "-m", "finetune_study.forecast.worker", str(folder)]
     processes = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for _ in range(workers)]
     for number, process in enumerate(processes):
         assert process.stdin is not None
@@ -213,14 +215,26 @@ def quantized_as(config: Mapping[str, Any]) -> str | None:
     return str(given.get("quant_method", "of a kind not named")) if isinstance(given, Mapping) else "not understood"
 
 
+JSON_KINDS = {
+    str: "text", float: "a fraction", bool: "true or false", list: "an array", dict: "an object", type(None): "null"
+}  # fmt: skip
+"""Values of JSON, in words."""
+
+
+def _kind(value: object) -> str:
+    return JSON_KINDS.get(type(value), "a number")
+
+
 def _whole(row: Mapping[str, Any], key: str) -> int:
     value = row.get(key, 1)
+    allowed = f"a whole number from 1 to {MOST[key]}"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST[key]:
-        raise ConfigError(
-            "A number is out of range", where=key, given=repr(value), allowed=f"a whole number from 1 to {MOST[key]}"
-        )
+    if not isinstance(value, int) or isinstance(value, bool):
+        what = f"This must be a whole number, not {_kind(value)}"
+        raise ConfigError(what, where=key, given=repr(value), allowed=allowed)
+    if not 1 <= value <= MOST[key]:
+        raise ConfigError("A number is out of range", where=key, given=value, allowed=allowed)
     return value
 
 
@@ -238,9 +252,7 @@ def model_config(row: Mapping[str, Any], own_code: Container[str] = ()) -> dict[
     if given is None:
         return _config_of(str(model), str(model) in own_code)
     if not isinstance(given, Mapping):
-        raise ConfigError(
-            "The model's configuration is not an object", where="model_config", given=type(given).__name__
-        )
+        raise ConfigError("The model's configuration is not an object", where="model_config", given=_kind(given))
     return _check_code(dict(given), "model_config")
 
 
@@ -324,20 +336,16 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         profile: the trace of its layout.
         calibration: rates that were measured, instead of the data sheet's.
     """
-    device, resolved = question.device, question.recipe
-    at = memory.Situation(
-        batch=question.batch,
-        context=question.context,
-        num_gpus=question.num_gpus,
-        gradient_accumulation_steps=question.accumulation,
-        device=device.device,
-        lengths_vary=question.lengths_vary,
-        maps_tensors=device.maps_tensors,
-        hopper=(device.compute_capability or 0) >= 9,
-    )
+    device, resolved, at = question.device, question.recipe, _situation(question)
     found = memory.predict(profile, resolved, at)
     took = time_module.predict(profile, resolved, at, time_module.rates_of(device, question.num_gpus, calibration))
-    warnings = [*question.warnings, *resolved.why_not(device), *resolved.not_modelled, *took.warnings]
+    warnings = [
+        *question.warnings,
+        *profile.warnings,
+        *resolved.why_not(device),
+        *resolved.not_modelled,
+        *took.warnings,
+    ]
     if profile.positions is not None and question.context > profile.positions:
         warnings.append(
             f"sequence_length is above the model's {profile.positions} positions: where they are learned, it fails"
@@ -369,6 +377,26 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _situation(question: Question) -> memory.Situation:
+    device = question.device
+    return memory.Situation(
+        batch=question.batch,
+        context=question.context,
+        num_gpus=question.num_gpus,
+        gradient_accumulation_steps=question.accumulation,
+        device=device.device,
+        lengths_vary=question.lengths_vary,
+        maps_tensors=device.maps_tensors,
+        hopper=(device.compute_capability or 0) >= 9,
+    )
+
+
+def word(question: Question, profile: Profile) -> str | None:
+    """`fits_word` of `outputs`, and nothing else of it."""
+    found = memory.predict(profile, question.recipe, _situation(question))
+    return _word(found, question.device.memory_gib)
 
 
 DOES_NOT_FIT = "does not fit"
@@ -414,7 +442,7 @@ def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] 
         try:
             row = _parsed(line)
             if not isinstance(row, dict):
-                raise ConfigError("The line is not a JSON object", where=f"line {number}", given=type(row).__name__)
+                raise ConfigError("The line is not a JSON object", where=f"line {number}", given=_kind(row))
             result = answer(row, traces, own_code)
         except RecursionError:
             result = {"line": number, "error": "The line's objects and arrays are nested too deeply"}

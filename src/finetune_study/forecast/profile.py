@@ -82,6 +82,8 @@ class Profile:
     hidden_size: int
     positions: int | None
     """That the model was made for; None where it has no such limit."""
+    warnings: list[str]
+    """What was assumed of the model, or has no effect on it."""
     parameters: list[Parameters]
     largest_layer: float
     """Elements of the largest layer's frozen and trained weights, adapters apart."""
@@ -138,6 +140,7 @@ class Profile:
             "vocabulary": self.vocabulary,
             "hidden_size": self.hidden_size,
             "positions": self.positions,
+            "warnings": self.warnings,
             "parameters": [
                 {
                     "trained": p.trained,

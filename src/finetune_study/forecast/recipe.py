@@ -168,7 +168,7 @@ RANGES: dict[str, tuple[int, int]] = {
 """What is still believed of whole numbers; more is a slip of the pen. Where 0 means nothing, the technique says so, or
 peft."""
 
-NAMES = ("modules_to_save", "exclude_modules", "llm_int8_skip_modules")
+NAMES = ("target_modules", "modules_to_save", "exclude_modules", "llm_int8_skip_modules")
 """Settings that name layers."""
 
 PATTERNS = {"rank_pattern": RANGES["r"][1], "alpha_pattern": RANGES["r"][1]}
@@ -179,7 +179,7 @@ OF_OURS: dict[str, tuple[Any, ...]] = {
     "kernel": ("math", "auto"),
     "upcast": (True, False, "logits"),
     "overlap_comm": (True, False, None, "auto"),
-    **dict.fromkeys(("sync_each_batch", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
+    **dict.fromkeys(("sync_each_batch", "use_dora", "load_in_4bit", "bitsandbytes_before_0_44", "loop_holds_loss",
                      "autocast_adapter_dtype"), _YES_OR_NO),
 }  # fmt: skip
 """Values of settings that the study does not have."""
@@ -262,6 +262,8 @@ def _checked(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise _wrong(f"techniques.{name}", key, hint + listed, "The setting is not known")
         if key in OF_OURS and not _is_one_of(settings[key], OF_OURS[key]):
             raise _wrong(f"techniques.{name}.{key}", settings[key], ", ".join(map(str, OF_OURS[key])))
+        if key == "stage" and settings[key] != int(name[-1]):
+            raise _wrong(f"techniques.{name}.{key}", settings[key], f"{name[-1]}, or nothing; the name says it")
         if settings[key] == [] and key == "target_modules":
             raise _wrong(f"techniques.{name}.{key}", settings[key], "names of layers, or all-linear")
         _check_value(f"techniques.{name}", key, settings)
@@ -409,6 +411,8 @@ class Recipe:
         found = []
         if self.has("torch_compile") and not self.fuses:
             found.append(f"what torch_compile's backend {self._compiler} saves is not known: as without it")
+        if self.techniques.get("qlora", {}).get("llm_int8_skip_modules"):
+            found.append("layers of llm_int8_skip_modules are counted as quantised, but for the output layer")
         if self.has("liger"):
             found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
         if self.precision == "fp8" and not self.emulates_fp8:

@@ -1,6 +1,7 @@
 """What a study's runs will need: one row a run, the bill, and what was expected of a run before it was submitted."""
 
 import json
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 STARTUP_SECONDS = 60.0
 """What a run takes beside its steps: processes, libraries, loading."""
+
+TO_TRAIN, MEASURED, NOT_TRIED, UNSUPPORTED, GIVEN_UP = "to train", "measured", "not tried", "unsupported", "given up"
+"""States of runs; of `not tried` another run or an earlier forecast says that it runs out of memory."""
 
 COLUMNS: dict[str, Any] = {
     "run_id": pl.String,
@@ -51,7 +55,7 @@ COLUMNS: dict[str, Any] = {
 }
 """Columns of forecast.parquet.
 
-`state` is `measured`, `to train`, `unsupported` or `given up`; `predicted_gpu_hours` and `predicted_cost_usd` are those
+`state` is one of those above; `predicted_gpu_hours` and `predicted_cost_usd` are those
 of the run itself, the two before them those of a pass over the data."""
 
 
@@ -155,7 +159,7 @@ def row_of_run(run: Run, results: Results, traces: predict.Traces) -> dict[str, 
         question = question_of(run, device_of_run(run), results)
     except StudyError as error:
         question = error
-    return _row(run, "to train", question, results, traces)
+    return _row(run, TO_TRAIN, question, results, traces)
 
 
 def _row(
@@ -226,10 +230,12 @@ def _sequences(run: Run, results: Results) -> tuple[int | None, str]:
 
 def _state(study: "Study", run_id: str) -> str:
     if study.planned[run_id].unsupported:
-        return "unsupported"
+        return UNSUPPORTED
+    if run_id in study.implied or run_id in study.without_training:
+        return NOT_TRIED
     if run_id in study.recorded:
-        return "measured"
-    return "given up" if run_id in study.given_up else "to train"
+        return MEASURED
+    return GIVEN_UP if run_id in study.given_up else TO_TRAIN
 
 
 def read_calibration(results: Results, hardware: str) -> dict[str, float] | None:
@@ -245,26 +251,29 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of the runs to train: how many, GPU-hours and US dollars for each hardware entry.
 
     What is not known of a run is left out of the sums, and counted; so are runs that will not fit, which end before
-    their first step, and those that are not supported there, which are not tried."""
+    their first step, those that are not supported there, which are not tried, and those that are measured already.
+    Without a price the dollars are null."""
     sums: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["state"] not in ("to train", "unsupported"):
-            continue
         total = sums.setdefault(
-            row["hardware"],
-            {"runs": 0, "gpu_hours": 0.0, "cost_usd": 0.0, "not_predicted": 0, "do_not_fit": 0, "unsupported": 0},
+            row["hardware"], {"runs": 0, "gpu_hours": 0.0, "cost_usd": 0.0} | dict.fromkeys(_COUNTED, 0)
         )
-        if row["state"] == "unsupported":
-            total["unsupported"] += 1
+        if row["state"] != TO_TRAIN:
+            total[row["state"].replace(" ", "_")] += 1
             continue
         total["runs"] += 1
         if row["fits"] == predict.DOES_NOT_FIT:
             total["do_not_fit"] += 1
-            continue
-        total["not_predicted"] += row["predicted_gpu_hours"] is None
-        total["gpu_hours"] += row["predicted_gpu_hours"] or 0.0
-        total["cost_usd"] += row["predicted_cost_usd"] or 0.0
+        elif row["predicted_gpu_hours"] is None:
+            total["not_predicted"] += 1
+        else:
+            total["gpu_hours"] += row["predicted_gpu_hours"]
+            priced = None not in (total["cost_usd"], row["predicted_cost_usd"])
+            total["cost_usd"] = total["cost_usd"] + row["predicted_cost_usd"] if priced else None
     return sums
+
+
+_COUNTED = ("not_predicted", "do_not_fit", "unsupported", "measured", "not_tried", "given_up")
 
 
 def write(study: "Study") -> list[dict[str, Any]]:
@@ -276,9 +285,9 @@ def write(study: "Study") -> list[dict[str, Any]]:
     """
     rows = forecast(study, predict.Traces(study.results.traces))
     margin = study.config.protocol.skip_predicted_oom
-    skipped = [row["run_id"] for row in rows if row["state"] == "to train" and _is_hopeless(row, margin)]
+    skipped = [row["run_id"] for row in rows if row["state"] == TO_TRAIN and _is_hopeless(row, margin)]
     for row in rows:
-        if row["state"] == "to train":
+        if row["state"] == TO_TRAIN:
             keep(study.results.run(row["run_id"]), row)
     for run_id in skipped:
         row = next(r for r in rows if r["run_id"] == run_id)
@@ -321,7 +330,9 @@ def keep(paths: RunPaths, row: dict[str, Any]) -> None:
         return
     kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
     text = json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n"
-    paths.folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, UnicodeDecodeError):
+        if paths.forecast.read_text(encoding="utf-8") == text:
+            return  # of a study of thousands, writing takes longest
     write_atomically(paths.forecast, text)
 
 
@@ -335,11 +346,11 @@ def _refined(rows: list[dict[str, Any]], results: Results) -> list[dict[str, Any
     pairs: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         seconds = measured.get(row["run_id"])
-        if row["state"] == "measured" and seconds and row["predicted_step_time_seconds"]:
+        if row["state"] == MEASURED and seconds and row["predicted_step_time_seconds"]:
             pairs.setdefault(row["hardware"], []).append((row["predicted_step_time_seconds"], seconds))
     return [
         _scaled(row, time_module.learn(pairs[row["hardware"]]), len(pairs[row["hardware"]]))
-        if row["state"] == "to train" and row["hardware"] in pairs and row["predicted_step_time_seconds"]
+        if row["state"] == TO_TRAIN and row["hardware"] in pairs and row["predicted_step_time_seconds"]
         else row
         for row in rows
     ]
@@ -367,25 +378,3 @@ def _measured_seconds(results: Results) -> dict[str, float]:
     except (OSError, pl.exceptions.PolarsError):
         return {}
     return {run_id: seconds for run_id, seconds in outcomes.iter_rows() if seconds}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The forecast as text: a line for each run, and the totals."""
-    lines = [f"{'run':62} {'state':12} {'peak memory':>21} {'':13} {'step':>9} {'waits for':16}"]
-    for row in rows:
-        low, high = row["predicted_peak_memory_allocated_gib"], row["predicted_peak_memory_reserved_gib"]
-        memory = "not predicted" if low is None else f"{low:.2f} to {high:.2f} GiB"
-        step = row["predicted_step_time_seconds"]
-        lines.append(
-            f"{row['run_id']:62} {row['state']:12} {memory:>21} {row['fits'] or '':13} "
-            f"{'' if step is None else f'{step:.3g} s':>9} {row['bottleneck'] or '':16}".rstrip()
-        )
-    for name, total in totals(rows).items():
-        unknown = f", {total['not_predicted']} of them without a time" if total["not_predicted"] else ""
-        unsupported = f", {total['unsupported']} more are not supported" if total["unsupported"] else ""
-        lines.append(
-            f"{name}: {total['runs']} runs to train{unknown}; {total['gpu_hours']:.1f} GPU-hours, "
-            f"{total['cost_usd']:.2f} US dollars; {total['do_not_fit']} do not fit, and are not in the sums"
-            f"{unsupported}"
-        )
-    return "\n".join(lines)

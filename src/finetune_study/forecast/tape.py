@@ -26,7 +26,10 @@ NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empt
 OWN_OF_NO_LAYER = -1
 
 MOST_OPERATIONS = 20_000
-"""Of a forward pass; with backward they take about ten seconds. A layer of a transformer has some hundred."""
+"""Of a forward pass of up to `MANY_LAYERS`, of more layers in proportion; with backward they take about ten seconds. A
+layer of a transformer has some hundred."""
+MANY_LAYERS = 50
+"""More are traced where few layers are alike."""
 
 
 @dataclass
@@ -88,9 +91,10 @@ class Storage:
 class Tape(TorchDispatchMode):
     """Sees every operation below autograd, and every storage from its birth to its death."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, layers: int) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.sizes, self.layers = sizes, layers
+        self.most = MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
         self.now = 0
         self.layer = OWN_OF_NO_LAYER
         self.forward, self.after_layers, self.recomputing = True, False, False
@@ -126,11 +130,14 @@ class Tape(TorchDispatchMode):
         Raises:
             ModelError: where a forward pass takes too many of them.
         """
-        if self.forward and self.now > MOST_OPERATIONS:
+        if self.forward and self.now > self.most:
             raise ModelError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
-                given=f"more than {MOST_OPERATIONS}: a loop over positions, as in recurrent layers without a kernel?",
+                given=f"more than {self.most:,} in a forward pass of {self.layers} layers over {self.sizes.context:,} "
+                "positions: layers that loop over positions, as recurrent ones do without a kernel of their own",
+                allowed=f"at most {self.most:,}; layers of attention take some hundred each, at any length",
+                do="measure this model; its loop takes other memory at each length, and a GPU's kernel another still",
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

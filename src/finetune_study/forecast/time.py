@@ -37,6 +37,12 @@ HOST_GB_PER_S = 150.0
 """Memory bandwidth of a server's host, shared by its GPUs (eight channels of DDR4-3200 give 205 at best)."""
 
 
+UNKNOWN_RATES = (
+    "the hardware's rates are not known: no step time until, in a study, `snakemake --cores all calibrate` measures "
+    "them, or `hardware` of a row gives tflops and memory_gb_per_s"
+)
+
+
 FORMATS: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -70,8 +76,10 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     """
     measured = calibration or {}
     age = "Hopper" if (device.compute_capability or 0) >= 9 else "before Hopper"
-    matmul = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
-    attention = {kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    matmul: dict[str, float] = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    attention: dict[str, float] = {
+        kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()
+    }
     attention |= {
         key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")
     }
@@ -124,7 +132,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
     it is computed waits for the host.
     """
     if rates is None:
-        return StepTime(None, None, warnings=("the hardware's rates are not known: no step time",))
+        return StepTime(None, None, warnings=(UNKNOWN_RATES,))
     if recipe.swaps_to_nvme:
         return StepTime(None, None, warnings=("how fast the NVMe drive is is not known: no step time",))
     parts = dict.fromkeys(BOTTLENECKS, 0.0)

@@ -17,14 +17,10 @@ and on meta tensors it would take the quadratic one. Where the CPU differs from 
 import contextlib
 import gc
 import json
-import logging
 import math
-import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,8 +38,10 @@ from finetune_study.forecast.build import (
     layer_kinds,
     layer_stack,
     make_config,
+    names_single_layers,
     shorten,
     traced_model,
+    warnings_of,
 )
 from finetune_study.forecast.layout import Layout
 from finetune_study.forecast.profile import (
@@ -95,7 +93,7 @@ def trace(layout: Layout) -> Profile:
     Raises:
         ModelError: for a model that can't be made, or whose step can't be traced.
     """
-    with _quiet(), _uncollected():
+    with _uncollected():
         try:
             return _trace(layout)
         except StudyError:
@@ -129,23 +127,9 @@ def _trace(layout: Layout) -> Profile:
         found = layer_kinds(build(short, torch.float32, "eager"), layout)
     if [k.of_model for k in found] != [kinds[i].of_model for i in stack.traced]:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
+    if names_single_layers(layout):
+        stack, short = Stack(len(kinds), 0, 0, 0), config  # the numbers are those of the whole model
     return _Tracer(short, stack, layout, skeleton).run()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A prediction is one line; what libraries say to themselves is not part of it."""
-    fake = logging.getLogger("torch._subclasses.fake_tensor")
-    levels = fake.level, transformers.utils.logging.get_verbosity()
-    fake.setLevel(logging.CRITICAL)
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        fake.setLevel(levels[0])
-        transformers.utils.logging.set_verbosity(levels[1])
 
 
 @contextlib.contextmanager
@@ -198,7 +182,7 @@ class _Tracer:
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime, self.stack)
-            tape = Tape(self.sizes)
+            tape = Tape(self.sizes, len(self.stack.traced))
             self._step(model, tape)
             return self._profile(model, tape)
 
@@ -317,6 +301,7 @@ class _Tracer:
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
             positions=getattr(text, "max_position_embeddings", None),
+            warnings=warnings_of(self.skeleton, self.layout),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
             largest_trained=self._largest_trained(model),
@@ -433,17 +418,3 @@ def _undominated(alive: Any, phases: Any) -> Any:
             kept.append(int(row))
     kept.sort()
     return alive[kept], phases[kept]
-
-
-def main(folder: Path) -> None:
-    """Traces the layouts that come as JSON lines into a folder; one that can't be traced is passed over."""
-    from finetune_study.forecast.predict import Traces
-
-    traces = Traces(folder)
-    for line in sys.stdin:
-        with contextlib.suppress(StudyError):
-            traces.get(Layout(**json.loads(line)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

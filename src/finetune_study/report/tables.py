@@ -1,8 +1,9 @@
 """What the page and the terminal say of each run, as text."""
 
 import io
+import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import polars as pl
 from rich import box
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_study.states import STATES, in_words, that_count
-from finetune_study.table import Row, peak_memory, show
+from finetune_study.table import Row, joined, peak_memory, show
 
 
 def what_happened(row: Row) -> str:
@@ -86,7 +87,7 @@ def headline(cells: pl.DataFrame) -> str:
     """For example `12 runs: 9 completed, 3 out of memory`."""
     if not cells.height:
         return "no runs"
-    return f"{cells.height} {'run' if cells.height == 1 else 'runs'}: {in_words(cells['state'])}"
+    return f"{count_of_runs(cells.height)}: {in_words(cells['state'])}"
 
 
 def flat(frame: pl.DataFrame) -> pl.DataFrame:
@@ -95,8 +96,56 @@ def flat(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.with_columns(pl.col(name).cast(pl.List(pl.String)).list.join(";") for name in lists)
 
 
+PREDICTED = "predicted"
+"""Heading of a prediction and its error, beside what was measured; a table without one leaves it out."""
+
+
+def predicted(value: float | None, error_percent: float | None) -> str:
+    """A prediction in the unit of what stands beside it, and its error where that was measured: `2.88 (+5.0 %)`."""
+    return show(value) + ("" if error_percent is None else f" ({error_percent:+.1f} %)")
+
+
+def predicted_if_any(table: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table, heading first, without those columns of predictions that hold none."""
+    heading, *rows = table
+    shown = [i for i, title in enumerate(heading) if title != PREDICTED or any(row[i] for row in rows)]
+    return [[row[i] for i in shown] for row in table]
+
+
+def errors_in_words(cells: pl.DataFrame) -> str:
+    """Mean absolute errors over all runs whose prediction was frozen before they started; empty where none was.
+
+    Args:
+        cells: one row per planned run (`cells.SCHEMA`).
+    """
+    errors = {
+        what: cells[f"predicted_{column}_error_percent"].drop_nulls().abs().to_list()
+        for what, column in (("peak memory", "memory"), ("step time", "step_time"))
+    }
+    parts = [f"{what} {statistics.fmean(e):.1f} % over {count_of_runs(len(e))}" for what, e in errors.items() if e]
+    return f"Mean absolute error of what was predicted before the runs: {joined(parts)}." if parts else ""
+
+
+def count_of_runs(number: int) -> str:
+    return f"{number} {'run' if number == 1 else 'runs'}"
+
+
 MAX_RUNS = 200
 """Runs that the terminal lists; of more it says the counts, and the page has them all."""
+
+
+_IN_SUMMARY = ("run", "status", "step time", PREDICTED, "peak memory", PREDICTED)
+
+
+def _in_summary(row: Row) -> tuple[str, ...]:
+    return (
+        row["run_id"],
+        row["state"],
+        show(row["step_time_seconds_median"], "s"),
+        predicted(row["predicted_step_time_seconds"], row["predicted_step_time_error_percent"]),
+        show(row["peak"], "GiB"),
+        predicted(row["predicted_peak_memory_allocated_gib"], row["predicted_memory_error_percent"]),
+    )
 
 
 def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
@@ -108,16 +157,15 @@ def summary_text(cells: pl.DataFrame, width: int = 120) -> str:
     """
     stream = io.StringIO()
     console = Console(file=stream, width=width, color_system=None, highlight=False)
-    predicted = cells["predicted_peak_memory_allocated_gib"].is_not_null().any()
+    titles, *rows = predicted_if_any(
+        [_IN_SUMMARY, *map(_in_summary, cells.with_columns(peak=peak_memory()).iter_rows(named=True))]
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    table.add_column("status")
-    for title in ("step time", "peak memory", *(["predicted"] if predicted else [])):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in cells.with_columns(peak=peak_memory()).iter_rows(named=True):
-        numbers = [show(row["step_time_seconds_median"], "s"), show(row["peak"], "GiB")]
-        numbers += [show(row["predicted_peak_memory_allocated_gib"], "GiB")] if predicted else []
-        table.add_row(row["run_id"], row["state"], *(number.strip() for number in numbers))
+    for number, title in enumerate(titles):
+        numeric = number >= _IN_SUMMARY.index("step time")
+        table.add_column(title, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     if 0 < cells.height <= MAX_RUNS:
         console.print(table)
     console.print(headline(cells), markup=False)
