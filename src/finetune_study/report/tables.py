@@ -86,7 +86,7 @@ def headline(cells: pl.DataFrame) -> str:
     """For example `12 runs: 9 completed, 3 out of memory`."""
     if not cells.height:
         return "no runs"
-    return f"{cells.height} {'run' if cells.height == 1 else 'runs'}: {in_words(cells['state'])}"
+    return f"{cells.height:,} {'run' if cells.height == 1 else 'runs'}: {in_words(cells['state'])}"
 
 
 def flat(frame: pl.DataFrame) -> pl.DataFrame:
