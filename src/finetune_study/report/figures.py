@@ -35,7 +35,7 @@ def draw(all_pairs: list[Pair]) -> list[Figure]:
 
 def of_pair(pair: Pair) -> list[Figure]:
     """Every figure of a target on some hardware."""
-    return [figure for maker in OF_A_PAIR if (figure := maker(pair)) is not None]
+    return [figure for maker in OF_A_PAIR for figure in maker(pair)]
 
 
 def svgs(figures: Sequence[Figure]) -> list[str]:
