@@ -614,9 +614,11 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
     first, second = scaling.context(one)
     assert [first.name, second.name] == ["context_tiny_cpu", "context_tiny_cpu_2"]
     memory = [point for figure in (first, second) for point in figure.spec["datasets"]["memory"]]
-    assert {point["recipe"] for point in memory} == {*names}
-    assert [(point["recipe"], point["x"]) for point in memory if point["failed"]] == [(nowhere, 128), (nowhere, 256)]
-    scales = [figure.spec["hconcat"][0]["layer"][0]["encoding"]["y"]["scale"] for figure in (first, second)]
+    assert {point["recipe"] for point in memory} == {*names} - {nowhere}
+    below = second.spec["datasets"]["nowhere"]
+    assert [(one["recipe"], one["x"], one["symbol"]) for one in below] == [(nowhere, 128, "✕"), (nowhere, 256, "✕")]
+    charts = [first.spec["hconcat"], second.spec["vconcat"][0]["hconcat"]]
+    scales = [panels[0]["layer"][0]["encoding"]["y"]["scale"] for panels in charts]
     assert scales[0] == scales[1]
     assert first.title.endswith("(1 of 2)")
 

@@ -96,7 +96,7 @@ for (const box of document.querySelectorAll(".drawing, .scroll")) {
   box.addEventListener("scroll", () => fade(box), { passive: true });
 }
 
-const PAGE = 50;
+const PAGE = 25;
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

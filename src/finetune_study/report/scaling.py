@@ -26,12 +26,14 @@ from finetune_study.report.grammar import (
     tip,
 )
 from finetune_study.report.pair import Pair
+from finetune_study.report.tables import how_it_failed
+from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, count, on_nodes
 
 WIDTH, HEIGHT, CROSS = 225, 210, 13
 """Of a panel, and of a row of crosses above it, pixels."""
 MAX_SERIES = 32
-"""Lines that are drawn over the figures of a pair."""
+"""Lines that are drawn over the figures of a pair, and recipes that completed nowhere."""
 MEMORY_COLUMN, TIME_COLUMN = "peak_memory_gib_median", "step_time_seconds_median"
 
 
@@ -88,19 +90,28 @@ _CONTEXT, _GPUS = _Axis("sequence_length", "Context (tokens)"), _Axis("num_gpus"
 
 
 def _scaling(kind: str, pair: Pair, rows: list[Row], along: _Axis, heading: str) -> list[Figure]:
-    """As many figures as it takes that none has more lines than there are colours; their axes are the same."""
+    """As many figures as it takes that none has more lines than there are colours; their axes are the same.
+
+    Below the last one stand the recipes that completed nowhere, with how they ended.
+    """
     names = _names(pair, rows)
-    known = [name for name in names if any(_series(row) == name and _is_drawn(row) for row in rows)]
-    if len({row[along.column] for row in rows}) < 2 or not any(map(_has_number, rows)):
+    of = {name: [row for row in rows if _series(row) == name] for name in names}
+    lines = [name for name in names if any(map(_has_number, of[name]))]
+    nowhere = [name for name in names if name not in lines and any(map(_stands_above, of[name]))]
+    if len({row[along.column] for row in rows}) < 2 or not lines:
         return []
-    groups = _groups(known[:MAX_SERIES])
+    groups = _groups(lines[:MAX_SERIES])
     crosses = max(len(_failing(rows, group)) for group in groups)
     figures = []
     for number, group in enumerate(groups, start=1):
         panels, datasets = _panels(rows, group, crosses, along, pair.limit)
-        chart = {"hconcat": panels, "spacing": 26, "resolve": {"scale": {"color": "shared", "shape": "shared"}}}
+        chart: Spec = {"hconcat": panels, "spacing": 26, "resolve": {"scale": {"color": "shared", "shape": "shared"}}}
+        last = number == len(groups)
+        if last and nowhere:
+            datasets["nowhere"] = [_ending(row, along) for name in nowhere[:MAX_SERIES] for row in of[name]]
+            chart = {"vconcat": [chart, _strip(datasets["nowhere"], along)], "spacing": 16}
         part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
-        caption = _left_out(names, known) if number == len(groups) else ""
+        caption = _left_out(names, lines, nowhere) if last else ""
         figures.append(figure(kind, pair, chart, heading + part, datasets, caption, part=number))
     return figures
 
@@ -124,7 +135,7 @@ def _panels(
         ("time", TIME_COLUMN, "Step time (s)", None),
     ):
         values = [row[column] for row in rows if row[column]] + ([most] if most else [])
-        if most or any(row[column] and _series(row) in titles for row in rows):
+        if any(row[column] and _series(row) in titles for row in rows):
             ends = log_scale(values)
             datasets[name] = _points(rows, titles, ends, along.column, column, most)
             top = _above(ends, most, crosses + 0.4) if crosses else ends[1]
@@ -133,11 +144,26 @@ def _panels(
     return panels, datasets
 
 
-def _left_out(names: list[str], known: list[str]) -> str:
+def _ending(row: Row, along: _Axis) -> Row:
+    state, _ = how_it_failed([row["states"]])
+    found = {"x": row[along.column], "recipe": _series(row), "symbol": STATES[state].symbol}
+    return found | {"tip": tip(row), "link": run_link(row)}
+
+
+def _strip(points: list[Row], along: _Axis) -> Spec:
+    """A row for each recipe that completed nowhere: how it ended, by its symbol."""
+    names = [*dict.fromkeys(point["recipe"] for point in points)]
+    y = field("recipe", "N", sort=names, title=None, axis=axis(orient="right"))  # below the second panel is room
+    x = field("x", "O", title=f"Completed nowhere, by {along.title}", axis=axis(labelAngle=0))
+    marks = layer("nowhere", {"type": "text"}, x=x, y=y, text=field("symbol", "N"), **SAYS)
+    return marks | {"width": WIDTH, "height": {"step": CROSS + 3}}
+
+
+def _left_out(names: list[str], lines: list[str], nowhere: list[str]) -> str:
     parts = []
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if name not in (*lines, *nowhere)]:
         parts.append(f"No outcome here yet: {', '.join(unknown)}.")
-    if beyond := known[MAX_SERIES:]:
+    if beyond := lines[MAX_SERIES:] + nowhere[MAX_SERIES:]:
         parts.append(f"Not drawn: {', '.join(beyond)}.")
     return " ".join(parts)
 
@@ -175,7 +201,7 @@ def _failing(rows: list[Row], group: Iterable[str]) -> list[str]:
 def _above(ends: tuple[float, float], limit: float | None, number: float) -> float:
     """Where a row of crosses stands, on a logarithmic axis: above the device's memory, else above all points."""
     low, top = ends
-    return (limit or top) * (top / low) ** (CROSS / HEIGHT * number)
+    return float((limit or top) * (top / low) ** (CROSS / HEIGHT * number))
 
 
 def _points(
@@ -248,10 +274,6 @@ def _panel(
 
 def _has_number(row: Row) -> bool:
     return bool(row[MEMORY_COLUMN] or row[TIME_COLUMN])
-
-
-def _is_drawn(row: Row) -> bool:
-    return _has_number(row) or _stands_above(row)
 
 
 def _stands_above(row: Row) -> bool:
