@@ -170,6 +170,7 @@ def test_a_run_that_ran_out_of_memory_says_how(opened: Opened) -> None:
     page = opened.page
     page.select_option("select[data-filter=state]", "device_oom")
     page.locator("#rows a").first.click()
+    page.locator("#panel").wait_for()
     text = page.locator("#panel").inner_text()
     for name in ("oom_phase", "oom_step", "oom_requested_gib", "oom_held_gib", "slurm_job_id", "software_sha256"):
         assert name in text
@@ -182,6 +183,7 @@ def test_html_in_a_log_is_shown(opened: Opened) -> None:
     page.select_option("select[data-filter=state]", "failed")
     page.fill("#find", "onerror")
     page.locator("#rows a").first.click()
+    page.locator("#panel").wait_for()
     assert f"{EVIL} in failure_log_tail" in page.locator("#panel").inner_text()
     page.keyboard.press("Escape")
 
@@ -277,15 +279,22 @@ def test_a_narrow_window_scrolls_in_one_direction_alone(browser: Any, page_file:
 
 def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     printed = Opened(browser, page_file)
+    folded = printed.page.locator("details:not([open])").count()
+    assert folded > 10
     written = printed.page.pdf(path=SCREENSHOTS / "print.pdf", prefer_css_page_size=True)
     assert written.startswith(b"%PDF")
-    headings = {text.strip() for text in printed.texts("section:has(> .figures) > :is(h2, h3)")}
+    headings = {text.strip() for text in printed.texts("section:has(> .figures) > :is(h2, h3), .fold > summary")}
+    assert printed.page.locator("details:not([open])").count() == folded  # closed again
     printed.page.close()
     need("pdftotext", "poppler-utils")
     command = ["pdftotext", "-layout", str(SCREENSHOTS / "print.pdf"), "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pages = [[line.strip() for line in page.splitlines() if line.strip()] for page in text.split("\f")]
     assert headings & {line for lines in pages for line in lines}
+    assert "finetune-study export llama2-7b a100-80gb" in text
+    assert "Every column of the comparisons" in text
+    assert table.COLUMNS["step_time_ratio"][1] in " ".join(text.split())
+    assert len(pages) < 60
     # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.
     assert [line for lines in pages for line in lines[-6:] if line in headings] == []
 

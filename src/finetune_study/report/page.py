@@ -28,12 +28,12 @@ from finetune_study.table import SETTING, Row, show
 TEMPLATE = "page.html.j2"
 SCRIPT = "page.js"
 
-COLUMN = 600
+COLUMN = 604
 """Width that a figure has beside another one in a window of 1280, pixels; a wider one has a line of its own, since text
 that is made smaller can't be read."""
 MAX_ROWS = 200
 """Rows of a table that is written out; the whole is a file."""
-PAPER_ROWS = 25
+PAPER_ROWS = 12
 """Of those, rows of a table that is folded away on the screen and open on paper."""
 
 _PAGE_COLOURS = {
