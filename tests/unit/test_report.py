@@ -194,7 +194,7 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
         "Step time: 1.10 s (1 run)",
         "Memory: peak 0.250 GiB, of the device's 1.00 GiB",
         "Not compared: full (out of memory)",
-        "What would settle it: protocol.repeats: 3 adds runs of lora",
+        "To settle it: protocol.repeats: 3 adds runs of lora",
     ]
 
 

@@ -138,7 +138,7 @@ def _why(one: Recommendation, best: Evidence, limit: float) -> list[tuple[str, s
             "Not compared",
             _some([f"{other.recipe} ({in_words(other.states)})" for other in one.evidence if not other.fits]),
         ),
-        ("What would settle it", _some(one.settled_by)),
+        ("To settle it", _some(one.settled_by)),
     ]
 
 

@@ -91,7 +91,7 @@ function fade(box) {
   box.classList.toggle("goes-right", box.scrollLeft < box.scrollWidth - box.clientWidth - 2);
 }
 const sizes = new ResizeObserver((entries) => { for (const { target } of entries) fade(target); });
-for (const box of document.querySelectorAll(".drawing, .scroll")) {
+for (const box of document.querySelectorAll(".drawing, .scroll, nav")) {
   sizes.observe(box);
   box.addEventListener("scroll", () => fade(box), { passive: true });
 }
