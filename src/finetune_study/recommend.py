@@ -536,11 +536,11 @@ def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:
 
 
 def _timing(one: Evidence, versus: Versus | None = None) -> str:
-    runs = "1 run" if one.num_completed == 1 else f"{one.num_completed} runs"
     spread = ""
     if one.num_completed > 1:
         spread = f", {show(one.step_time_seconds_min)} to {show(one.step_time_seconds_max)}"
-    return f"{one.recipe} {show(one.step_time_seconds_median, 's')} a step ({runs}{spread}{_ratio(versus)})"
+    completed = f"{table.runs(one.num_completed)}{spread}{_ratio(versus)}"
+    return f"{one.recipe} {show(one.step_time_seconds_median, 's')} a step ({completed})"
 
 
 def _ratio(versus: Versus | None) -> str:

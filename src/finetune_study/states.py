@@ -73,4 +73,4 @@ def in_words(states: Iterable[str]) -> str:
     found = counts(states)
     if [number for _, number in found] == [1]:
         return STATES[found[0][0]].words
-    return ", ".join(f"{number} {STATES[state].words}" for state, number in found)
+    return ", ".join(f"{number:,} {STATES[state].words}" for state, number in found)

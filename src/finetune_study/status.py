@@ -24,7 +24,7 @@ from finetune_study.errors import RecordError
 from finetune_study.run import Run
 from finetune_study.states import STATES
 from finetune_study.study import Study
-from finetune_study.table import show
+from finetune_study.table import runs, show
 
 LEDGER = Path(".snakemake/auxiliary/submitit/ledger.jsonl")
 """Of the executor, below the folder in which Snakemake works."""
@@ -308,10 +308,6 @@ def advice(reason: str) -> str | None:
     if word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word:
         return USED_UP
     return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
-
-
-def runs(number: int) -> str:
-    return f"{number} {'run' if number == 1 else 'runs'}"
 
 
 def render(status: Status, now: float | None = None) -> Group:

@@ -161,10 +161,14 @@ def on_nodes(nodes: int) -> str:
 
 
 def show(value: float | None, unit: str = "") -> str:
-    """A number for a reader: three significant digits, and nothing where it is not known."""
+    """A measured number for a reader: three significant digits, and all before the point; nothing where it is unknown.
+
+    The page's script writes numbers in the same way (`measured` in report/page.js).
+    """
     if value is None:
         return ""
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    exponent = int(f"{value:.2e}".partition("e")[2])
+    text = f"{value:,.{max(0, 2 - exponent)}f}"
     return f"{text} {unit}".rstrip()
 
 
@@ -172,6 +176,11 @@ def joined(parts: Iterable[str]) -> str:
     """For example `a, b and c`."""
     *first, last = [*parts] or [""]
     return f"{', '.join(first)} and {last}" if first else last
+
+
+def runs(number: int) -> str:
+    """For example `1 run`, `1,440 runs`."""
+    return f"{number:,} {'run' if number == 1 else 'runs'}"
 
 
 def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:

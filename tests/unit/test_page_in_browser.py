@@ -14,7 +14,7 @@ import pytest
 from benchmarks import synthetic
 from playwright import sync_api
 
-from finetune_study import cells, outcome, plan, report
+from finetune_study import cells, outcome, plan, report, table
 from finetune_study.paths import Results
 from tests.debian import need
 from tests.unit import handmade
@@ -97,12 +97,12 @@ def test_it_opens_from_a_file_and_asks_for_nothing_else(opened: Opened, page_fil
 
 def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -> None:
     page = opened.page
-    assert "1–50 of 6,384" in page.locator("#place").inner_text()
+    assert "1–25 of 6,384" in page.locator("#place").inner_text()
     page.select_option("select[data-filter=state]", "completed")
     page.get_by_role("button", name="Step time s, median").click()
     times = [float(text) for text in opened.column("Step time")]
     assert times == sorted(times)
-    assert len(times) == 50
+    assert len(times) == 25
     page.get_by_role("button", name="Step time s, median").click()
     slowest = [float(text.replace(",", "")) for text in opened.column("Step time")]
     assert slowest == sorted(slowest, reverse=True)
@@ -115,16 +115,45 @@ def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -
     first = opened.column("Run")
     page.get_by_role("button", name="Next").click()
     assert not {*first} & {*opened.column("Run")}
-    assert "51–100" in page.locator("#place").inner_text()
+    assert "26–50" in page.locator("#place").inner_text()
     page.fill("#find", "no such run")
-    assert page.locator("#place").inner_text() == "none"
+    assert page.locator("#place").inner_text() == "no run"
+    assert page.locator("#rows").inner_text().startswith("No run matches.")
+    page.get_by_role("button", name="Clear the filter").click()
+    assert "1–25 of 6,384" in page.locator("#place").inner_text()
+    assert page.locator("#find").evaluate("(it) => it === document.activeElement")
+
+
+def test_a_click_anywhere_in_a_row_opens_its_run(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#rows tr").nth(2).locator("td").nth(3).click()
+    page.locator("#panel").wait_for()
+    assert page.locator("#panel-title").inner_text() == opened.column("Run")[2]
+    page.keyboard.press("Escape")
+    assert page.evaluate("location.hash") == "#runs"
+
+
+def test_the_script_writes_numbers_as_the_rest_of_the_report_does(opened: Opened) -> None:
+    values = [0.0, 1.0, 2.125, 0.12345, 45.67, 999.0, 999.4, 999.5, 999.7, 1000.5, 2472.4, 1234567.0, 1.23e-5, -0.5]
+    assert opened.page.evaluate("(values) => values.map(measured)", values) == [table.show(value) for value in values]
+    opened.page.select_option("select[data-filter=state]", "completed")
+    assert opened.column("Context")[0] == "256"
+    assert all(text == table.show(float(text.replace(",", ""))) for text in opened.column("Tokens/s"))
 
 
 def test_a_cell_of_the_map_says_its_numbers_and_leads_to_its_run(opened: Opened) -> None:
     page = opened.page
     cell = page.locator("#feasibility figure svg a").first
     cell.hover()
-    assert "context 256" in page.locator("#tip").inner_text()
+    name, *facts = page.locator("#tip > *").all_inner_texts()
+    assert name == "llama2-7b, a100-80gb × 1, context 256"
+    assert 3 < len(facts) <= 8
+    assert page.locator("#tip span").all_inner_texts()[:3] == ["Recommended", "Verdict", "Step time"]
+    for kind in ("bar", "point"):
+        page.locator(
+            f"#figures a:has([aria-roledescription={kind}]), #tradeoff a:has([aria-roledescription={kind}])"
+        ).first.hover()
+        assert "Peak memory" in page.locator("#tip").inner_text()
     cell.click()
     title = page.locator("#panel-title").inner_text()
     assert title.startswith("llama2-7b_a100-80gbx")
@@ -141,6 +170,7 @@ def test_a_run_that_ran_out_of_memory_says_how(opened: Opened) -> None:
     page = opened.page
     page.select_option("select[data-filter=state]", "device_oom")
     page.locator("#rows a").first.click()
+    page.locator("#panel").wait_for()
     text = page.locator("#panel").inner_text()
     for name in ("oom_phase", "oom_step", "oom_requested_gib", "oom_held_gib", "slurm_job_id", "software_sha256"):
         assert name in text
@@ -153,6 +183,7 @@ def test_html_in_a_log_is_shown(opened: Opened) -> None:
     page.select_option("select[data-filter=state]", "failed")
     page.fill("#find", "onerror")
     page.locator("#rows a").first.click()
+    page.locator("#panel").wait_for()
     assert f"{EVIL} in failure_log_tail" in page.locator("#panel").inner_text()
     page.keyboard.press("Escape")
 
@@ -176,6 +207,35 @@ def test_the_keyboard_reaches_contents_cells_and_headings(opened: Opened) -> Non
     page.locator("#headings button").first.focus()
     page.keyboard.press("Enter")
     assert page.locator("#headings th").first.get_attribute("aria-sort") == "ascending"
+
+
+def test_tab_stops_once_in_a_figure_and_arrow_keys_reach_its_marks(opened: Opened) -> None:
+    page = opened.page
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"
+    stops = 0
+    while page.evaluate("document.activeElement !== document.body") and stops < 1000:
+        page.keyboard.press("Tab")
+        stops += 1
+    assert 50 < stops <= 300
+    links = page.locator("#feasibility figure svg").first.locator("a")
+    links.first.focus()
+    said = []
+    for key in ("ArrowRight", "ArrowDown", "ArrowLeft", "End", "End", "ArrowRight", "Home"):
+        page.keyboard.press(key)
+        said.append(
+            page.evaluate(
+                "[...document.activeElement.closest('svg').querySelectorAll('a')].indexOf(document.activeElement)"
+            )
+        )
+    last = links.count() - 1
+    assert said == [1, 2, 1, last, last, last, 0]
+    assert not page.locator("#tip").is_hidden()
+    page.keyboard.press("End")
+    assert links.first.get_attribute("tabindex") == "-1"
+    assert links.last.get_attribute("tabindex") == "0"
 
 
 def test_the_dark_page_is_dark_and_legible(browser: Any, page_file: Path) -> None:
@@ -219,15 +279,22 @@ def test_a_narrow_window_scrolls_in_one_direction_alone(browser: Any, page_file:
 
 def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     printed = Opened(browser, page_file)
+    folded = printed.page.locator("details:not([open])").count()
+    assert folded > 10
     written = printed.page.pdf(path=SCREENSHOTS / "print.pdf", prefer_css_page_size=True)
     assert written.startswith(b"%PDF")
-    headings = {text.strip() for text in printed.texts("section:has(> .figures) > :is(h2, h3)")}
+    headings = {text.strip() for text in printed.texts("section:has(> .figures) > :is(h2, h3), .fold > summary")}
+    assert printed.page.locator("details:not([open])").count() == folded  # closed again
     printed.page.close()
     need("pdftotext", "poppler-utils")
     command = ["pdftotext", "-layout", str(SCREENSHOTS / "print.pdf"), "-"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     pages = [[line.strip() for line in page.splitlines() if line.strip()] for page in text.split("\f")]
     assert headings & {line for lines in pages for line in lines}
+    assert "finetune-study export llama2-7b a100-80gb" in text
+    assert "Every column of the comparisons" in text
+    assert table.COLUMNS["step_time_ratio"][1] in " ".join(text.split())
+    assert len(pages) < 60
     # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.
     assert [line for lines in pages for line in lines[-6:] if line in headings] == []
 

@@ -186,7 +186,16 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
     (cell,) = drawn(STUDY, tmp_path, *mixed())["feasibility"].spec["datasets"]["cells"]
     assert (cell["context"], cell["gpus"], cell["first"], cell["second"]) == (128, 1, "? lora", "1.10 s, 0.250 GiB")
     assert (cell["tone"], cell["link"]) == ("good", f"#run={LORA.run_id}")
-    assert "that no other one fits takes 3 runs of it" in cell["tip"]
+    name, *facts = cell["tip"].split("\n")
+    assert name == "tiny, cpu × 1, context 128"
+    assert facts == [
+        "Recommended: lora",
+        "Verdict: too few data",
+        "Step time: 1.10 s (1 run)",
+        "Memory: peak 0.250 GiB, of the device's 1.00 GiB",
+        "Not compared: full (out of memory)",
+        "To settle it: protocol.repeats: 3 adds runs of lora",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +236,7 @@ def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -
 
 def test_hovering_over_the_map_tells_memory_and_limit_in_numbers(tmp_path: Path) -> None:
     (cell,) = drawn(STUDY, tmp_path / "fits", *mixed())["feasibility"].spec["datasets"]["cells"]
-    assert cell["tip"].endswith(" lora: peak 0.250 GiB, of the device's 1.00 GiB.")
+    assert "Memory: peak 0.250 GiB, of the device's 1.00 GiB" in cell["tip"].split("\n")
     paths = Results(tmp_path / "none").run(LORA.run_id)
     paths.folder.mkdir(parents=True)
     paths.prior.write_text(json.dumps({"predicted_peak_memory_allocated_gib": 3.5}))
@@ -235,9 +244,11 @@ def test_hovering_over_the_map_tells_memory_and_limit_in_numbers(tmp_path: Path)
     (cell,) = drawn(STUDY, tmp_path / "none", handmade.out_of_memory(FULL), skipped)["feasibility"].spec["datasets"][
         "cells"
     ]
-    assert "full: 64.0 MiB asked for, 0.879 GiB held, of the device's 1.00 GiB" in cell["tip"]
-    assert "lora: 3.50 GiB predicted, of the device's 1.00 GiB" in cell["tip"]
-    assert "lora (predicted out of memory)" in cell["tip"]
+    assert cell["tip"].split("\n")[1:] == [
+        "Verdict: nothing fits",
+        "full: out of memory; 64.0 MiB asked for, 0.879 GiB held, of the device's 1.00 GiB",
+        "lora: predicted out of memory; 3.50 GiB predicted, of the device's 1.00 GiB",
+    ]
     assert "_oom" not in cell["tip"]
 
 
@@ -530,7 +541,7 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert "predicted 0.600" in Text(page).text
     (recipes,) = (f for f, _ in report.gather(STUDY, handmade.frame(STUDY, tmp_path)).figures if f.kind == "recipes")
     assert {(m["predicted_memory"], m["predicted_time"]) for m in recipes.spec["datasets"]["marks"]} == {(0.6, 2.5)}
-    assert "predicted 2.50 s and 0.600 GiB" in recipes.spec["datasets"]["marks"][0]["tip"]
+    assert "Predicted: 2.50 s, 0.600 GiB" in recipes.spec["datasets"]["marks"][0]["tip"]
 
 
 def test_a_prediction_of_what_never_ran_does_not_stretch_the_axis(tmp_path: Path) -> None:
@@ -542,7 +553,7 @@ def test_a_prediction_of_what_never_ran_does_not_stretch_the_axis(tmp_path: Path
     found = drawn(STUDY, tmp_path, handmade.out_of_memory(runs["full", 1]), handmade.completed(runs["lora", 1], 1.0))
     marks = {mark["recipe"]: mark for mark in found["recipes"].spec["datasets"]["marks"]}
     assert (marks["full"]["predicted_time"], marks["lora"]["predicted_time"]) == (None, 1.5)
-    assert "predicted 100 s" in marks["full"]["tip"]
+    assert "Predicted: 100 s" in marks["full"]["tip"]
 
 
 @pytest.mark.parametrize("status", ["implied_oom", "predicted_oom"])
@@ -609,6 +620,41 @@ def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path)
     assert failed["full", 512] == failed["full", 1024] > 1.0  # GiB of the device
     assert failed["lora", 1024] > failed["full", 1024]
     assert {one["series"] for one in memory} == {"full", "lora (0.00, 1.00)"}
+
+
+def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_the_same_axes(tmp_path: Path) -> None:
+    names = [f"lora-{rank}" for rank in range(1, 14)]
+    recipes = {name: {"lora": {"r": int(name[5:])}} for name in names}
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": names, "sequence_length": [128, 256]}
+    study = handmade.study(recipes=recipes, grid=[block])
+    nowhere = names[4]
+    documents: list[Record | Failure] = [
+        handmade.out_of_memory(one.run)
+        if one.run.recipe == nowhere
+        else handmade.completed(one.run, one.run.sequence_length / 100)
+        for one in handmade.planned(study)
+    ]
+    compared = handmade.compared(study, tmp_path, *documents)
+    (one,) = pair.pairs(study, compared.to_dicts(), recommend.recommend(compared))
+    first, second = scaling.context(one)
+    assert [first.name, second.name] == ["context_tiny_cpu", "context_tiny_cpu_2"]
+    memory = [point for figure in (first, second) for point in figure.spec["datasets"]["memory"]]
+    assert {point["recipe"] for point in memory} == {*names} - {nowhere}
+    below = second.spec["datasets"]["nowhere"]
+    assert [(one["recipe"], one["x"], one["symbol"]) for one in below] == [(nowhere, 128, "✕"), (nowhere, 256, "✕")]
+    charts = [first.spec["hconcat"], second.spec["vconcat"][0]["hconcat"]]
+    scales = [panels[0]["layer"][0]["encoding"]["y"]["scale"] for panels in charts]
+    assert scales[0] == scales[1]
+    assert first.title.endswith("(1 of 2)")
+
+
+@pytest.mark.parametrize("contexts", [[128], [128, 256]])
+def test_a_panel_without_a_number_is_left_out(tmp_path: Path, contexts: list[int]) -> None:
+    study = handmade.study(grid=[BLOCK | {"sequence_length": contexts}])
+    found = drawn(study, tmp_path, *(handmade.out_of_memory(one.run) for one in handmade.planned(study)))
+    assert {*found} == {"feasibility", "recipes"}
+    (panel,) = found["recipes"].spec["hconcat"]
+    assert "Peak memory" in json.dumps(panel)
 
 
 def test_names_in_the_trade_off_never_lie_on_each_other() -> None:

@@ -155,7 +155,11 @@ def test_an_empty_study_has_an_empty_table_of_the_same_columns(tmp_path: Path) -
         (0.12345, "0.123"),
         (45.67, "45.7"),
         (999.0, "999"),
+        (999.7, "1,000"),
+        (2472.4, "2,472"),
         (12345.6, "12,346"),
+        (0.0000123, "0.0000123"),
+        (-0.5, "-0.500"),
     ],
 )
 def test_numbers_are_shown_with_three_digits(value: float | None, text: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune_study.forecast.study import TO_TRAIN, totals
-from finetune_study.table import show
+from finetune_study.table import runs, show
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ def _padded(text: str, heading: str, width: int) -> str:
 def _notes(rows: list[Row], width: int) -> list[str]:
     """Warnings about runs to train, each with the number of runs that it is about."""
     counts = Counter(warning for row in rows if row["state"] == TO_TRAIN for warning in _warnings(row)).most_common()
-    notes = [_wrapped(f"{_runs(number)}: {warning}", width) for warning, number in counts[:MAX_NOTES]]
+    notes = [_wrapped(f"{runs(number)}: {warning}", width) for warning, number in counts[:MAX_NOTES]]
     more = [f"and {len(counts) - MAX_NOTES} more warnings in forecast.csv"] if len(counts) > MAX_NOTES else []
     return [*notes, *more, ""] if notes else []
 
@@ -88,7 +88,7 @@ def _warnings(row: Row) -> list[str]:
 
 
 def _total(name: str, sums: Row) -> str:
-    parts = [f"{_runs(sums['runs'])} to train"]
+    parts = [f"{runs(sums['runs'])} to train"]
     charged = sums["runs"] - sums["do_not_fit"]
     if sums["not_predicted"] < charged:
         cost = sums["cost_usd"]
@@ -106,7 +106,3 @@ def _total(name: str, sums: Row) -> str:
     }
     parts += [f"{sums[state]} {words}" for state, words in others.items() if sums[state]]
     return f"{name}: {'; '.join(parts)}"
-
-
-def _runs(number: int) -> str:
-    return f"{number} {'run' if number == 1 else 'runs'}"

@@ -25,7 +25,7 @@ from finetune_study.report.grammar import (
 from finetune_study.report.pair import Pair
 from finetune_study.table import TIMES, Row, count, show
 
-MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 180, 115, 24, 13
+MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 148, 94, 24, 13
 """Of the panels, of a row and of its bar, pixels; numbers stand right of a panel, where nothing crosses them."""
 ROOM = 1.03
 """A panel is wider than its longest bar by this."""
@@ -41,22 +41,30 @@ PREDICTED = {
 LABEL = {"type": "text", "align": "left", "dx": 5}
 
 
-def recipes(pair: Pair) -> Figure | None:
-    """Peak memory, broken down, and step time of each recipe, on most devices at the shortest context."""
+def recipes(pair: Pair) -> list[Figure]:
+    """Peak memory, broken down, and step time of each recipe, on most devices at the shortest context.
+
+    A panel in which no recipe has anything to draw is left out.
+    """
     rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     slowest = _slowest(rows)
     marks = [_mark(pair, row, slowest) for row in rows]
     order = order_of(pair, marks)
     shares = [mark | share for mark, row in zip(marks, rows, strict=True) for share in shares_of(row)]
     largest = max([pair.limit, *(mark["memory_end"] for mark in marks)])
+    panels = [_memory(order, shares, largest)] if any(mark["memory_end"] for mark in marks) else []
+    if any(mark["time"] or mark["predicted_time"] for mark in marks):
+        panels.append(_time(order, slowest, alone=not panels))
+    if not panels:
+        return []
     chart = {
-        "hconcat": [_memory(order, shares, largest), _time(order, slowest)],
+        "hconcat": panels,
         "spacing": 14,
         "resolve": {"scale": {"color": "shared"}},
     }
     columns = sorted({row["peak_memory_column"] for row in rows if row["peak_memory_column"]})
     predicted = any(mark["predicted_memory"] or mark["predicted_time"] for mark in marks)
-    return figure(
+    one = figure(
         "recipes",
         pair,
         chart,
@@ -66,6 +74,7 @@ def recipes(pair: Pair) -> Figure | None:
         f"{''.join(f' ({name})' for name in columns)}; dashed: the device's {show(pair.limit, 'GiB')}."
         + (" Diamonds: predicted before the run." if predicted else ""),
     )
+    return [one]
 
 
 def order_of(pair: Pair, marks: list[dict[str, Any]]) -> list[str]:
@@ -101,8 +110,8 @@ def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> S
     return {"layer": layers, "width": MEMORY_WIDTH, "height": {"step": STEP}}
 
 
-def _time(order: list[str], slowest: float) -> Spec:
-    y = field("recipe", "N", sort=order, title=None, axis=None)
+def _time(order: list[str], slowest: float, *, alone: bool) -> Spec:
+    y = field("recipe", "N", sort=order, title=None, axis=axis() if alone else None)
     x = field(
         "time",
         title="Time of an optimizer step (s)",

@@ -10,7 +10,7 @@ import polars as pl
 
 from finetune_study import cells as cells_module
 from finetune_study.states import STATES
-from finetune_study.table import CONFIGURATION
+from finetune_study.table import CONFIGURATION, SETTING
 
 SETTINGS = (
     "model",
@@ -112,14 +112,15 @@ def _has_values(series: pl.Series) -> bool:
 
 
 def _column(series: pl.Series) -> dict[str, Any]:
-    """Plain values; or for texts that repeat themselves, each once, and where it stands."""
+    """Plain values, with how a number is written unless as it is; or for texts that repeat themselves, each once."""
     if series.dtype.is_float():
-        return {"values": series.round_sig_figs(DIGITS).to_list()}
+        return {"kind": "measured", "values": series.round_sig_figs(DIGITS).to_list()}
     if isinstance(series.dtype, pl.List):
-        return {"values": series.list.eval(pl.element().round_sig_figs(DIGITS)).to_list()}
+        return {"kind": "measured", "values": series.list.eval(pl.element().round_sig_figs(DIGITS)).to_list()}
     if series.dtype == pl.String:
         words = series.unique(maintain_order=True).drop_nulls()
         if len(words) * 2 <= len(series):
             codes = series.replace_strict(words, range(len(words)), default=None, return_dtype=pl.Int64)
             return {"words": words.to_list(), "codes": codes.to_list()}
-    return {"values": series.to_list()}
+    counted = series.dtype.is_integer() and series.name not in SETTING
+    return {"values": series.to_list()} | ({"kind": "counted"} if counted else {})

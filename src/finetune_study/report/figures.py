@@ -1,5 +1,6 @@
 """Every figure of the report, by grammar (Vega-Lite): what to draw is said, nothing is drawn by hand."""
 
+import functools
 import multiprocessing
 import os
 import re
@@ -35,7 +36,7 @@ def draw(all_pairs: list[Pair]) -> list[Figure]:
 
 def of_pair(pair: Pair) -> list[Figure]:
     """Every figure of a target on some hardware."""
-    return [figure for maker in OF_A_PAIR if (figure := maker(pair)) is not None]
+    return [figure for maker in OF_A_PAIR for figure in maker(pair)]
 
 
 def svgs(figures: Sequence[Figure]) -> list[str]:
@@ -47,9 +48,13 @@ def _each(convert: Callable[[T], U], given: Sequence[T]) -> list[U]:
     """The converter holds the interpreter's lock, so that threads would take turns."""
     if len(given) < WORTH_PROCESSES:
         return list(map(convert, given))
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(convert, given, chunksize=4))
+    return list(_pool().map(convert, given, chunksize=4))
+
+
+@functools.cache
+def _pool() -> ProcessPoolExecutor:
+    """The same for every conversion: its processes take seconds to start."""
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
 
 
 def _png(svg: str) -> bytes:

@@ -43,11 +43,13 @@ class Figure:
     caption: str
     spec: Spec
     """Vega-Lite."""
+    part: int = 1
+    """Of figures of one kind, from 1."""
 
     @property
     def name(self) -> str:
         """File name without its ending."""
-        return "_".join(filter(None, (self.kind, self.target, self.hardware)))
+        return "_".join(filter(None, (self.kind, self.target, self.hardware, str(self.part) if self.part > 1 else "")))
 
     def svg(self) -> str:
         return str(vl_convert.vegalite_to_svg(self.spec)).replace(_LINK_BASE, "")
@@ -69,8 +71,9 @@ TONES = {"domain": [*FILLS], "range": [*FILLS.values()]}
 
 
 def layer(data: str, mark: Spec, **encoding: Spec) -> Spec:
-    """Marks of one dataset."""
-    return {"data": {"name": data}, "mark": mark, "encoding": encoding}
+    """Marks of one dataset; those that say nothing of a run are silent to a screen reader, too."""
+    silent = {} if "description" in encoding else {"aria": False}
+    return {"data": {"name": data}, "mark": mark | silent, "encoding": encoding}
 
 
 def only(test: str, marks: Spec) -> Spec:
@@ -108,7 +111,7 @@ def log_axis(ends: tuple[float, float], title: str) -> Spec:
     return {
         "title": title,
         "scale": {"type": "log", "nice": False, "domain": [low, high]},
-        "axis": axis(grid=True, values=ticks, format="~g"),
+        "axis": axis(grid=True, values=ticks, format=",~g"),
     }
 
 
@@ -147,24 +150,27 @@ def _without_number(row: Row) -> dict[str, int]:
     return {state: row["states"].count(state) for state in STATES if state != "completed" and state in row["states"]}
 
 
-def tip(row: Row) -> str:
-    """Everything about a configuration in a line, for hovering and for screen readers."""
-    parts = [
-        f"{row['recipe']}, {devices(row['hardware'], row['num_gpus'], row['nodes'])}, "
-        f"context {row['sequence_length']}, micro-batch {row['per_device_train_batch_size'] or row['micro_batch']}",
-        label(row, row["step_time_seconds_median"], "s"),
-        show(row["peak_memory_gib_median"], "GiB"),
-        show(row["tokens_per_second_per_gpu_median"], "tokens/s per device"),
-        _predicted(row),
-        f"{row['num_completed']} of {row['num_repeats']} repeats completed",
-    ]
-    return "; ".join(filter(None, parts))
+def told(name: str, facts: Iterable[tuple[str, str]]) -> str:
+    """What a mark says: a name, then a line for each fact that is known."""
+    return "\n".join([name, *(f"{label}: {value}" for label, value in facts if value)])
 
 
-def _predicted(row: Row) -> str:
+def tip(row: Row, *more: tuple[str, str]) -> str:
+    """Everything about a configuration, for hovering and for screen readers."""
     seconds, memory = row["predicted_step_time_seconds"], row["predicted_peak_memory_gib"]
-    numbers = filter(None, (show(seconds, "s"), show(memory, "GiB")))
-    return f"predicted {' and '.join(numbers)}" if seconds or memory else ""
+    micro_batch = row["per_device_train_batch_size"] or row["micro_batch"]
+    place = devices(row["hardware"], row["num_gpus"], row["nodes"])
+    return told(
+        f"{row['recipe']}, {place}, context {row['sequence_length']}, micro-batch {micro_batch}",
+        [
+            ("Step time", label(row, row["step_time_seconds_median"], "s")),
+            ("Peak memory", show(row["peak_memory_gib_median"], "GiB")),
+            ("Throughput", show(row["tokens_per_second_per_gpu_median"], "tokens/s per device")),
+            ("Predicted", ", ".join(filter(None, (show(seconds, "s"), show(memory, "GiB"))))),
+            ("Completed", f"{row['num_completed']} of {row['num_repeats']} repeats"),
+            *more,
+        ],
+    )
 
 
 def figure(
@@ -176,6 +182,7 @@ def figure(
     caption: str = "",
     *,
     whole: bool = False,
+    part: int = 1,
 ) -> Figure:
     """A figure in the report's style; `whole`: of all targets on the hardware."""
     style = {
@@ -204,6 +211,5 @@ def figure(
             "text": {"fontSize": FONT_SIZE, "color": INK},
         },
     }
-    return Figure(
-        kind, "" if whole else pair.target, pair.hardware, title, caption, style | chart | {"datasets": datasets}
-    )
+    target = "" if whole else pair.target
+    return Figure(kind, target, pair.hardware, title, caption, style | chart | {"datasets": datasets}, part)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from finetune_study.recommend import Evidence, Recommendation
+from finetune_study.recommend import Evidence, Recommendation, Versus
 from finetune_study.report.grammar import (
     MUTED,
     PAPER,
@@ -18,22 +18,23 @@ from finetune_study.report.grammar import (
     only,
     run_link,
     tip,
+    told,
     width_of,
 )
 from finetune_study.report.pair import MAX_PAIRS, Pair
 from finetune_study.report.tables import against_limit, how_it_failed
-from finetune_study.states import STATES
-from finetune_study.table import Row, count, devices, show
+from finetune_study.states import STATES, in_words
+from finetune_study.table import Row, count, devices, runs, show
 
 MIN_WIDTH, PADDING = 84, 18
 """Of a cell, and beside its text, pixels."""
 MAX_LETTERS = 28
 """A longer text is cut, and whole on hovering; the longest of the states' words is shorter."""
-MAX_TOLD = 8
-"""Recipes whose memory a cell tells on hovering."""
+MAX_TOLD = 5
+"""Recipes that a cell tells of on hovering, of those beside the one that is recommended."""
 
 
-def feasibility(pair: Pair) -> Figure | None:
+def feasibility(pair: Pair) -> list[Figure]:
     """Context against GPUs: the fastest recipe that fits, or how it fails."""
     cells = [_cell(one, pair.limit) for one in pair.recommendations]
     contexts = sorted({one.sequence_length for one in pair.recommendations})
@@ -50,7 +51,7 @@ def feasibility(pair: Pair) -> Figure | None:
         columns=len(contexts),
         height=44 * max(1, len(places)),
     )
-    return figure("feasibility", pair, chart, f"What fits: {pair.where}", {"cells": cells})
+    return [figure("feasibility", pair, chart, f"What fits: {pair.where}", {"cells": cells})]
 
 
 def _map(cells: Sequence[Row], *, x: Spec, y: Spec, columns: int, height: int) -> Spec:
@@ -91,7 +92,7 @@ def _cut(text: str) -> str:
 
 def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
     here = {"context": one.sequence_length, "gpus": _count(one.num_gpus, one.nodes)}
-    places = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}: "
+    place = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}"
     best = one.best
     if best is not None:
         sure = {"tie": "≈ ", "too_few_data": "? ", "contradictory": "? "}.get(one.verdict, "")
@@ -101,7 +102,7 @@ def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
             "tone": "good",
             "first": _cut(sure + best.recipe),
             "second": ", ".join(filter(None, [*numbers, f"b{micro}" if micro > 1 else ""])),
-            "tip": places + one.reason + _memory([best], limit),
+            "tip": told(place, _why(one, best, limit)),
             "link": run_link(best.model_dump()),
         }
     state, words = how_it_failed(e.states for e in one.evidence)
@@ -111,17 +112,52 @@ def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
         "tone": "none" if doubt else STATES[state].tone,
         "first": f"? {one.verdict.replace('_', ' ')}" if doubt else f"{STATES[state].symbol} {STATES[state].words}",
         "second": _cut(words),
-        "tip": places + one.reason + _memory(one.evidence, limit),
+        "tip": told(place, [("Verdict", _verdict(one)), *_endings(one.evidence, limit)]),
         "link": run_link(first.model_dump()) if first else "#runs",
     }
 
 
-def _memory(evidence: list[Evidence], limit: float) -> str:
-    """Memory of recipes beside the device's, to follow the reason."""
-    known = [(one.recipe, against_limit(one.model_dump(), limit)) for one in evidence]
-    parts = [f"{recipe}: {text}" for recipe, text in known if text]
-    rest = f"; and {len(parts) - MAX_TOLD} more" if len(parts) > MAX_TOLD else ""
-    return f" {'; '.join(parts[:MAX_TOLD])}{rest}." if parts else ""
+def _verdict(one: Recommendation) -> str:
+    return one.tie_in_words or one.verdict.replace("_", " ")
+
+
+def _why(one: Recommendation, best: Evidence, limit: float) -> list[tuple[str, str]]:
+    """What a recommendation rests on; the whole reason is in a table of the page."""
+    micro = best.per_device_train_batch_size or 1
+    spread = f", {show(best.step_time_seconds_min)} to {show(best.step_time_seconds_max)}"
+    completed = runs(best.num_completed) + (spread if best.num_completed > 1 else "")
+    return [
+        ("Recommended", best.recipe + (f", micro-batch {micro}" if micro > 1 else "")),
+        ("Verdict", _verdict(one)),
+        ("Step time", f"{show(best.step_time_seconds_median, 's')} ({completed})"),
+        ("Memory", against_limit(best.model_dump(), limit)),
+        ("Ratio to the fastest", _some([_ratio(versus) for versus in one.versus])),
+        (
+            "Not compared",
+            _some([f"{other.recipe} ({in_words(other.states)})" for other in one.evidence if not other.fits]),
+        ),
+        ("To settle it", _some(one.settled_by)),
+    ]
+
+
+def _ratio(versus: Versus) -> str:
+    interval = f" ({show(versus.low)} to {show(versus.high)})" if versus.low is not None else ""
+    return f"{versus.recipe} {show(versus.ratio)}{interval}"
+
+
+def _endings(evidence: list[Evidence], limit: float) -> list[tuple[str, str]]:
+    """How each recipe ended, and its memory beside the device's."""
+    found = [
+        (one.recipe, "; ".join(filter(None, (in_words(one.states), against_limit(one.model_dump(), limit)))))
+        for one in evidence
+    ]
+    rest = [("And", f"{len(found) - MAX_TOLD} more")] if len(found) > MAX_TOLD else []
+    return found[:MAX_TOLD] + rest
+
+
+def _some(parts: Sequence[str]) -> str:
+    rest = [f"{len(parts) - MAX_TOLD} more"] if len(parts) > MAX_TOLD else []
+    return "; ".join([*parts[:MAX_TOLD], *rest])
 
 
 def very_large(all_pairs: list[Pair]) -> list[Figure]:
@@ -163,7 +199,7 @@ def _planned(recipes: Iterable[str], cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _size_cell(pair: Pair, row: Row) -> dict[str, Any]:
-    words = "; ".join(filter(None, (tip(row), against_limit(row, pair.limit))))
+    words = tip(row, ("Memory", against_limit(row, pair.limit)))
     common = {"target": pair.target, "recipe": row["recipe"], "tip": words, "link": run_link(row)}
     if row["step_time_seconds_median"] is not None:
         seconds, memory = show(row["step_time_seconds_median"], "s"), show(row["peak_memory_gib_median"], "GiB")

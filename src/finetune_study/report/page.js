@@ -13,14 +13,19 @@ function element(name, text, attributes = {}) {
 
 // What a mark says, beside the pointer or the mark that has the focus.
 const tip = by("tip");
+const says = (link) => link.querySelector("[aria-label]")?.getAttribute("aria-label");
 function showTip(event) {
-  const link = event.target.closest?.("figure svg a, figure svg [role=graphics-symbol]");
-  const said = link?.matches("a") ? link.querySelector("[aria-label]") : link;
-  const text = said?.getAttribute("aria-roledescription")?.endsWith("mark") ? said.getAttribute("aria-label") : null;
+  const link = event.target.closest?.("figure svg a");
+  const text = link && says(link);
   tip.hidden = !text;
   if (!text) return;
-  tip.textContent = text;
-  const box = said.getBoundingClientRect();
+  const [name, ...facts] = text.split("\n");
+  tip.replaceChildren(element("b", name), ...facts.map((fact) => {
+    const [label, ...said] = fact.split(": "), line = element("div", said.join(": "));
+    line.prepend(element("span", label));
+    return line;
+  }));
+  const box = link.getBoundingClientRect();
   const x = event.clientX ?? box.right, y = event.clientY ?? box.bottom;
   tip.style.left = `${Math.max(4, Math.min(x + 12, innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${y + 16 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 10 : y + 16}px`;
@@ -33,6 +38,23 @@ addEventListener("scroll", () => {
   if (focused?.closest("figure svg")) showTip({ target: focused }); // it follows a mark that the keyboard reached
   else tip.hidden = true;
 }, { passive: true });
+
+// Tab reaches one mark of a figure, arrow keys the others; one that says the same as the one before is passed over.
+const STEPS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+document.addEventListener("keydown", (event) => {
+  const from = event.target.closest?.("figure svg a"), step = STEPS[event.key];
+  if (!from || !step || event.altKey || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  const links = [...from.closest("svg").querySelectorAll("a")];
+  let at = links.indexOf(from);
+  if (Number.isFinite(step)) do at += step; while (links[at] && says(links[at]) === says(from));
+  else at = step < 0 ? 0 : links.length - 1;
+  links[at]?.focus();
+});
+document.addEventListener("focusin", (event) => {
+  const link = event.target.closest?.("figure svg a");
+  if (link) for (const other of link.closest("svg").querySelectorAll("a")) other.tabIndex = other === link ? 0 : -1;
+});
 
 // One model, one kind of hardware, or all.
 const picked = { target: by("pick-target"), hardware: by("pick-hardware") };
@@ -55,10 +77,26 @@ for (const table of document.querySelectorAll("table.stack")) {
   }
 }
 
-// On paper nothing can be opened.
-addEventListener("beforeprint", () => { for (const part of document.querySelectorAll("details[data-print]")) part.open = true; });
+// On paper nothing can be opened: all is, and closed again after it.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details:not([open])")];
+  for (const part of opened) part.open = true;
+});
+addEventListener("afterprint", () => { for (const part of opened) part.open = false; });
 
-const PAGE = 50;
+// What is wider than its place fades out at the side where it goes on.
+function fade(box) {
+  box.classList.toggle("goes-left", box.scrollLeft > 2);
+  box.classList.toggle("goes-right", box.scrollLeft < box.scrollWidth - box.clientWidth - 2);
+}
+const sizes = new ResizeObserver((entries) => { for (const { target } of entries) fade(target); });
+for (const box of document.querySelectorAll(".drawing, .scroll, nav")) {
+  sizes.observe(box);
+  box.addEventListener("scroll", () => fade(box), { passive: true });
+}
+
+const PAGE = 25;
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -71,19 +109,22 @@ function reader(column) {
   return column.codes ? (i) => (column.codes[i] === null ? null : column.words[column.codes[i]]) : (i) => column.values[i];
 }
 
-function number(value) {
-  if (Number.isInteger(value)) return Math.abs(value) >= 100000 ? value.toLocaleString("en") : String(value);
-  return Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : value.toPrecision(3);
-}
-const shown = (value) => (value === null || value === undefined ? "" : typeof value === "number" ? number(value) : String(value));
+// Numbers as `show` in table.py writes them: three significant digits, and all before the point.
+const THREE = new Intl.NumberFormat("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3, roundingMode: "halfEven" });
+const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0, roundingMode: "halfEven" });
+const measured = (value) => (Math.abs(value) >= 999.5 ? WHOLE : THREE).format(value);
+const counted = (value) => WHOLE.format(value);
+const WRITERS = { measured, counted }; // what a user has set stands as it is in the configuration
 
 function start(study) {
   const get = Object.fromEntries(Object.entries(study.columns).map(([name, column]) => [name, reader(column)]));
   const settings = Object.entries(study.settings).map(([name, column]) => [name, reader(column)]);
   const value = (name, i) => (get[name] ? get[name](i) : null);
+  const shown = (name, one) => (one === null ? "" : [one].flat().map(WRITERS[study.columns[name].kind] ?? String).join(", "));
   const place = new Map();
   for (let i = 0; i < study.count; i++) place.set(get.run_id(i), i);
 
+  const anchor = (run) => `#run=${encodeURIComponent(run)}`;
   const badge = (state) => {
     const known = study.states[state] ?? { words: state, symbol: "", tone: "none" };
     const made = element("span", ` ${known.words}`, { class: `badge ${known.tone}` });
@@ -100,13 +141,29 @@ function start(study) {
     const found = new Set();
     for (let i = 0; i < study.count; i++) found.add(value(name, i));
     const order = [...found].filter((v) => v !== null).sort((a, b) => (typeof a === "number" ? a - b : a.localeCompare(b)));
-    for (const one of order) select.append(element("option", name === "state" ? study.states[one].words : shown(one), { value: one }));
+    for (const one of order) select.append(element("option", name === "state" ? study.states[one].words : shown(name, one), { value: one }));
     label.append(select);
     by("tools").append(label);
     select.addEventListener("change", () => refresh(true));
     return { name, select };
   });
   by("find").addEventListener("input", () => refresh(true));
+
+  const nothing = element("tr"), clear = element("button", "Clear the filter", { type: "button" });
+  const said = element("td", "No run matches. ", { colspan: study.table.length });
+  said.append(clear);
+  nothing.append(said);
+  clear.addEventListener("click", () => {
+    for (const { select } of filters) select.value = "";
+    by("find").value = "";
+    refresh(true);
+    by("find").focus();
+  });
+  // A click anywhere in a row opens its run, but for one on a link, or to mark some text.
+  by("rows").addEventListener("click", (event) => {
+    const run = event.target.closest("tr").dataset.run;
+    if (run && !event.target.closest("a") && !String(getSelection())) location.hash = anchor(run);
+  });
 
   let order = { column: null, direction: 1 }, first = 0, view = [];
   const searched = ["run_id", "techniques", "reason", "failure_cause", "host", "slurm_job_id"].filter((name) => get[name]);
@@ -130,25 +187,27 @@ function start(study) {
         });
       }
     }
-    by("rows").replaceChildren(...view.slice(first, first + PAGE).map((i) => {
-      const row = element("tr");
+    if (!view.length) by("rows").replaceChildren(nothing);
+    else by("rows").replaceChildren(...view.slice(first, first + PAGE).map((i) => {
+      const row = element("tr", undefined, { "data-run": value("run_id", i) });
       for (const column of study.table) {
         const cell = element("td", undefined, { class: column.numeric ? "number" : "name" });
         const text = value(column.name, i);
-        if (column.name === "run_id") cell.append(element("a", text, { href: `#run=${encodeURIComponent(text)}` }));
+        // Tab stops once in a row, at the link of its status.
+        if (column.name === "run_id") cell.append(element("a", text, { href: anchor(text), tabindex: "-1" }));
         else if (column.name === "state") {
           const run = value("run_id", i);
-          const link = element("a", undefined, { href: `#run=${encodeURIComponent(run)}`, "aria-label": `${study.states[text]?.words}: ${run}` });
+          const link = element("a", undefined, { href: anchor(run), "aria-label": `${study.states[text]?.words}: ${run}` });
           link.append(badge(text));
           cell.append(link);
         }
-        else cell.textContent = shown(text);
+        else cell.textContent = shown(column.name, text);
         row.append(cell);
       }
       return row;
     }));
     const last = Math.min(first + PAGE, view.length);
-    by("place").textContent = view.length ? `${first + 1}–${last} of ${view.length.toLocaleString("en")}` : "none";
+    by("place").textContent = view.length ? `${counted(first + 1)}–${counted(last)} of ${counted(view.length)}` : "no run";
     by("previous").disabled = first === 0;
     by("next").disabled = last >= view.length;
   }
@@ -185,9 +244,8 @@ function start(study) {
       "transformers_version", "deepspeed_version", "software_sha256", "lock_sha256", "commit", "model_source", "data_sha256"],
   };
   const apart = new Set(["run_id", "state", "failure_log_tail", "log_tail", "command", ...Object.values(groups).flat()]);
-  const list = (one) => (Array.isArray(one) ? one.map(number).join(", ") : shown(one));
   const lines = (names, i) => names.filter((name) => value(name, i) !== null)
-    .map((name) => [name, list(value(name, i)), study.meanings[name]]);
+    .map((name) => [name, shown(name, value(name, i)), study.meanings[name]]);
 
   function open(run_id) {
     const i = place.get(run_id);

@@ -28,11 +28,13 @@ from finetune_study.table import SETTING, Row, show
 TEMPLATE = "page.html.j2"
 SCRIPT = "page.js"
 
-COLUMN = 596
+COLUMN = 604
 """Width that a figure has beside another one in a window of 1280, pixels; a wider one has a line of its own, since text
 that is made smaller can't be read."""
 MAX_ROWS = 200
 """Rows of a table that is written out; the whole is a file."""
+PAPER_ROWS = 12
+"""Of those, rows of a table that is folded away on the screen and open on paper."""
 
 _PAGE_COLOURS = {
     grammar.INK: "var(--ink)",
@@ -132,9 +134,11 @@ def render(contents: Contents) -> str:
         verdicts=VERDICTS,
         min_repeats=MIN_REPEATS,
         min_nodes=MIN_NODES,
+        column=COLUMN,
         max_rows=MAX_ROWS,
+        paper_rows=PAPER_ROWS,
         # Vega escapes what it writes.
-        figures=[(figure, Markup(for_page(svg)), _is_wide(svg)) for figure, svg in contents.figures],
+        figures=[(figure, Markup(for_page(svg)), _size(svg)) for figure, svg in contents.figures],
         num_pairs=len(contents.pairs),
         num_drawn=len(pair_module.drawn(contents.pairs)),
         targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
@@ -171,20 +175,22 @@ def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"show": show, "in_words": states.in_words}
+    environment.filters |= {"show": show, "whole": "{:,}".format, "in_words": states.in_words}
     environment.globals |= {"devices": table.devices, "count": table.count}
     return environment
 
 
 def for_page(svg: str) -> str:
-    """A figure to put into the page: its colours follow the page's, light or dark."""
+    """A figure to put into the page: its colours follow the page's, light or dark; Tab stops at its first mark."""
     inline = _COLOUR.sub(lambda found: _PAGE_COLOURS[found[0]], svg)
-    return re.sub(r"^<\?xml[^>]*>\s*", "", inline)
+    before, link, marks = re.sub(r"^<\?xml[^>]*>\s*", "", inline).partition("<a ")
+    return before + link.replace("<a ", '<a tabindex="0" ') + marks.replace("<a ", '<a tabindex="-1" ')
 
 
-def _is_wide(svg: str) -> bool:
-    found = re.search(r'\bwidth="([\d.]+)"', svg)
-    return found is not None and float(found[1]) > COLUMN
+def _size(svg: str) -> tuple[int, int]:
+    """Width and height, pixels."""
+    found = re.search(r'\bwidth="([\d.]+)" height="([\d.]+)"', svg)
+    return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
 def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:

@@ -21,11 +21,12 @@ from finetune_study.report.grammar import (
     limit_rule,
     run_link,
     tip,
+    told,
 )
 from finetune_study.report.pair import Pair
 from finetune_study.table import TIMES, Row, count, show
 
-WIDTH, STEP, THICK, APART = 300, 34, 12, 7
+WIDTH, STEP, THICK, APART = 270, 34, 12, 7
 """Of the panel of parts, of a row and of each of its two bars, and of those from its middle, pixels."""
 BEYOND = 1.25
 """A prediction is drawn up to this share of the device's memory: how much more it is, the number says."""
@@ -36,12 +37,12 @@ LIGHT = [*SHARES.values()][1]
 """Of a bar that is not the longest of its row."""
 
 
-def parts(pair: Pair) -> Figure | None:
-    """Predicted memory by what it is for, with what was measured below it; None where nothing was predicted."""
+def parts(pair: Pair) -> list[Figure]:
+    """Predicted memory by what it is for, with what was measured below it; nothing where nothing was predicted."""
     found = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     rows = [row for row in found if row[_predicted("parameters")] is not None]
     if not rows:
-        return None
+        return []
     most = max([BEYOND * pair.limit, *(share["high"] for row in rows for share in shares_of(row))])
     marks = [_mark(row, most) for row in rows]
     predicted = [category for row in rows for category in _categories(row, most)]
@@ -64,7 +65,7 @@ def parts(pair: Pair) -> Figure | None:
         "width": WIDTH,
         "height": {"step": STEP},
     }
-    return figure(
+    one = figure(
         "parts",
         pair,
         chart,
@@ -74,18 +75,19 @@ def parts(pair: Pair) -> Figure | None:
         f"says. Lower bar: measured. Dashed: the device's {show(pair.limit, 'GiB')}. The numbers are of "
         + ("what tensors take." if pair.device == "cuda" else "all that is in use."),
     )
+    return [one]
 
 
-def phases(pair: Pair) -> Figure | None:
-    """The measured peak of loading and of each phase of a step; None where no run says so."""
+def phases(pair: Pair) -> list[Figure]:
+    """The measured peak of loading and of each phase of a step; nothing where no run says so."""
     found = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     rows = [row for row in found if any(row[_measured(phase)] is not None for phase in PHASES)]
     if not rows:
-        return None
+        return []
     marks = [_of_row(row) | _peaks(row) for row in rows]
     order = order_of(pair, marks)
     largest = max(mark[phase] or 0.0 for mark in marks for phase in PHASES)
-    return figure(
+    one = figure(
         "phases",
         pair,
         {
@@ -97,6 +99,7 @@ def phases(pair: Pair) -> Figure | None:
         f"Measured, GiB per device, of {'what tensors take' if pair.device == 'cuda' else 'all that is in use'}. "
         "In full colour: the phase in which the recipe's peak lies.",
     )
+    return [one]
 
 
 def _phase(phase: str, order: list[str], largest: float, *, first: bool) -> Spec:
@@ -129,11 +132,11 @@ def _mark(row: Row, most: float) -> dict[str, Any]:
 def _categories(row: Row, most: float) -> list[dict[str, Any]]:
     """Parts of the predicted peak one after the other, each from `low` to `high` GiB, up to `most`."""
     each = _each(row)
-    whole = ", ".join(f"{name} {show(gib)}" for name, gib in each.items())
+    whole = [(name.capitalize(), show(gib, "GiB")) for name, gib in each.items()]
     found, low = [], 0.0
     for name, gib in each.items():
         if low < most:
-            said = f"{row['recipe']}, predicted: {name} {show(gib, 'GiB')}; of, in GiB: {whole}"
+            said = told(f"{row['recipe']}, predicted: {name} {show(gib, 'GiB')}", whole)
             high = min(low + gib, most)
             found.append(_of_row(row) | {"share": name, "low": low, "high": high, "tip": said})
         low += gib

@@ -1,8 +1,9 @@
 """Memory and time against context and against the number of GPUs, with the points that failed."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,14 @@ from finetune_study.report.grammar import (
     tip,
 )
 from finetune_study.report.pair import Pair
+from finetune_study.report.tables import how_it_failed
+from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, count, on_nodes
 
 WIDTH, HEIGHT, CROSS = 225, 210, 13
 """Of a panel, and of a row of crosses above it, pixels."""
+MAX_SERIES = 32
+"""Lines that are drawn over the figures of a pair, and recipes that completed nowhere."""
 MEMORY_COLUMN, TIME_COLUMN = "peak_memory_gib_median", "step_time_seconds_median"
 
 
@@ -39,7 +44,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope
 
 
-def context(pair: Pair) -> Figure | None:
+def context(pair: Pair) -> list[Figure]:
     """Memory and time against context, with the fitted exponents and the lengths that failed."""
     rows = pair.best_rows(devices=pair.most_devices)
     return _scaling(
@@ -47,20 +52,20 @@ def context(pair: Pair) -> Figure | None:
     )
 
 
-def gpus(pair: Pair) -> Figure | None:
+def gpus(pair: Pair) -> list[Figure]:
     """Memory and time against the number of GPUs."""
     rows = pair.best_rows(sequence_length=pair.shortest)
     return _scaling("gpus", pair, rows, _GPUS, f"Against the number of GPUs: {pair.where}, context {pair.shortest}")
 
 
-def long_context(pair: Pair) -> Figure | None:
+def long_context(pair: Pair) -> list[Figure]:
     """The same recipe with and without FlashAttention over the contexts."""
     rows = pair.best_rows(devices=pair.most_devices)
     flash = {row["recipe"]: _without_attention(row) for row in rows if "flash_attention" in (row["techniques"] or "")}
     plain = {row["recipe"]: _without_attention(row) for row in rows if row["recipe"] not in flash}
     chosen = {*flash, *(name for name, rest in plain.items() if rest in flash.values())}
     if not any(plain.get(name) for name in chosen):
-        return None
+        return []
     return _scaling(
         "flash",
         pair,
@@ -84,35 +89,82 @@ class _Axis:
 _CONTEXT, _GPUS = _Axis("sequence_length", "Context (tokens)"), _Axis("num_gpus", "GPUs")
 
 
-def _scaling(kind: str, pair: Pair, rows: list[Row], along: _Axis, heading: str) -> Figure | None:
+def _scaling(kind: str, pair: Pair, rows: list[Row], along: _Axis, heading: str) -> list[Figure]:
+    """As many figures as it takes that none has more lines than there are colours; their axes are the same.
+
+    Below the last one stand the recipes that completed nowhere, with how they ended.
+    """
     names = _names(pair, rows)
-    done = {name: sum(1 for r in rows if _series(r) == name and r["num_completed"]) for name in names}
-    somewhere = [name for name in names if done[name]]
-    most = sorted(somewhere, key=lambda name: -done[name])[: len(SERIES)]
-    shown = [name for name in names if name in most]
-    if len({row[along.column] for row in rows}) < 2 or not shown:
-        return None
-    titles = {name: _legend(rows, name, along.column) for name in shown}
-    drawn = [row for row in rows if _series(row) in titles]
-    failing = [name for name in shown if any(_series(row) == name and _stands_above(row) for row in drawn)]
-    panels, datasets = [], {"limit": [{"limit": pair.limit}]}
-    for name, column, title, limit in (
-        ("memory", MEMORY_COLUMN, "Peak memory per device (GiB)", pair.limit),
+    of = {name: [row for row in rows if _series(row) == name] for name in names}
+    lines = [name for name in names if any(map(_has_number, of[name]))]
+    nowhere = [name for name in names if name not in lines and any(map(_stands_above, of[name]))]
+    if len({row[along.column] for row in rows}) < 2 or not lines:
+        return []
+    groups = _groups(lines[:MAX_SERIES])
+    crosses = max(len(_failing(rows, group)) for group in groups)
+    figures = []
+    for number, group in enumerate(groups, start=1):
+        panels, datasets = _panels(rows, group, crosses, along, pair.limit)
+        chart: Spec = {"hconcat": panels, "spacing": 26, "resolve": {"scale": {"color": "shared", "shape": "shared"}}}
+        last = number == len(groups)
+        if last and nowhere:
+            datasets["nowhere"] = [_ending(row, along) for name in nowhere[:MAX_SERIES] for row in of[name]]
+            chart = {"vconcat": [chart, _strip(datasets["nowhere"], along)], "spacing": 16}
+        part = f" ({number} of {len(groups)})" if len(groups) > 1 else ""
+        caption = _left_out(names, lines, nowhere) if last else ""
+        figures.append(figure(kind, pair, chart, heading + part, datasets, caption, part=number))
+    return figures
+
+
+def _groups(names: list[str]) -> list[list[str]]:
+    """In their order, as few groups as there can be, of about the same size."""
+    number = -(-len(names) // len(SERIES))
+    ends = [round(len(names) * share / number) for share in range(number + 1)]
+    return [names[low:high] for low, high in itertools.pairwise(ends)]
+
+
+def _panels(
+    rows: list[Row], group: list[str], crosses: int, along: _Axis, limit: float
+) -> tuple[list[Spec], dict[str, list[Row]]]:
+    """A panel of memory and one of time, of those that have a number in them."""
+    titles = {name: _legend(rows, name, along.column) for name in group}
+    datasets: dict[str, list[Row]] = {"limit": [{"limit": limit}]}
+    panels = []
+    for name, column, title, most in (
+        ("memory", MEMORY_COLUMN, "Peak memory per device (GiB)", limit),
         ("time", TIME_COLUMN, "Step time (s)", None),
     ):
-        points, ends = _points(drawn, titles, failing, along.column, column, limit)
-        datasets[name] = points
-        panels.append(_panel(name, points, ends, [*titles.values()], along.title, title, len(failing)))
-    chart = {"hconcat": panels, "spacing": 26, "resolve": {"scale": {"color": "shared", "shape": "shared"}}}
-    return figure(kind, pair, chart, heading, datasets, _left_out(names, somewhere, shown))
+        values = [row[column] for row in rows if row[column]] + ([most] if most else [])
+        if any(row[column] and _series(row) in titles for row in rows):
+            ends = log_scale(values)
+            datasets[name] = _points(rows, titles, ends, along.column, column, most)
+            top = _above(ends, most, crosses + 0.4) if crosses else ends[1]
+            shown = ends[0], max(ends[1], top)
+            panels.append(_panel(name, datasets[name], shown, [*titles.values()], along.title, title, crosses))
+    return panels, datasets
 
 
-def _left_out(names: list[str], somewhere: list[str], shown: list[str]) -> str:
+def _ending(row: Row, along: _Axis) -> Row:
+    state, _ = how_it_failed([row["states"]])
+    found = {"x": row[along.column], "recipe": _series(row), "symbol": STATES[state].symbol}
+    return found | {"tip": tip(row), "link": run_link(row)}
+
+
+def _strip(points: list[Row], along: _Axis) -> Spec:
+    """A row for each recipe that completed nowhere: how it ended, by its symbol."""
+    names = [*dict.fromkeys(point["recipe"] for point in points)]
+    y = field("recipe", "N", sort=names, title=None, axis=axis(orient="right"))  # below the second panel is room
+    x = field("x", "O", title=f"Completed nowhere, by {along.title}", axis=axis(labelAngle=0))
+    marks = layer("nowhere", {"type": "text"}, x=x, y=y, text=field("symbol", "N"), **SAYS)
+    return marks | {"width": WIDTH, "height": {"step": CROSS + 3}}
+
+
+def _left_out(names: list[str], lines: list[str], nowhere: list[str]) -> str:
     parts = []
-    if nowhere := [name for name in names if name not in somewhere]:
-        parts.append(f"Completed nowhere here: {', '.join(nowhere)}.")
-    if beyond := [name for name in somewhere if name not in shown]:
-        parts.append(f"Not drawn, with fewer points: {', '.join(beyond)}.")
+    if unknown := [name for name in names if name not in (*lines, *nowhere)]:
+        parts.append(f"No outcome here yet: {', '.join(unknown)}.")
+    if beyond := lines[MAX_SERIES:] + nowhere[MAX_SERIES:]:
+        parts.append(f"Not drawn: {', '.join(beyond)}.")
     return " ".join(parts)
 
 
@@ -141,19 +193,26 @@ def _power(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
+def _failing(rows: list[Row], group: Iterable[str]) -> list[str]:
+    """Series with a point that failed: each has a row of crosses."""
+    return [name for name in group if any(_series(row) == name and _stands_above(row) for row in rows)]
+
+
+def _above(ends: tuple[float, float], limit: float | None, number: float) -> float:
+    """Where a row of crosses stands, on a logarithmic axis: above the device's memory, else above all points."""
+    low, top = ends
+    return float((limit or top) * (top / low) ** (CROSS / HEIGHT * number))
+
+
 def _points(
-    rows: list[Row], titles: dict[str, str], failing: list[str], along: str, column: str, limit: float | None
-) -> tuple[list[dict[str, Any]], tuple[float, float]]:
-    """A point for each configuration, and the ends of the axis; those that failed stand above, a row each."""
-    values = [row[column] for row in rows if row[column]]
-    low, top = log_scale([*values, limit] if limit else values)
-    step = (top / low) ** (CROSS / HEIGHT)
-    base = limit or top
-    rank = {name: number for number, name in enumerate(failing)}
-    points = [
+    rows: list[Row], titles: dict[str, str], ends: tuple[float, float], along: str, column: str, limit: float | None
+) -> list[dict[str, Any]]:
+    """A point for each configuration; those that failed stand above, a row for each series."""
+    rank = {name: number for number, name in enumerate(_failing(rows, titles))}
+    return [
         {
             "x": row[along],
-            "y": row[column] or base * step ** (rank[_series(row)] + 0.8),
+            "y": row[column] or _above(ends, limit, rank[_series(row)] + 0.8),
             "recipe": _series(row),
             "series": titles[_series(row)],
             "failed": not row[column],
@@ -161,9 +220,8 @@ def _points(
             "link": run_link(row),
         }
         for row in rows
-        if row[column] or _stands_above(row)
+        if _series(row) in titles and (row[column] or _stands_above(row))
     ]
-    return points, (low, max(top, base * step ** (len(failing) + 0.4) if failing else top))
 
 
 def _panel(
@@ -212,6 +270,10 @@ def _panel(
     ]
     limits = [limit_rule("y")] if name == "memory" else []
     return {"layer": [*layers, *limits], "width": WIDTH, "height": HEIGHT + CROSS * crosses}
+
+
+def _has_number(row: Row) -> bool:
+    return bool(row[MEMORY_COLUMN] or row[TIME_COLUMN])
 
 
 def _stands_above(row: Row) -> bool:

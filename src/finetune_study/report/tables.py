@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune_study.states import STATES, in_words, that_count
-from finetune_study.table import Row, joined, peak_memory, show
+from finetune_study.table import Row, joined, peak_memory, runs, show
 
 
 def what_happened(row: Row) -> str:
@@ -87,7 +87,7 @@ def headline(cells: pl.DataFrame) -> str:
     """For example `12 runs: 9 completed, 3 out of memory`."""
     if not cells.height:
         return "no runs"
-    return f"{count_of_runs(cells.height)}: {in_words(cells['state'])}"
+    return f"{runs(cells.height)}: {in_words(cells['state'])}"
 
 
 def flat(frame: pl.DataFrame) -> pl.DataFrame:
@@ -122,12 +122,8 @@ def errors_in_words(cells: pl.DataFrame) -> str:
         what: cells[f"predicted_{column}_error_percent"].drop_nulls().abs().to_list()
         for what, column in (("peak memory", "memory"), ("step time", "step_time"))
     }
-    parts = [f"{what} {statistics.fmean(e):.1f} % over {count_of_runs(len(e))}" for what, e in errors.items() if e]
+    parts = [f"{what} {statistics.fmean(e):.1f} % over {runs(len(e))}" for what, e in errors.items() if e]
     return f"Mean absolute error of what was predicted before the runs: {joined(parts)}." if parts else ""
-
-
-def count_of_runs(number: int) -> str:
-    return f"{number} {'run' if number == 1 else 'runs'}"
 
 
 MAX_RUNS = 200

@@ -46,7 +46,7 @@ def pareto_front(rows: list[Row]) -> list[Row]:
     return front
 
 
-def pareto(pair: Pair) -> Figure | None:
+def pareto(pair: Pair) -> list[Figure]:
     """Memory against step time; the recipes that nothing beats in both are labelled and joined."""
     rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     front = {row["recipe"] for row in pareto_front(rows)}
@@ -63,7 +63,7 @@ def pareto(pair: Pair) -> Figure | None:
         if row["step_time_seconds_median"] is not None and row["peak_memory_gib_median"] is not None
     ]
     if len(points) < 2:
-        return None
+        return []
     points.sort(key=lambda point: (not point["front"], point["time"]))
     times, memories = log_scale([p["time"] for p in points]), log_scale([p["memory"] for p in points])
     place = {
@@ -93,7 +93,8 @@ def pareto(pair: Pair) -> Figure | None:
     }
     title = f"Memory against time: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}"
     caption = "" if front else "No front: software, weights or data differ among these runs, see the environment."
-    return figure("pareto", pair, chart, title, {"points": points, "names": names(points, times, memories)}, caption)
+    datasets = {"points": points, "names": names(points, times, memories)}
+    return [figure("pareto", pair, chart, title, datasets, caption)]
 
 
 _TEXT = field("recipe", "N")
