@@ -1,6 +1,5 @@
 """Every figure of the report, by grammar (Vega-Lite): what to draw is said, nothing is drawn by hand."""
 
-import functools
 import multiprocessing
 import os
 import re
@@ -48,13 +47,9 @@ def _each(convert: Callable[[T], U], given: Sequence[T]) -> list[U]:
     """The converter holds the interpreter's lock, so that threads would take turns."""
     if len(given) < WORTH_PROCESSES:
         return list(map(convert, given))
-    return list(_pool().map(convert, given, chunksize=4))
-
-
-@functools.cache
-def _pool() -> ProcessPoolExecutor:
-    """The same for every conversion: its processes take seconds to start."""
-    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(convert, given, chunksize=4))
 
 
 def _png(svg: str) -> bytes:

@@ -33,6 +33,7 @@ function showTip(event) {
 document.addEventListener("pointermove", showTip);
 document.addEventListener("focusin", showTip);
 document.addEventListener("focusout", () => { tip.hidden = true; });
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") tip.hidden = true; });
 addEventListener("scroll", () => {
   const focused = document.activeElement;
   if (focused?.closest("figure svg")) showTip({ target: focused }); // it follows a mark that the keyboard reached

@@ -35,6 +35,8 @@ MAX_ROWS = 200
 """Rows of a table that is written out; the whole is a file."""
 PAPER_ROWS = 12
 """Of those, rows of a table that is folded away on the screen and open on paper."""
+OPEN_WALKS = 12
+"""Decision trees that are not folded away."""
 
 _PAGE_COLOURS = {
     grammar.INK: "var(--ink)",
@@ -137,6 +139,7 @@ def render(contents: Contents) -> str:
         column=COLUMN,
         max_rows=MAX_ROWS,
         paper_rows=PAPER_ROWS,
+        open_walks=OPEN_WALKS,
         # Vega escapes what it writes.
         figures=[(figure, Markup(for_page(svg)), _size(svg)) for figure, svg in contents.figures],
         num_pairs=len(contents.pairs),
