@@ -238,14 +238,16 @@ def aggregate(config: Config, planned: list[PlannedRun], results: Results) -> No
     comparisons = table.compare(of_outcomes(planned, results), table.baseline_of(config))
     comparisons.write_parquet(results.comparisons)
     recommendations = recommend(comparisons)
-    document = {
-        "format": FORMAT,
-        "min_repeats": MIN_REPEATS,
-        "min_nodes": MIN_NODES,
-        "defaults": _dump(defaults(recommendations)),
-        "recommendations": _dump(recommendations),
-    }
-    write_atomically(results.recommendations, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    facts = {"format": FORMAT, "min_repeats": MIN_REPEATS, "min_nodes": MIN_NODES}
+    members = [f'"{name}": {json.dumps(value)}' for name, value in facts.items()]
+    members += [f'"defaults": {_lines(defaults(recommendations))}', f'"recommendations": {_lines(recommendations)}']
+    write_atomically(results.recommendations, "{\n" + ",\n".join(members) + "\n}\n")
+
+
+def _lines(sections: Iterable[Section]) -> str:
+    """A JSON array with an element in each line: an indented one takes six times as long to write."""
+    lines = [json.dumps(one.model_dump(mode="json"), ensure_ascii=False) for one in sections]
+    return "[\n" + ",\n".join(lines) + "\n]"
 
 
 def defaults(recommendations: list[Recommendation]) -> list[Default]:
@@ -304,10 +306,6 @@ def _elsewhere(default: Recommendation, here: Recommendation, found: Evidence) -
 
 def _techniques(one: Evidence | None) -> list[str]:
     return one.techniques.split("+") if one and one.techniques else []
-
-
-def _dump(sections: Iterable[Section]) -> list[dict[str, Any]]:
-    return [section.model_dump(mode="json") for section in sections]
 
 
 def _setting(rows: list[dict[str, Any]]) -> Recommendation:
