@@ -17,7 +17,10 @@ from finetune_study.outcome import METRICS_VERSION
 from finetune_study.paths import Results
 
 RESULTS = Results(Path(study_module.RESULTS_FOLDER))
-CONFIG_FILES = [study_module.CONFIG_FILE, *(os.path.relpath(path) for path in workflow.config_settings.configfiles)]
+CONFIG_FILES = [
+    study_module.CONFIG_FILE,
+    *(os.path.relpath(path) for path in workflow.config_settings.configfiles),
+]
 STARTED = time.time()
 
 try:
