@@ -37,7 +37,8 @@ class Qlora(Lora):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.init_lora_weights == "loftq":
             return (
-                "peft: LoftQ quantises the model itself, so it can't begin with one that is: use lora, or another start"
+                "peft: LoftQ quantises the model itself, so it can't begin with one that is (you should not pass a "
+                "quantized model in this case): use lora, or another start"
             )
         return None
 
