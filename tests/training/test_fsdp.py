@@ -107,6 +107,18 @@ def test_groups_of_layers_do_not_find_their_weights(lab: Lab, trained: Trained) 
     assert "got mixed torch.Tensor and DTensor" in str(error)
 
 
+@pytest.mark.exhaustive
+def test_weights_of_8_bit_are_replaced(lab: Lab, trained: Trained) -> None:
+    error = train(lab, trained, {"fsdp": {}, "qlora": {"load_in_8bit": True}}).error
+    assert "'Parameter' object has no attribute 'CB'" in str(error)
+
+
+@pytest.mark.exhaustive
+def test_weights_of_4_bit_survive_mixed_precision(lab: Lab, trained: Trained) -> None:
+    mixed: Raw = {"bf16": {"dtype": "float32"}, "qlora": {}}
+    check(lab, trained, mixed, mixed, ROUNDED_TOLERANCE)
+
+
 def test_one_device_shards_nothing(lab: Lab, trained: Trained) -> None:
     answer = trained.train(lab.plan({"fsdp": {}}).run)
     assert "Using fsdp only works in distributed training" in str(answer.error)
