@@ -38,7 +38,7 @@ class Qlora(Lora):
         if self.load_in_8bit and "fsdp" in recipe:
             return (
                 "FSDP2 puts others in the place of bitsandbytes' weights of 8 bit ('Parameter' object has no attribute "
-                "'CB'): use 4 bit, or zero3"
+                "'CB'): use 4 bit, or ddp"
             )
         if self.init_lora_weights == "loftq":
             return (
