@@ -1,5 +1,6 @@
 """docs/techniques.md: technique × hardware × exclusions × what was really run, from modules and stored results."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 
 from finetune_study import generated, techniques
 from finetune_study.config import Hardware
-from finetune_study.errors import StudyError
+from finetune_study.errors import ConfigError, StudyError
+from finetune_study.techniques.base import Technique
 
 REPAIR = "finetune-study techniques-docs"
 
@@ -99,15 +101,44 @@ def why_not(name: str, hardware: Hardware) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def _exclusions() -> Iterator[tuple[str, str, str]]:
-    """Pairs of different kinds that run nowhere together, with the reason."""
+def _exclusions() -> Iterator[tuple[str, str, str, str]]:
+    """Pairs of different kinds that do not run together, at their default settings: where, and why."""
     for first, second in combinations(techniques.ALL, 2):
-        one, other = techniques.ALL[first], techniques.ALL[second]
-        if one.kind == other.kind:
-            continue
-        reason = one.excludes.get(second) or other.excludes.get(first)
-        if reason:
-            yield first, second, reason
+        reasons = {place: _why_not_together(first, second, hardware) for place, hardware in PLACES.items()}
+        for reason in dict.fromkeys(reason for reason in reasons.values() if reason):
+            refused = [place for place, found in reasons.items() if found == reason]
+            runs = any(found is None and _can_both(first, second, place) for place, found in reasons.items())
+            on_all_gpus = set(refused) == PLACES.keys() - {"CPU"}
+            yield first, second, ("GPUs" if on_all_gpus else ", ".join(refused)) if runs else "everywhere", reason
+
+
+def _can_both(first: str, second: str, place: str) -> bool:
+    return not any(why_not(name, PLACES[place]) for name in (first, second))
+
+
+def _why_not_together(first: str, second: str, hardware: Hardware) -> str | None:
+    """What speaks against two techniques that speaks against neither of them without the other."""
+    names = {first, second}
+    if any(names & techniques.ALL[name].needs for name in names):  # what speaks against it speaks against it alone
+        return None
+    for name in (first, second):
+        needs = techniques.ALL[name].needs
+        names |= set() if needs & names else set(sorted(needs)[-1:])
+    together, *apart = (_reasons(names - without, hardware) for without in (set(), {first}, {second}))
+    return next((reason for reason in together if not any(reason in one for one in apart)), None)
+
+
+def _reasons(names: set[str], hardware: Hardware) -> list[str]:
+    """All that speaks against a recipe; nothing where it is none: of two of one kind, or without what one needs."""
+    try:
+        return list(techniques.reasons(techniques.parse({name: {} for name in names}), hardware))
+    except ConfigError:
+        return []
+
+
+def _what(technique: type[Technique]) -> str:
+    """The first paragraph of its docstring."""
+    return _cell(inspect.cleandoc(technique.__doc__ or "").split("\n\n")[0])
 
 
 def page(results: Path) -> str:
@@ -162,18 +193,21 @@ def page(results: Path) -> str:
             if t.needs
         ),
         "",
-        "Across kinds these run nowhere together:",
+        "Across kinds these do not run together, at their default settings; what depends on a setting is said",
+        "beside it in [config/README.md](../config/README.md):",
         "",
-        "| technique | and | why not |",
-        "|---|---|---|",
-        *(f"| `{first}` | `{second}` | {_cell(reason)} |" for first, second, reason in _exclusions()),
-        "",
-        "## What each is expected to do",
-        "",
-        "| technique | effect | source | needs the package |",
+        "| technique | and | where | why not |",
         "|---|---|---|---|",
+        *(f"| `{first}` | `{second}` | {where} | {_cell(why)} |" for first, second, where, why in _exclusions()),
+        "",
+        "## What each changes, and what it is expected to do",
+        "",
+        "They are applied in the order of their kinds, which is that of the table above.",
+        "",
+        "| technique | what it changes | effect | source | needs the package |",
+        "|---|---|---|---|---|",
         *(
-            f"| `{name}` | {_cell(t.effect)} | {t.source} | {', '.join(t.packages)} |"
+            f"| `{name}` | {_what(t)} | {_cell(t.effect)} | {t.source} | {', '.join(t.packages)} |"
             for name, t in techniques.ALL.items()
         ),
         "",

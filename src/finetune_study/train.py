@@ -30,6 +30,7 @@ from finetune_study.measure.phases import Phases
 from finetune_study.paths import Results
 from finetune_study.run import Run
 from finetune_study.sequences import IGNORED
+from finetune_study.techniques.joined import bare
 from finetune_study.techniques.precision import is_deepspeed
 
 GIB = 2**30
@@ -374,16 +375,9 @@ def _was_skipped(trainer: Any) -> bool:
     return bool(trainer.accelerator.optimizer_step_was_skipped)
 
 
-def _bare_optimizer(trainer: Any) -> Any:
-    optimizer = trainer.optimizer
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
 def _working_optimizers(trainer: Any) -> list[Any]:
     """The optimizers that really step: several where each weight, or each kind of weight, has one of its own."""
-    optimizer = _bare_optimizer(trainer)
+    optimizer = bare(trainer.optimizer)
     parts: list[Any] = getattr(optimizer, "parts", [optimizer])
     return parts
 
@@ -454,7 +448,7 @@ class _Evaluation:
         if trainer.deepspeed is not None:
             trainer.deepspeed.step = phases.follow_optimizer(trainer.deepspeed.step)
         else:
-            optimizer = _bare_optimizer(trainer)
+            optimizer = bare(trainer.optimizer)
             optimizer.register_step_pre_hook(lambda *_: phases.enter("optimizer"))
             optimizer.register_step_post_hook(lambda *_: phases.enter("forward"))
 

@@ -194,6 +194,13 @@ def launch(paths: RunPaths, *arguments: str, **more: Any) -> Ended:
     return Ended(paths, supervisor.returncode, output, time.monotonic() - started)
 
 
+def in_spite_of_the_reason(lab: Lab, recipe: Mapping[str, Any], **settings: Any) -> Ended:
+    """How a run ends that the plan would not train."""
+    planned = lab.plan(recipe, **settings)
+    assert planned.unsupported
+    return launch(lab.prepare(planned.run))
+
+
 def rank_facts(paths: RunPaths, rank: int = 0) -> dict[str, Any]:
     """What a rank has told so far."""
     return facts.read(paths.rank_facts(rank))

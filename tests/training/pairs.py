@@ -124,7 +124,10 @@ class Trained:
 
     def run(self, recipe: Mapping[str, Any] | None = None, *, is_compiled: bool = False, **settings: Any) -> Answer:
         """How a run of these settings (of `Lab.plan`) ended; it is trained by the first test that asks."""
-        run = self.lab.run(recipe or {}, **settings)
+        return self.train(self.lab.run(recipe or {}, **settings), is_compiled=is_compiled)
+
+    def train(self, run: Run, *, is_compiled: bool = False) -> Answer:
+        """How a run ended, whatever the plan says of it; it is trained by the first test that asks."""
         if run.run_id not in self._answers:
             paths = self.lab.prepare(run)
             self._answers[run.run_id] = self._pool(run).train(run, paths, self.lab.results, is_compiled)

@@ -20,6 +20,7 @@ from finetune_study import run as run_module
 from finetune_study.paths import Results, RunPaths
 from finetune_study.ranks import free_port
 from finetune_study.run import Run
+from tests.training import fsdp_on_cpu
 from tests.training.lab import LIMIT_SECONDS
 
 ANSWER = "pool: "
@@ -173,6 +174,7 @@ def _forget() -> None:
 
 
 def main() -> None:
+    fsdp_on_cpu.allow()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
     for line in sys.stdin:

@@ -1,30 +1,28 @@
 """What a module says against a technique is what happens: the exclusion is passed by, and its error seen."""
 
-import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune_study import model, techniques
+from finetune_study import model, techniques, variables
+from finetune_study.ranks import free_port
 from finetune_study.run import Run
-from finetune_study.techniques.optimizer_in_backward import in_backward
-from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, Ended, Lab, launch
+from finetune_study.techniques.optimizer_in_backward import in_backward, step_in_backward
+from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, Lab, in_spite_of_the_reason
 from tests.training.pairs import SETTINGS
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
 
 PROJECTED = SETTINGS["galore_adamw"]
+SIBLING = pytest.mark.exhaustive
+"""What differs from a case beside it in the stage of ZeRO, or in one setting, alone."""
 ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
-
-
-def in_spite_of_the_reason(lab: Lab, recipe: dict[str, Any], **settings: Any) -> Ended:
-    """How a run ends that the plan would not train."""
-    planned = lab.plan(recipe, **settings)
-    assert planned.unsupported
-    return launch(lab.prepare(planned.run))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +63,30 @@ def in_spite_of_the_reason(lab: Lab, recipe: dict[str, Any], **settings: Any) ->
             {"optimizer_in_backward": {}, "zero2": {}}, ONE_STEP, r"lazy_init_hp_params_optimizer_state[\s\S]*KeyError",
             id="in_backward+zero2",
         ),
+        *(
+            pytest.param(
+                {name: SETTINGS.get(name, {}), zero: {}}, {}, error, id=f"{name}+{zero}", marks=SIBLING
+            )
+            for name, zero, error in [
+                ("muon", "zero1", "Param gradient must be a 2D matrix"),
+                ("galore_adamw", "zero1", "tuple index out of range"),
+                ("galore_adamw", "zero3", "tuple index out of range"),
+                ("apollo_adamw", "zero1", "tuple index out of range"),
+                ("apollo_adamw", "zero3", "tuple index out of range"),
+                ("adalora", "zero1", "Gradients are only available immediately after backward"),
+            ]
+        ),
+        pytest.param(
+            {"optimizer_in_backward": {}, "zero1": {}}, ONE_STEP, r"lazy_init_hp_params_optimizer_state[\s\S]*KeyError",
+            id="in_backward+zero1", marks=SIBLING,
+        ),
+        *(
+            pytest.param(
+                {"zero3": {}, "zeropp": {"zero_quantized_weights": weights, "zero_quantized_gradients": not weights}},
+                {"num_gpus": 2}, "not been implemented on CPU", id=f"zeropp, {what}", marks=SIBLING,
+            )
+            for what, weights in (("weights", True), ("gradients", False))
+        ),
     ],
 )  # fmt: skip
 def test_the_library_refuses_as_well(lab: Lab, recipe: dict[str, Any], settings: dict[str, Any], error: str) -> None:
@@ -100,9 +122,13 @@ def test_steps_in_the_backward_pass_come_before_ddp_sums_gradients(lab: Lab) -> 
     assert abs(ended.losses[-1] - one.losses[-1]) > 1e-3
 
 
-def test_of_deepspeeds_flat_pieces_adafactor_keeps_whole_states(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    "zero",
+    ["zero2", *(pytest.param(zero, marks=SIBLING) for zero in ("zero1", "zero3"))],
+)
+def test_of_deepspeeds_flat_pieces_adafactor_keeps_whole_states(zero: str, lab: Lab) -> None:
     """It says no word of it: 4 bytes for each weight, where sums of rows and columns are a fiftieth of that."""
-    ended = in_spite_of_the_reason(lab, {"adafactor": {}, "zero2": {}})
+    ended = in_spite_of_the_reason(lab, {"adafactor": {}, zero: {}})
     trained = ended.first_rank["trainable_parameters"]
     assert ended.first_rank["optimizer_state_bytes"] == pytest.approx(4 * trained, rel=0.01)
     assert lab.train({"adafactor": {}}).first_rank["optimizer_state_bytes"] < 0.2 * trained
@@ -123,21 +149,11 @@ def test_under_zero3_steps_in_the_backward_pass_see_no_gradient(lab: Lab) -> Non
     assert ended.eval_losses[0] == pytest.approx(ended.eval_losses[1], rel=1e-6)
 
 
-def fsdp2(what: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "tests.training.fsdp2", what]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
-
-
-def test_groups_of_layers_do_not_find_their_weights_under_fsdp2() -> None:
-    assert "got mixed torch.Tensor and DTensor" in fsdp2("sqrt").stderr
-
-
-def test_muon_takes_fsdps_shards() -> None:
-    """No exclusion: torch gathers a matrix where its update needs it whole."""
-    ended = fsdp2("muon")
-    assert ended.returncode == 0, ended.stderr
-    plain, sharded = json.loads(ended.stdout)
-    assert sharded == pytest.approx(plain, rel=1e-3)
+def python(code: str, environment: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
+    )
 
 
 def bare_model(lab: Lab, *names: str) -> tuple[Run, Any]:
@@ -157,6 +173,7 @@ def test_loss_scaling_finds_no_gradient_after_steps_in_the_backward_pass(bare: t
     _, net = bare
     scaler = torch.amp.GradScaler("cpu")
     optimizer = in_backward(net, torch.optim.AdamW, {"lr": 1e-3}, 0.0)
+    step_in_backward(optimizer)
     tokens = torch.ones(1, 8, dtype=torch.long)
     scaler.scale(net(input_ids=tokens, labels=tokens).loss).backward()
     with pytest.raises(AssertionError, match="No inf checks were recorded for this optimizer"):
@@ -194,6 +211,60 @@ def test_loftq_quantises_on_a_gpu_alone() -> None:
         loftq_init(torch.ones(64, 64), num_bits=4, reduced_rank=4)
 
 
+def test_deepspeed_wants_its_own_optimizer_for_offloaded_states() -> None:
+    """On a GPU it is asked by its default; a CPU study switches the question off."""
+    ended = python(
+        "import bitsandbytes, deepspeed, torch\n"
+        "deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False\n"
+        "net = torch.nn.Linear(8, 8)\n"
+        "zero = {'stage': 2, 'offload_optimizer': {'device': 'cpu'}}\n"
+        "config = {'train_batch_size': 1, 'zero_optimization': zero, 'zero_allow_untested_optimizer': True}\n"
+        "deepspeed.initialize(model=net, optimizer=bitsandbytes.optim.AdamW8bit(net.parameters()), config=config)\n",
+        variables.for_rank(0, 1, 1, ("127.0.0.1", free_port())),
+    )
+    assert "You are using ZeRO-Offload with a client provided optimizer" in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_flash_attention_is_not_there_on_a_cpu(version: int, lab: Lab) -> None:
+    """By transformers itself, which looks for the package, and for a GPU."""
+    run = lab.plan({f"flash_attention_{version}": {}}).run
+    lab.prepare(run)
+    with pytest.raises((ImportError, ValueError), match="FlashAttention"):
+        model.load(run, lab.results.model(run.model_key))
+
+
+def test_deepspeed_reads_no_drive_without_libaio() -> None:
+    from deepspeed.ops.op_builder.cpu import AsyncIOBuilder
+    from deepspeed.ops.op_builder.cpu.builder import CPUOpBuilder
+
+    if AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is installed here: DeepSpeed would compile its op")
+    with pytest.raises(RuntimeError, match="Unable to JIT load the async_io op"):
+        CPUOpBuilder.load(AsyncIOBuilder(), verbose=False)  # its own `load` compiles another op before
+
+
+@SIBLING
+def test_under_zero2_nothing_goes_to_a_drive(lab: Lab, tmp_path: Path) -> None:
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    ended = in_spite_of_the_reason(lab, {"zero2": {}, "offload_optimizer": nvme})
+    assert ended.losses == pytest.approx(lab.train({"zero2": {}}).losses, rel=1e-4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loftq_of_packed_weights_fits_no_layer() -> None:
+    """peft says that it is not to be asked, and does not look: bytes are decomposed as if they were the weights."""
+    import bitsandbytes
+    import peft
+    import torch
+    from peft.utils.loftq_utils import _low_rank_decomposition
+
+    assert "you should not pass a quantized model in this case" in " ".join(str(peft.LoraConfig.__doc__).split())
+    packed = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    update = _low_rank_decomposition(packed.to(torch.float32), reduced_rank=4)
+    assert update["L"].shape[0] == 64 * 64 // 2 != 64
+
+
 @pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning"])
 def test_prompts_ignore_the_positions_that_tell_packed_examples_apart(name: str, lab: Lab) -> None:
     import torch
@@ -203,6 +274,23 @@ def test_prompts_ignore_the_positions_that_tell_packed_examples_apart(name: str,
     tokens = torch.ones(1, 8, dtype=torch.long)
     with pytest.warns(UserWarning, match="Position ids are not supported for parameter efficient tuning"):
         tuned(input_ids=tokens, position_ids=torch.arange(8)[None], labels=tokens)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "prefix_tuning", "prompt_tuning"])
+def test_behind_a_prompt_packed_examples_see_each_other(name: str, lab: Lab) -> None:
+    """Other tokens in the first of two examples: does the second answer differently?"""
+    import torch
+
+    # Weights so large that attention matters before anything was learned.
+    run = lab.plan({name: {}}, architecture={"initializer_range": 0.5}).run
+    lab.prepare(run)
+    net = techniques.ALL[name]().wrap(model.load(run, lab.results.model(run.model_key)), run).eval()
+    examples, positions = torch.arange(1, 9)[None], torch.arange(4).repeat(2)[None]
+    others = examples.clone()
+    others[0, :3] += 40
+    with torch.no_grad():
+        before, after = (net(input_ids=ids, position_ids=positions).logits[0, -4:] for ids in (examples, others))
+    assert torch.equal(before, after) == (name == "sdpa")
 
 
 @pytest.mark.parametrize("name", ["prefix_tuning", "prompt_tuning", "p_tuning", "ia3", "adaption_prompt"])

@@ -210,6 +210,16 @@ def test_quantisation_is_told_as_json(recipe: Raw, expected: Raw) -> None:
     assert json.loads(json.dumps(told)) == expected
 
 
+def test_under_fsdp_weights_of_4_bit_are_held_as_floating_point() -> None:
+    """As that which mixed precision casts to; else accelerate leaves them whole on each device, or casts bytes away."""
+    wanted = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "bf16_pure": "bfloat16"}
+    for precision, storage in wanted.items():
+        parsed = techniques.parse({precision: {}, "qlora": {}, "fsdp": {}})
+        told = parsed["qlora"].load_arguments(parsed)["quantization_config"]
+        assert told["bnb_4bit_quant_storage"] == storage
+    assert "no attribute 'CB'" in str(why_not({"qlora": {"load_in_8bit": True}, "fsdp": {}}, "A100"))
+
+
 def test_a_kernel_of_the_hub_is_taken_only_when_it_is_named() -> None:
     """Without the package transformers would fetch one by itself: so the package is asked for."""
     usual = techniques.parse({"flash_attention_2": {}})["flash_attention_2"]

@@ -86,7 +86,17 @@ def test_what_can_run_where(tmp_path: Path) -> None:
 def test_exclusions_are_listed_with_their_reason(tmp_path: Path) -> None:
     page = techniques_docs.page(tmp_path)
     reason = techniques.ALL["gradient_checkpointing"].excludes["prefix_tuning"]
-    assert f"| `prefix_tuning` | `gradient_checkpointing` | {reason} |" in page
+    assert f"| `prefix_tuning` | `gradient_checkpointing` | everywhere | {reason} |" in page
+    assert "| `adalora` | `zero2` | everywhere | peft moves ranks by the gradients" in page
+    assert "| `bf16_pure` | `offload_optimizer` | CPU | DeepSpeed: Master weights" in page
+    assert "| `offload_optimizer` | `adamw_8bit` | GPUs | DeepSpeed updates" in page
+    assert "| `fp16` | `optimizer_in_backward` | everywhere | torch's loss scaling" in page, "a CPU has fp16 nowhere"
+    assert "| `adalora` | `zeropp` |" not in page, "it is zero3, which zeropp needs, that is in the way"
+
+
+def test_what_each_changes_is_said_by_its_module(tmp_path: Path) -> None:
+    page = techniques_docs.page(tmp_path)
+    assert "| `lora` | Freezes the weights and trains a low-rank update of chosen linear layers. | memory: " in page
 
 
 NO_NUMBER = '{"device": "x", "technique_runs": [{"techniques": ["lora"], "ended": "completed"}]}'

@@ -24,6 +24,10 @@ class Adalora(PeftMethod):
     method: ClassVar[str] = "ADALORA"
     excludes: ClassVar[dict[str, str]] = {
         "zero3": "peft needs whole weights to move ranks, and ZeRO-3 leaves none (The size of tensor a (0) must match)",
+        "fsdp": (
+            "peft's penalty takes whole matrices outside their layers, where FSDP2 has shards (The size of tensor a "
+            "must match the size of tensor b)"
+        ),
         "optimizer_in_backward": (
             "peft moves ranks by the gradients after a step, and here they are gone by then (unsupported operand "
             "type(s) for *: 'Parameter' and 'NoneType')"

@@ -6,6 +6,7 @@ from finetune_study.techniques.base import MODEL_STATES, Kind, ModelState, Recip
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
 
 class Fsdp(Technique):
@@ -15,7 +16,9 @@ class Fsdp(Technique):
     kind: ClassVar[Kind] = "sharding"
     shards: ClassVar[frozenset[ModelState]] = MODEL_STATES
     effect: ClassVar[str] = (
-        "memory: everything divided by the number of devices; speed: weights travel in every pass; quality: unchanged"
+        "memory: everything divided by the number of devices; "
+        "speed: weights travel in every pass; "
+        "quality: unchanged, but in 16 bit gradients are summed and losses returned in it, as accelerate sets it up"
     )
     source: ClassVar[str] = (
         "Zhao et al., arXiv 2304.11277; https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"
@@ -27,6 +30,11 @@ class Fsdp(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu":
             return "accelerate silently leaves FSDP out on a CPU and trains with DDP: use ddp, or zero1 to zero3"
+        return None
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if run.num_gpus == 1:
+            return "transformers: Using fsdp only works in distributed training: use two devices or more"
         return None
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:

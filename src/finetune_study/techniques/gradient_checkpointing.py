@@ -32,7 +32,8 @@ class GradientCheckpointing(Technique):
     """torch's older implementation; False is what torch recommends."""
     every: PositiveInt | Literal["sqrt"] = Field(default=1, json_schema_extra=LATER)
     """Which layers. A number k: every k-th layer computes its activations again, the others keep theirs (torchtitan's
-    selective checkpointing). `sqrt`: all of n layers, in groups of about √n, each of which keeps its input alone."""
+    selective checkpointing). `sqrt`: all of n layers, in groups of about √n, each of which keeps its input alone; not
+    beside fsdp, which gathers the weights of one layer at a time."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.every == "sqrt" and "fsdp" in recipe:

@@ -3,6 +3,13 @@
 from typing import Any
 
 
+def bare(optimizer: Any) -> Any:
+    """An optimizer without what accelerate and DeepSpeed put around it."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def joined(parts: list[Any], *, steps: bool = True) -> Any:
     """One optimizer for Trainer, made of others for different weights; each keeps its own arithmetic and states.
 

@@ -44,7 +44,7 @@ class Lora(PeftMethod):
         default=True, json_schema_extra=LATER
     )
     """How the update begins: true is no change at all; `pissa` (arXiv 2404.02948) and `loftq` (arXiv 2310.08659) take a
-    part of the weights into it."""
+    part of the weights into it; for `loftq` peft quantises them itself, on a GPU alone, so it is not for qlora."""
 
     def packages_needed(self) -> tuple[str, ...]:
         return (*self.packages, *(("bitsandbytes", "scipy") if self.init_lora_weights == "loftq" else ()))

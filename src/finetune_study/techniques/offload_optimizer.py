@@ -27,7 +27,7 @@ class OffloadOptimizer(Technique):
     source: ClassVar[str] = "Ren et al., arXiv 2101.06840; on NVMe Rajbhandari et al., arXiv 2104.07857"
 
     device: Literal["cpu", "nvme"] = "cpu"
-    """Where the states go; `nvme` needs zero3."""
+    """Where the states go; `nvme` needs zero3, and an op of DeepSpeed that a CPU study does not compile."""
     pin_memory: bool = False
     """Page-locked host memory: faster transfers, but it can't be swapped."""
     nvme_path: str | None = Field(default=None, json_schema_extra=LATER)
@@ -36,7 +36,10 @@ class OffloadOptimizer(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name not in ADAMW), None)
         if hardware.device == "cuda" and other:
-            return f"DeepSpeed updates offloaded states by its own AdamW for CPUs, not by {other}: use adamw_torch"
+            return (
+                "DeepSpeed updates offloaded states by its own AdamW for CPUs, not by "
+                f"{other} (You are using ZeRO-Offload with a client provided optimizer): use adamw_torch"
+            )
         if hardware.device == "cpu" and "bf16_pure" in recipe:
             return (
                 "DeepSpeed: Master weights feature requires DeepSpeedCPUAdam, an op that a CPU study does not compile"
@@ -66,7 +69,12 @@ def why_not_nvme(name: str, device: str, path: str | None, hardware: "Hardware",
     if path is None:
         return f"{name}.device: nvme needs {name}.nvme_path, a folder on a local drive"
     if "zero3" not in recipe:
-        return "DeepSpeed swaps to NVMe under ZeRO-3 alone: use zero3, or device: cpu"
+        return (
+            "DeepSpeed swaps to NVMe under ZeRO-3 alone, else it takes host memory, silently: use zero3, or device: cpu"
+        )
     if hardware.device == "cpu":
-        return "DeepSpeed's asynchronous reads are an op that a CPU study does not compile (libaio): use device: cpu"
+        return (
+            "DeepSpeed: Unable to JIT load the async_io op, which a CPU study does not compile (it needs libaio): use "
+            "device: cpu"
+        )
     return None

@@ -23,7 +23,7 @@ class OffloadParam(Technique):
     source: ClassVar[str] = "Rajbhandari et al., arXiv 2104.07857"
 
     device: Literal["cpu", "nvme"] = "cpu"
-    """Where the weights go."""
+    """Where the weights go; `nvme` needs zero3, and an op of DeepSpeed that a CPU study does not compile."""
     pin_memory: bool = False
     """Page-locked host memory: faster transfers, but it can't be swapped."""
     nvme_path: str | None = None

@@ -75,6 +75,12 @@ class AdamwTorch4bit(_Torchao):
 
 class _Bitsandbytes(_Adam):
     packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+    excludes: ClassVar[dict[str, str]] = {
+        "fsdp": (
+            "torch knows of no way in which bitsandbytes' optimizers take FSDP2's shards (does not have a sharding "
+            "strategy registered): use adamw_torch_8bit"
+        )
+    }
 
 
 class Adamw8bit(_Bitsandbytes):
@@ -123,10 +129,13 @@ class Adafactor(Optimizer):
     """transformers' Adafactor: of the second moment sums of rows and columns alone, and no first moment."""
 
     name: ClassVar[str] = "adafactor"
-    excludes: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("zero1", "zero2", "zero3"),
-        "Adafactor sums rows and columns of matrices; of DeepSpeed's flat pieces it keeps whole states: use ddp",
-    )
+    excludes: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(
+            ("zero1", "zero2", "zero3"),
+            "Adafactor sums rows and columns of matrices; of DeepSpeed's flat pieces it keeps whole states: use ddp",
+        ),
+        "fsdp": "Adafactor mixes tensors of its own with FSDP2's shards (got mixed torch.Tensor and DTensor)",
+    }
     effect: ClassVar[str] = (
         "memory: hardly any states; "
         "speed: a step somewhat slower than adamw_torch; "
@@ -177,7 +186,10 @@ class ApolloAdamw(_LowRank):
 
     name: ClassVar[str] = "apollo_adamw"
     packages: ClassVar[tuple[str, ...]] = ("apollo_torch",)
-    excludes: ClassVar[dict[str, str]] = dict.fromkeys(("zero1", "zero2", "zero3"), f"APOLLO {_ONE_DIMENSION}")
+    excludes: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("zero1", "zero2", "zero3"), f"APOLLO {_ONE_DIMENSION}"),
+        "fsdp": "apollo-torch numbers the weights it is given, and FSDP2 puts others in their place (KeyError: 'seed')",
+    }
     effect: ClassVar[str] = (
         "memory: states as galore_adamw; speed: no SVD, so faster than galore_adamw; quality: close to adamw_torch"
     )

@@ -1,9 +1,10 @@
 """The optimizer steps while the backward pass runs."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune_study.techniques.base import Kind, Technique
-from finetune_study.techniques.joined import joined
+from finetune_study.techniques.joined import bare, joined
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
@@ -22,8 +23,7 @@ class OptimizerInBackward(Technique):
     excludes: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("zero1", "zero2"), _OWN_STEP),
         "zero3": "DeepSpeed's ZeRO-3 keeps all gradients, and no weight would be updated, silently: leave one out",
-        "ddp": "gradients would be used before DDP has summed them over the devices: use one device",
-        "fsdp": "gradients would be used before they are summed over the devices: use one device",
+        "ddp": "gradients would be used before DDP has summed them over the devices: use one device, or fsdp",
         "fp16": (
             "torch's loss scaling looks at all gradients before a step, and here they are gone by then (No inf checks "
             "were recorded for this optimizer): use bf16"
@@ -69,27 +69,41 @@ class OptimizerInBackward(Technique):
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         return lambda: in_backward, {"kind": kind, "settings": settings, "weight_decay": arguments.weight_decay}
 
+    def callbacks(self, model: Any) -> list[Any]:
+        from transformers import TrainerCallback
+
+        class StepInBackward(TrainerCallback):
+            def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+                """By now accelerate has wrapped the optimizer, and FSDP2 has put shards in the place of weights."""
+                step_in_backward(bare(optimizer))
+
+        return [StepInBackward()]
+
 
 def in_backward(model: Any, kind: Any, settings: dict[str, Any], weight_decay: float) -> Any:
-    """An optimizer for each trained weight, which autograd calls as soon as the weight's gradient is whole."""
+    """An optimizer for each trained weight, as one that steps them only after `step_in_backward`."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     # Trainer spares norms and biases as well.
     decays = [weight_decay if weight.ndim > 1 else 0.0 for weight in weights]
-    parts = {
-        weight: kind([{"params": [weight], "weight_decay": decay}], **settings)
+    parts = [
+        kind([{"params": [weight], "weight_decay": decay}], **settings)
         for weight, decay in zip(weights, decays, strict=True)
-    }
-    together = joined(list(parts.values()), steps=False)
-    is_first = True
+    ]
+    return joined(parts, steps=False)
 
-    def step(weight: Any) -> None:
-        nonlocal is_first
-        if is_first:  # by now accelerate has wrapped it
-            together.follow_schedule()
-            is_first = False
-        parts[weight].step()
-        parts[weight].zero_grad()
 
-    for weight in weights:
-        weight.register_post_accumulate_grad_hook(step)
-    return together
+def step_in_backward(together: Any) -> None:
+    """Lets autograd call each part of `in_backward` as soon as the gradient of its weight is whole."""
+    together.follow_schedule()
+
+    def steps(part: Any) -> Callable[[Any], None]:
+        def step(_: Any) -> None:
+            part.step()
+            part.zero_grad()
+
+        return step
+
+    for part in together.parts:
+        for group in part.param_groups:
+            for weight in group["params"]:
+                weight.register_post_accumulate_grad_hook(steps(part))

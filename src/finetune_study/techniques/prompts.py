@@ -62,6 +62,12 @@ class PrefixTuning(_Prompt):
 
     name: ClassVar[str] = "prefix_tuning"
     method: ClassVar[str] = "PREFIX_TUNING"
+    excludes: ClassVar[dict[str, str]] = {
+        "packing": (
+            "transformers tells packed examples apart only where no keys come before them, so behind peft's prefixes "
+            "they see each other, silently"
+        )
+    }
     effect: ClassVar[str] = (
         "memory: fewer trained weights than lora, longer keys and values, no gradient checkpointing; "
         "speed: longer attention by the trained tokens; "

@@ -30,14 +30,20 @@ class Qlora(Lora):
     bnb_4bit_use_double_quant: bool = True
     """Quantise the scales as well: 0.4 bits less for a weight."""
     load_in_8bit: bool = False
-    """Weights in 8 bit (arXiv 2208.07339) instead of 4."""
+    """Weights in 8 bit (arXiv 2208.07339) instead of 4; not beside fsdp."""
     prepare_model_for_kbit_training: bool = True
     """Hold what is not quantised in fp32, as peft's function of this name does."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if self.load_in_8bit and "fsdp" in recipe:
+            return (
+                "FSDP2 puts others in the place of bitsandbytes' weights of 8 bit ('Parameter' object has no attribute "
+                "'CB'): use 4 bit, or ddp"
+            )
         if self.init_lora_weights == "loftq":
             return (
-                "peft: LoftQ quantises the model itself, so it can't begin with one that is: use lora, or another start"
+                "peft: LoftQ quantises the model itself, so it can't begin with one that is (you should not pass a "
+                "quantized model in this case): use lora, or another start"
             )
         return None
 
@@ -46,6 +52,13 @@ class Qlora(Lora):
         if self.load_in_8bit:
             return {"quantization_config": quantisation | {"load_in_8bit": True}}
         compute = next((t.load_arguments(recipe)["dtype"] for t in recipe.values() if t.kind == "precision"), "float32")
+        if "fsdp" in recipe:
+            # accelerate shards 4-bit weights only where their bytes are held as floating point; else a device has all.
+            # In mixed precision FSDP2 casts all that is such: to that very type, or bytes would be lost.
+            mixed = {k for t in recipe.values() for k, is_on in t.training_arguments(recipe).items() if is_on is True}
+            quantisation["bnb_4bit_quant_storage"] = (
+                "bfloat16" if "bf16" in mixed else "float16" if "fp16" in mixed else compute
+            )
         return {
             "quantization_config": quantisation
             | {

@@ -1,0 +1,27 @@
+"""What a module says against a technique on a GPU is what happens: the exclusion is passed by, and its error seen."""
+
+import importlib.util
+import re
+
+import pytest
+
+from finetune_study import techniques
+from tests.training.lab import Lab, in_spite_of_the_reason
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_flash_attention_takes_16_bit_alone(precision: str, version: int, gpu_lab: Lab) -> None:
+    name = f"flash_attention_{version}"
+    alone = gpu_lab.plan({"bf16": {}, name: {}})
+    if alone.unsupported:
+        pytest.skip(alone.unsupported)
+    for package in techniques.ALL[name].packages:
+        if importlib.util.find_spec(package.partition(".")[0]) is None:
+            pytest.skip(f"{name} needs the package {package}")
+    ended = in_spite_of_the_reason(gpu_lab, {precision: {}, name: {}})
+    log = ended.paths.log.read_text(encoding="utf-8")
+    # csrc/flash_attn/flash_api.cpp, hopper/flash_api.cpp and flash_attn/cute/interface.py of flash-attention
+    assert re.search(r"FlashAttention only supports? fp16|inputs must be float16 or bfloat16", log), log[-3000:]
