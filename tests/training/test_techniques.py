@@ -165,6 +165,13 @@ def test_bf16_adds_to_frozen_weights_in_bfloat16(lab: Lab) -> None:
     assert_same_losses(half, lab.train(LORA), BF16_TOLERANCE)
 
 
+def test_fp8_multiplies_on_a_cpu_as_its_emulation_does(lab: Lab) -> None:
+    """torch has the product without units for it."""
+    own, emulated = lab.train({"fp8": {}}), lab.train({"fp8": {"emulate": True}})
+    assert own.losses == pytest.approx(emulated.losses, rel=1e-2)
+    assert own.losses != lab.train({"bf16": {}}).losses
+
+
 def test_fp16_without_deepspeed_is_unsupported_on_a_cpu(lab: Lab) -> None:
     reason = lab.plan({"fp16": {}}).unsupported
     assert reason is not None

@@ -21,7 +21,7 @@ OF_HARDWARE = {
     "bf16": {"A100", "L40S", "H100", "B200", "cpu"},
     "bf16_pure": {"A100", "L40S", "H100", "B200", "cpu"},
     "fp16": {*GPUS},
-    "fp8": {"L40S", "H100", "B200"},
+    "fp8": {"L40S", "H100", "B200", "cpu"},
     "flash_attention_2": {"A100", "L40S", "H100", "B200"},
     "flash_attention_3": {"H100"},
     "flash_attention_4": {"H100", "B200"},

@@ -44,10 +44,8 @@ class Fp8(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         capability = hardware.compute_capability
-        if self.emulate:
+        if self.emulate or hardware.device == "cpu":  # torch multiplies fp8 on a CPU, without units for it
             return None
-        if hardware.device == "cpu":
-            return "fp8 needs a GPU's matrix units: use bf16, or `emulate: true` for its losses alone"
         if capability is not None and capability < FP8_COMPUTE_CAPABILITY:
             return f"fp8 needs compute capability {FP8_COMPUTE_CAPABILITY}; this GPU has {capability}: use bf16 or fp16"
         return None
