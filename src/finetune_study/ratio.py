@@ -35,6 +35,8 @@ class Ratio:
     value: float
     low: float | None
     high: float | None
+    freedom: int = 0
+    """Degrees of freedom that the interval rests on."""
 
     @property
     def leaves_out_one(self) -> bool:
@@ -107,5 +109,11 @@ def _between_nodes(above: Mapping[str, list[float]], below: Mapping[str, list[fl
 
 
 def _interval(logarithm: float, error: float, freedom: int) -> Ratio:
-    t = T_975[freedom - 1] if freedom <= len(T_975) else T_975_BEYOND
-    return Ratio(*(math.exp(logarithm + shift * t * error) for shift in (0, -1, 1)))
+    t = student(freedom)
+    value, low, high = (math.exp(logarithm + shift * t * error) for shift in (0, -1, 1))
+    return Ratio(value, low, high, freedom)
+
+
+def student(freedom: int) -> float:
+    """Student's t of a two-sided interval of 95 %, for one degree of freedom or more."""
+    return T_975[freedom - 1] if freedom <= len(T_975) else T_975_BEYOND

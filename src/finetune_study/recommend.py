@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import polars as pl
@@ -14,18 +14,20 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
-from finetune_study.ratio import Repeat, ratio
+from finetune_study.ratio import Repeat, ratio, student
 from finetune_study.record import write_atomically
 from finetune_study.section import Section
 from finetune_study.states import OPEN, ended_without, in_words
 from finetune_study.table import show
 
-FORMAT = 4
+FORMAT = 5
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
 PLAIN = frozenset({"ddp", "eager"})
 """Techniques that save nothing: naming them is no advice."""
+MAX_NAMES = 8
+"""Recipes that a sentence names; a table has all of them."""
 MIN_NODES = 2
 """Nodes that the runs of two compared recipes must come from: nodes of one kind differ, often by several per cent."""
 
@@ -34,8 +36,8 @@ Verdict = Literal[
 ]
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
-    "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. Of those "
-    f"tied that are by median at most {LITTLE:.0%} slower, the one with the least peak memory is named.",
+    "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. The fastest "
+    f"by median is named, unless one at most {LITTLE:.0%} slower takes at least {LITTLE:.0%} less peak memory.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
     f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
     f"{MIN_REPEATS} completed runs, too.",
@@ -120,6 +122,8 @@ class Versus(Section):
     low: float | None
     """Lower bound of the interval of 95 %; null where nodes and recipes can't be told apart."""
     high: float | None
+    freedom: int
+    """Degrees of freedom of the interval; 0 without one."""
     num_nodes: int
     differs: bool
     """The interval leaves out 1."""
@@ -152,7 +156,7 @@ class Recommendation(Section):
     sequence_length: int
     verdict: Verdict
     recipe: str | None
-    """The fastest by median, in a tie the one of those tied with the least memory; null where none can be named."""
+    """The fastest by median, in a tie one nearly as fast that takes much less memory; null where none can be named."""
     per_device_train_batch_size: int | None
     tied_with: list[str]
     """The others of a tie, the fastest by median first."""
@@ -378,7 +382,9 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
         verdict, why = _alone(best, others, pending, unclear)
         return verdict, [best], f"{_timing(best)}{why}.{beside}", []
     versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
-    numbers = "; ".join([_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals)])
+    told = [_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals[:MAX_NAMES])]
+    told += [f"{len(rivals) - MAX_NAMES} slower ones"] if len(rivals) > MAX_NAMES else []
+    numbers = "; ".join(told)
     lacking = [one.too_few for one in versus if one.too_few]
     lacking += [f"No outcome yet: {_endings(pending)}"] if pending else []
     if lacking or len(versus) < len(rivals):
@@ -387,22 +393,25 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
         named = _least_memory([best, *tied])
-        return "tie", named, f"{numbers}. {_tie(best, tied, versus)} {_taken(named[0])}{beside}", versus
+        return "tie", named, f"{numbers}. {_tie(best, tied, versus)} {_taken(named[0], best)}{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
 
 
 def _least_memory(tied: list[Evidence]) -> list[Evidence]:
     """The recipes of a tie, the fastest by median first; then with the one first that is named.
 
-    Where times are alike, memory decides, as far as a reader sees it; where none is known, the fastest stays. A wide
-    interval holds much slower ones, too: those are tied for want of data, and not taken for their memory.
+    Where times are alike, much less memory decides; else the fastest stays. A wide interval holds much slower ones,
+    too: those are tied for want of data, and not taken for their memory.
     """
-    slowest = (tied[0].step_time_seconds_median or float("inf")) * (1 + LITTLE)
+    fastest = tied[0]
+    slowest = (fastest.step_time_seconds_median or float("inf")) * (1 + LITTLE)
+    most = (fastest.peak_memory_gib_median or float("inf")) * (1 - LITTLE)
 
     def memory(one: Evidence) -> float:
-        return float("inf") if one.peak_memory_gib_median is None else float(f"{one.peak_memory_gib_median:.3g}")
+        return float("inf") if one.peak_memory_gib_median is None else one.peak_memory_gib_median
 
-    chosen = min((one for one in tied if (one.step_time_seconds_median or 0) <= slowest), key=memory)
+    lean = [one for one in tied if (one.step_time_seconds_median or 0) <= slowest and memory(one) <= most]
+    chosen = min(lean, key=memory, default=fastest)
     return [chosen, *(one for one in tied if one is not chosen)]
 
 
@@ -417,11 +426,14 @@ def _tie(best: Evidence, tied: list[Evidence], versus: list[Versus]) -> str:
     return " ".join(filter(None, (same, apart)))
 
 
-def _taken(chosen: Evidence) -> str:
-    if chosen.peak_memory_gib_median is None:
-        return f"Their memory is not known: {chosen.recipe}, the fastest by median, is named."
-    alike = f"of those at most {LITTLE:.0%} slower it takes least memory"
-    return f"{chosen.recipe} is named: {alike}, {show(chosen.peak_memory_gib_median, 'GiB')}."
+def _taken(chosen: Evidence, fastest: Evidence) -> str:
+    if chosen is fastest:
+        why = f"the fastest by median; none that is nearly as fast takes {LITTLE:.0%} less memory"
+    else:
+        why = f"of those at most {LITTLE:.0%} slower it takes least memory"
+    return f"{chosen.recipe} is named: {why}" + (
+        f", {show(chosen.peak_memory_gib_median, 'GiB')}." if chosen.peak_memory_gib_median is not None else "."
+    )
 
 
 def _alone(
@@ -454,6 +466,7 @@ def _versus(best: Evidence, rival: Evidence) -> Versus:
         ratio=found.value,
         low=found.low,
         high=found.high,
+        freedom=found.freedom,
         num_nodes=len({*best.nodes_of_repeats, *rival.nodes_of_repeats}),
         differs=found.leaves_out_one,
         too_few=_lacks(best, rival) or (None if found.bounded else _no_interval(best, rival)),
@@ -493,7 +506,7 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
         return []
     fitting = [one for one in evidence if one.fits]
     if verdict == "not_comparable":  # no missing run makes those comparable that are there
-        return [f"remeasure {', '.join(one.recipe for one in fitting)} with one set of software"]
+        return [f"remeasure {_names([one.recipe for one in fitting])} with one set of software"]
     if verdict == "contradictory":
         unclear = [one for one in evidence if one.contradictory]
         return [f"another repeat of {one.recipe}: remeasure {i}" for one in unclear for i in one.ended_without]
@@ -501,15 +514,16 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
     steps = [run_id for one in evidence if one.fits or one.pending for run_id in one.missing]
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(evidence) > 1:
-        steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {', '.join(short)}")
+        steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
     lacking = [one.too_few or "" for one in versus]
     if any("node" in lack for lack in lacking):
         steps.append(f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones")
     if any("were before" in lack for lack in lacking):
-        steps.append("remeasure the recipes that were measured first")
+        blocked = [one.recipe for one in versus if "were before" in (one.too_few or "")]
+        steps.append(f"remeasure {_names((_fastest(evidence, versus), *blocked))} in one call, which mixes their runs")
     undated = [one.recipe for one in fitting if None in one.starts_of_repeats]
     if undated and any("started" in lack for lack in lacking):
-        steps.append(f"remeasure {', '.join(undated)}: when they started is not known")
+        steps.append(f"remeasure {_names(undated)}: when they started is not known")
     return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
 
 
@@ -525,12 +539,31 @@ def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:
             continue
         half, effect = (math.log(one.high) - math.log(one.low)) / 2, abs(math.log(one.ratio))
         narrow = max(effect, math.log(1 + LITTLE) - effect)
-        wanted[one.recipe] = max(num_repeats + 1, math.ceil(num_repeats * (half / narrow) ** 2))
+        wanted[one.recipe] = _repeats_for(narrow / half, num_repeats, one.freedom)
     if not wanted:
         return []
-    fastest = next(one.recipe for one in evidence if one.fits and one.recipe not in {other.recipe for other in versus})
-    names = ", ".join((fastest, *wanted))
+    names = _names((_fastest(evidence, versus), *wanted))
     return [f"protocol.repeats: about {max(wanted.values())} instead of {num_repeats}, of {names}"]
+
+
+def _fastest(evidence: list[Evidence], versus: list[Versus]) -> str:
+    """What all others are compared with."""
+    others = {one.recipe for one in versus}
+    return next(one.recipe for one in evidence if one.fits and one.recipe not in others)
+
+
+def _names(recipes: Sequence[str]) -> str:
+    rest = len(recipes) - MAX_NAMES
+    return ", ".join(recipes[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _repeats_for(share: float, num_repeats: int, freedom: int) -> int:
+    """How many repeats narrow an interval to this share of what it is with so many; each adds a run to both sides."""
+    now = student(freedom) / math.sqrt(num_repeats)
+    more = 1
+    while student(freedom + 2 * more) / math.sqrt(num_repeats + more) > share * now:
+        more += 1
+    return num_repeats + more
 
 
 def _timing(one: Evidence, versus: Versus | None = None) -> str:
@@ -548,4 +581,4 @@ def _ratio(versus: Versus | None) -> str:
 
 
 def _endings(group: list[Evidence]) -> str:
-    return ", ".join(f"{one.recipe} ({in_words(one.states)})" for one in group)
+    return _names([f"{one.recipe} ({in_words(one.states)})" for one in group])

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,8 @@ WITHOUT_TRAINING = {
 """Outcomes of runs that were not tried, in words."""
 CONFIG_FILE, RESULTS_FOLDER = "config/config.yaml", "results"
 """Where a study lies, unless it is said otherwise."""
+LOTS = 1000
+"""To draw an order from; two runs with the same lot go in the order of the plan."""
 SNAKEMAKE_CONFIG = "config/config.yaml, with what --configfile and --config add"
 
 
@@ -120,6 +123,16 @@ class Study:
     def number_of_easier(self, run_id: str) -> int:
         """How many runs of the study could show that this one runs out of memory."""
         return len(self._kin.easier(run_id))
+
+    def priority(self, run_id: str) -> int:
+        """Of a run's job; the highest goes first.
+
+        Repeat after repeat, so that the recipes' runs mix in time, as a ranking needs it. In a repeat the easy runs go
+        first: one that runs out of memory decides about the harder ones of its kind. Among equals the order is random,
+        drawn from the run_id, so that it is the same in every call.
+        """
+        rank = (self.run(run_id).repeat - 1) * len(self.planned) + self.number_of_easier(run_id)
+        return -(rank * LOTS + zlib.crc32(run_id.encode()) % LOTS)
 
     @cached_property
     def _last_forecast(self) -> dict[str, Any]:

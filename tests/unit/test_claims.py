@@ -232,7 +232,7 @@ def test_the_tree_stops_at_the_first_rung_that_fits(tmp_path: Path) -> None:
 
 
 def test_of_a_tie_the_tree_ends_in_what_is_named(tmp_path: Path) -> None:
-    """Of a tie not the fastest by median is named, but the one with least memory."""
+    """Of a tie not always the fastest by median is named."""
     recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}
     config = study(recipes, [256])
     seconds = {"full": 2.0, "lora": 1.0, "zero2-lora": 1.01}

@@ -50,7 +50,21 @@ def test_the_easiest_of_a_kind_goes_first(raw: dict[str, Any], tmp_path: Path) -
         (run.sequence_length, run.per_device_train_batch_size): found.number_of_easier(run.run_id)
         for run in (one.run for one in found.planned.values())
     }
+    first = min(found.planned, key=lambda run_id: -found.priority(run_id))
+    assert (found.run(first).sequence_length, found.run(first).per_device_train_batch_size) == (64, "max")
     assert easier == {(64, "max"): 0, (64, 1): 1, (64, 2): 2, (128, "max"): 1, (128, 1): 3, (128, 2): 5}
+
+
+def test_repeats_go_one_after_the_other_and_recipes_mix(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["grid"][0] |= {"recipes": ["full", "lora"], "sequence_length": [64, 128]}
+    raw["protocol"]["repeats"] = 3
+    found = open_study(raw, Results(tmp_path / "fresh"))
+    order = sorted((found.run(run_id) for run_id in found.planned), key=lambda run: -found.priority(run.run_id))
+    assert [run.repeat for run in order] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [run.sequence_length for run in order] == [64, 64, 128, 128] * 3
+    starts = [[place for place, run in enumerate(order) if run.recipe == recipe] for recipe in ("full", "lora")]
+    assert min(starts[0]) < max(starts[1])
+    assert min(starts[1]) < max(starts[0])
 
 
 def test_a_python_that_is_not_there_keeps_nobody_from_planning(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def get_places(wildcards):
 
 
 def get_priority(wildcards):
-    """Easy runs go first: one that runs out of memory decides about the harder ones of its kind."""
-    return -STUDY.number_of_easier(wildcards.run_id)
+    """Repeat after repeat, so that time does to all recipes alike; among equals in an order drawn by lot."""
+    return STUDY.priority(wildcards.run_id)
 
 
 def get_threads(wildcards):

@@ -33,7 +33,7 @@ def _default(defaults: list[Default]) -> str:
     ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
     verdicts = {one.recommendation.verdict for one in named}
-    doubt = ", in a tie the one among those nearly as fast that takes least memory," if "tie" in verdicts else ""
+    doubt = " (in a tie by median, unless one nearly as fast takes much less memory)" if "tie" in verdicts else ""
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
