@@ -23,6 +23,8 @@ from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
 ORDER = ("better", "worse", "differs", "same", "not known")
 """Of a change; the first two are what a reader looks for."""
 
+LITTLE = 0.01
+"""A difference below 1 % is none: peak memory hardly varies, and its interval would leave out 1 for a few bytes."""
 COLUMNS = (*CONFIGURATION, "change", "why", "step_time_text", "peak_memory_text", "software")
 
 
@@ -132,15 +134,29 @@ def _change(now: Row, then: Row) -> Row:
         same = {*now["states"]} == {*then["states"]}
         change, why = ("same" if same else "differs"), f"{_states(then)} then, {_states(now)} now"
     else:
-        change, why = _by_numbers(time, memory)
+        change, why = _by_numbers(time, memory) if _comparable(now, then) else _OTHER
     return {
         **{name: now[name] for name in CONFIGURATION},
         "change": change,
         "why": why,
         "step_time_text": _text(time),
         "peak_memory_text": _text(memory),
-        "software": "the same" if now["provenance"] == then["provenance"] else "differs",
+        "software": "the same" if _software(now) == _software(then) else "differs",
     }
+
+
+_OTHER = ("not known", "weights, data or effective batch differ: not compared")
+
+
+def _software(row: Row) -> set[str]:
+    """Digests of the installed packages; the first word of each provenance (`table.provenance`)."""
+    return {kind.partition(" ")[0] for kind in row["provenance"]}
+
+
+def _comparable(now: Row, then: Row) -> bool:
+    """Whether all is alike but the software, which is what may have changed between two studies."""
+    others = {kind.partition(" ")[2] for row in (now, then) for kind in row["provenance"]}
+    return len(others) == 1
 
 
 def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
@@ -148,7 +164,7 @@ def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
     words: list[str] = []
     directions: set[str] = set()
     for name, found in (("step time", time), ("peak memory", memory)):
-        if found is not None and found.leaves_out_one:
+        if found is not None and found.leaves_out_one and abs(found.value - 1) >= LITTLE:
             directions.add("better" if found.value < 1 else "worse")
             words.append(f"{name} × {show(found.value)}")
     if words:

@@ -13,7 +13,7 @@ import polars as pl
 from finetune_study import micro_batch, slurm, table, train
 from finetune_study.errors import StudyError
 from finetune_study.recommend import Recommendation, defaults, no_such_pair, recommend
-from finetune_study.record import write_atomically
+from finetune_study.record import read_record, write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
 from finetune_study.table import show
@@ -33,7 +33,6 @@ MEASURING = (
 FULL_TRAINING: dict[str, Any] = {
     "num_train_epochs": 1,
     "save_strategy": "steps",
-    "save_steps": 100,
     "save_total_limit": 2,
     "logging_steps": 10,
     "report_to": [],
@@ -44,6 +43,9 @@ SAVED_WHOLE = {"stage3_gather_16bit_weights_on_model_save": True}
 MARGIN = 1.5
 """Of the job's time over the promised hours: loading, checkpoints, a slower node."""
 MIN_MINUTES = 60
+CHECKPOINT_SECONDS = 600
+"""Between two checkpoints, about: what a preemption may cost; at most `MAX_SAVE_STEPS` steps."""
+MAX_SAVE_STEPS = 100
 
 
 def choose(
@@ -131,7 +133,10 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             "Nothing is recommended here, so there is nothing to export",
             where=f"{one.target} on {place}, context {one.sequence_length}",
             given=one.verdict,
-            do=f"measure more: {'; '.join(one.settled_by[:5]) or one.reason}",
+            do=f"measure more: {'; '.join(one.settled_by[:5])}"
+            if one.settled_by
+            else "add more GPUs, a shorter context or a recipe that saves more to the grid; finetune-study predict says "
+            "beforehand what fits",
         )
     run = study.run(best.run_ids[0])
     _check_exported(run)
@@ -143,10 +148,10 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
         deepspeed["zero_optimization"] |= SAVED_WHOLE
     kept = {name: value for name, value in arguments.items() if name not in MEASURING}
     files: dict[str, Any] = {
-        "training_arguments.json": kept | FULL_TRAINING,
+        "training_arguments.json": kept | FULL_TRAINING | {"save_steps": _save_steps(best.step_time_seconds_median)},
         "deepspeed.json": deepspeed,
         "peft.json": _peft(run),
-        "recipe.json": _about(run, one),
+        "recipe.json": _about(run, one) | {"versions": _versions(study, run)},
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
     write_atomically(written[0], _resource("train.py.txt").replace("{torchrun}", _torchrun(run)))
@@ -213,6 +218,17 @@ def _about(run: Run, one: Recommendation) -> dict[str, Any]:
     }
 
 
+def _versions(study: Study, run: Run) -> dict[str, str]:
+    """Of the packages that the run was measured with, as its record has them."""
+    found = read_record(study.results.run(run.run_id).record).environment.get("versions", {})
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _save_steps(step_seconds: float | None) -> int:
+    """Optimizer steps between checkpoints; a job that gets no checkpoint done would begin again for ever."""
+    return max(1, min(MAX_SAVE_STEPS, int(CHECKPOINT_SECONDS / step_seconds))) if step_seconds else MAX_SAVE_STEPS
+
+
 def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
     asked = study.slurm_resources(run.run_id)
     minutes = max(MIN_MINUTES, math.ceil(60 * MARGIN * (epoch_hours or 0)))
@@ -257,7 +273,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         "training_arguments.json": "fields of transformers' TrainingArguments",
         "deepspeed.json": "DeepSpeed's configuration",
         "peft.json": "fields of peft's `PeftConfig`",
-        "recipe.json": "what was measured, and how the model is loaded",
+        "recipe.json": "what was measured, with which versions, and how the model is loaded",
     }
     lines = [
         f"# {run.recipe} for {run.target} on {table.devices(run.hardware.name, run.num_gpus, run.nodes)}, "
@@ -282,7 +298,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         "promised here. It needs torch, transformers, datasets, accelerate"
         + (", peft" if "peft.json" in files else "")
         + (", deepspeed" if "deepspeed.json" in files else "")
-        + ", in the versions that were measured: the report names them.",
+        + ", in the versions that were measured: `recipe.json` names them.",
         "",
         *(f"- `{name}`: {words[name]}" for name in files),
         "",

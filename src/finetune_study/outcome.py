@@ -387,7 +387,7 @@ def _timing(record: Record, price: float | None) -> dict[str, Any]:
 
 def _hosts(environment: dict[str, Any]) -> str | None:
     hosts = [environment.get("host"), *(other["node"] for other in environment.get("other_nodes", ()))]
-    return ", ".join(host for host in hosts if host) or None
+    return ", ".join(sorted(host for host in hosts if host)) or None  # the same nodes in any order
 
 
 def _values(record: Record, key: str) -> list[Any]:

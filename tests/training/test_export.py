@@ -96,7 +96,10 @@ def test_an_exported_recipe_trains_one_epoch_checks_the_promise_and_goes_on_afte
     # As after a time limit: the last checkpoint and what followed are gone.
     subprocess.run(["rm", "-r", str(folder / "output" / "checkpoint-6")], check=True)
     said = start(folder, "my.jsonl", "--model", str(own))
-    assert json.loads((folder / "output" / "promised.json").read_text())["resumed_from"] == "output/checkpoint-4"
+    again = json.loads((folder / "output" / "promised.json").read_text())
+    assert again["resumed_from"] == "output/checkpoint-4"
+    until_there = json.loads((folder / "output" / "checkpoint-4" / "seconds.json").read_text())
+    assert again["taken_hours"] > until_there / 3600 > 0, "hours are of the whole epoch"
     assert '"optimizer_steps": 6' in said
 
 

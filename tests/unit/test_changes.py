@@ -57,6 +57,27 @@ def test_faster_with_more_memory_is_neither(tmp_path: Path) -> None:
     )
 
 
+def test_a_few_bytes_more_are_no_change(tmp_path: Path) -> None:
+    """Memory hardly varies from run to run, so that the interval of its ratio has no width."""
+    now, then = timed("full", 1.0, 1.01, 1.02, used=0.5001), timed("full", 2.0, 2.02, 2.04, used=0.5)
+    assert compared(tmp_path, now, then)["full"] == ("better", "step time × 0.500")
+    same = timed("full", 2.0, 2.02, 2.04, used=0.5001)
+    assert compared(tmp_path / "b", same, then)["full"][0] == "same"
+
+
+def test_other_data_are_not_compared_and_other_software_is(tmp_path: Path) -> None:
+    then = timed("full", 2.0, 2.02, 2.04)
+    other_data = timed("full", 1.0, 1.01, 1.02)
+    for record in other_data:
+        record.environment["data"] = {"sha256": "e" * 64}
+    assert compared(tmp_path, other_data, then)["full"] == (
+        "not known",
+        "weights, data or effective batch differ: not compared",
+    )
+    newer = timed("full", 1.0, 1.01, 1.02, software="b" * 64)
+    assert compared(tmp_path / "b", newer, then)["full"] == ("better", "step time × 0.500")
+
+
 def test_one_repeat_tells_nothing_and_other_software_is_named(tmp_path: Path) -> None:
     now, then = timed("full", 1.0), timed("full", 2.0, software="b" * 64)
     found = changes.of_files(outcomes(tmp_path / "now", *now), outcomes(tmp_path / "then", *then))

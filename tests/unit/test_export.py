@@ -118,6 +118,42 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
     assert said[said.index("--rdzv-endpoint") + 1] == "node-1:21234"
 
 
+@pytest.mark.parametrize("arguments", [["my.jsonl"], ["my.jsonl", "--output", "here and there"]])
+def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(tmp_path: Path, arguments: list[str]) -> None:
+    """With commands that stand for SLURM's and for Python, which is told that time is nearly over."""
+    tools, output = tmp_path / "bin", arguments[2] if len(arguments) > 1 else "output"
+    tools.mkdir()
+    job(tmp_path, 4, software={"python": str(tools / "python")})
+    for name, script in {
+        "scontrol": "echo requeued $2",
+        "python": (
+            f'if [ -n "$FURTHER" ]; then mkdir -p "{output}/checkpoint-$FURTHER"\n'
+            f'echo 1 > "{output}/checkpoint-$FURTHER/seconds.json"; fi\n'
+            "read -r _ _ _ job _ < /proc/$PPID/stat\n"  # SLURM signals the batch script, of which this is a grandchild
+            "kill -USR1 $job; sleep 0.2"
+        ),
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tools / name).chmod(0o755)
+
+    def turn(further: str) -> "subprocess.CompletedProcess[str]":
+        environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "FURTHER": further}
+        return subprocess.run(
+            ["bash", "job.sbatch", *arguments], cwd=tmp_path / "export", env=environment, capture_output=True, text=True
+        )
+
+    assert "no checkpoint was finished in this turn: raise --time" in turn("").stderr
+    for step in ("9", "10"):
+        assert "requeued 7" in turn(step).stdout
+    stuck = turn("10")
+    assert (stuck.returncode, "requeued" in stuck.stdout) == (1, False)
+
+
+def test_checkpoints_come_often_enough_for_a_turn() -> None:
+    seconds = (None, 0.1, 5.99, 40.0, 5000.0)
+    assert [exporter._save_steps(one) for one in seconds] == [100, 100, 100, 15, 1]
+
+
 def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
     study, frame = opened(tmp_path)
     with pytest.raises(StudyError, match="full, lora"):
