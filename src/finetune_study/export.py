@@ -135,8 +135,8 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             given=one.verdict,
             do=f"measure more: {'; '.join(one.settled_by[:5])}"
             if one.settled_by
-            else "add more GPUs, a shorter context or a recipe that saves more to the grid; finetune-study predict says "
-            "beforehand what fits",
+            else "add more GPUs, a shorter context or a recipe that saves more to the grid; finetune-study predict "
+            "says beforehand what fits",
         )
     run = study.run(best.run_ids[0])
     _check_exported(run)
