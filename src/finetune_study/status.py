@@ -109,6 +109,7 @@ class Status:
     """The last of them, the newest first."""
     num_failures: int
     used_gpu_hours: float
+    """By the last try of each run: of earlier ones no time is kept."""
     expected_gpu_hours: float | None
     """Of the runs without an outcome; None where nothing is known that they could be compared with."""
     num_left: int
@@ -168,9 +169,9 @@ def _state(document: Document) -> str:
 
 
 def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float | None]:
-    """GPU-hours that tries took, and what those to come may take.
+    """GPU-hours that the last tries took, and what those to come may take.
 
-    That is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
+    The latter is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
     """
     used = 0.0
     by_kind: dict[tuple[str, str, int, int], list[float]] = {}
@@ -334,7 +335,10 @@ def render(status: Status, now: float | None = None) -> Group:
     ]
     expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
     parts.append(
-        Text(f"GPU-hours: {show(status.used_gpu_hours)} used; of {runs(status.num_left)} still to come: {expected}")
+        Text(
+            f"GPU-hours: {show(status.used_gpu_hours)} used by the last try of each run; "
+            f"of {runs(status.num_left)} still to come: {expected}"
+        )
     )
     parts.append(Text(status.driver))
     if status.open:

@@ -14,7 +14,7 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import figures, grammar, page, pair, scaling, summary, tables, tradeoff
+from finetune_study.report import costs, figures, grammar, page, pair, scaling, summary, tables, tradeoff
 from finetune_study.states import STATES
 from tests.unit import handmade
 
@@ -479,6 +479,12 @@ def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, dige
     ]
     contents = report.gather(study, handmade.frame(study, tmp_path, *documents), draw=False)
     assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
+
+
+def test_what_the_study_took_counts_the_last_try_of_failed_runs_too(tmp_path: Path) -> None:
+    failed = handmade.failure(FULL).model_copy(update={"duration_seconds": 324.0})
+    frame = handmade.frame(STUDY, tmp_path, failed, handmade.completed(LORA, 1.0))  # 36 s on one device
+    assert costs.spent(frame) == "0.100 GPU-hours"
 
 
 def test_figures_do_not_choose_between_micro_batches_of_differing_software(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> 
     assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
     assert seen.driver == "no driver has been at work here"
     assert "2 runs: 1 completed, 1 not run" in shown(seen)
-    assert "GPU-hours: 0.0100 used; of 1 run still to come: about 0.0100" in shown(seen)
+    assert "GPU-hours: 0.0100 used by the last try of each run; of 1 run still to come: about 0.0100" in shown(seen)
 
 
 def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:

@@ -49,12 +49,13 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
 
 
 def spent(cells: pl.DataFrame) -> str:
-    """What all tries of the study took, in words.
+    """What the last try of each run took, failed ones too, in words; of earlier ones no time is kept.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
     """
-    parts = [f"{show(float(cells['gpu_hours'].sum()))} GPU-hours"]
+    gpu_hours = (cells["num_gpus"] * cells["duration_seconds"] / SECONDS_PER_HOUR).sum()
+    parts = [f"{show(float(gpu_hours))} GPU-hours"]
     billed = (cells["billing_units"] * cells["duration_seconds"] / SECONDS_PER_HOUR).sum()
     parts += [f"{show(float(billed))} billing unit-hours"] if billed else []
     return " and ".join(parts)
