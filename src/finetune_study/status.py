@@ -54,6 +54,9 @@ NEVER_CLEARS = {
     "PartitionInactive": "the partition starts no jobs: ask the administrators",
     "JobHoldMaxRequeue": "it was put back too often and is held: look at its log, then `scontrol release`",
     "launch failed requeued held": "its node could not start it, and it is held: `scontrol release` tries again",
+    "user env retrieval failed requeued held": "its node could not load your environment, and it is held: `scontrol "
+    "release` tries again",
+    "ReservationDeleted": "the reservation is gone: take it out of hardware.<name>.slurm",
     "DependencyNeverSatisfied": "what it waits for failed: cancel it",
     "JobHeldAdmin": "an administrator holds it: ask them",
     "JobHeldUser": "it is held: `scontrol release` lets it go",
@@ -63,6 +66,10 @@ NEVER_CLEARS = {
 """SLURM's pending reasons that waiting alone does not clear, with what to do (squeue(1), JOB REASON CODES)."""
 USED_UP = "what the account or QoS may use is used up: ask the administrators"
 """Of every budget of minutes, for example `AssocGrpGRESMinutes`; one of running minutes comes back as jobs end."""
+TIME_USED_UP = frozenset({"QOSTimeLimit", "AssociationTimeLimit"})
+"""The same for the time of the QoS or the account as a whole."""
+TOO_LITTLE = "the job asks for less than its QoS takes: ask for more in hardware.<name>.slurm, or mend slurm.qos"
+"""Of every least size of a QoS: `QOSMinGRES`, `QOSMinCpuNotSatisfied`, `QOSMinMemory`."""
 OF_ONE_JOB = "the job asks for more than a job may: ask for less in hardware.<name>, or in num_gpus"
 """Of every other limit of one job: `QOSMaxGRESPerJob`, `AssocMaxCpuMinutesPerJobLimit`, `QOSMaxGRESPerNode`."""
 WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
@@ -312,8 +319,11 @@ def advice(reason: str) -> str | None:
     word = _word(reason)
     if word in NEVER_CLEARS:
         return NEVER_CLEARS[word]
-    if word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word:
+    of_all = word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word
+    if of_all or word in TIME_USED_UP:
         return USED_UP
+    if word.startswith("QOSMin"):
+        return TOO_LITTLE
     return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
 
 

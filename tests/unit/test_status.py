@@ -142,7 +142,10 @@ def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) 
     [("Resources", False), ("Priority", False), ("QOSMaxGRESPerUser", False), ("PartitionTimeLimit", True),
      ("BadConstraints", True), ("AssocGrpGRESMinutes", True),
      ("QOSMaxGRESPerJob", True), ("AssocMaxGRESPerNode", True), ("QOSGrpBillingMinutes", True),
-     ("AssocGrpCPURunMinutesLimit", False), ("launch failed requeued held", True)],
+     ("AssocGrpCPURunMinutesLimit", False), ("launch failed requeued held", True),
+     ("QOSMinGRES", True), ("QOSMinCpuNotSatisfied", True), ("QOSTimeLimit", True), ("AssociationTimeLimit", True),
+     ("ReservationDeleted", True), ("user env retrieval failed requeued held", True), ("Reservation", False),
+     ("QOSJobLimit", False)],
 )  # fmt: skip
 def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopeless: bool) -> None:
     path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"))
