@@ -15,6 +15,7 @@ from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import costs, figures, grammar, page, pair, scaling, summary, tables, tradeoff
+from finetune_study.report.answer import answer
 from finetune_study.states import STATES
 from tests.unit import handmade
 
@@ -604,6 +605,45 @@ def test_where_the_default_does_not_fit_is_folded_for_each_pair(tmp_path: Path) 
     assert "tiny on cpu : full does not fit in 3 of 4 settings; there lora does in 1" in text
     assert "nothing fits × 1, context 512, 1024" in text
     assert "finetune-study export tiny cpu --num-gpus N --sequence-length N" in text
+
+
+def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Path) -> None:
+    """Per pair of model and hardware, wherever it fits, on the fewest GPUs of those; nothing fits the last one."""
+    names = [f"tiny-{number}" for number in range(1, 7)]
+    block = {
+        "targets": names,
+        "hardware": "cpu",
+        "recipes": ["full", "lora"],
+        "num_gpus": [1, 2, 4],
+        "sequence_length": [128, 256, 512],
+    }
+    study = handmade.study(models=dict.fromkeys(names, handmade.LLAMA), grid=[block], training=FOUR)
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        fits = run.target != names[-1] and (
+            run.sequence_length == 128
+            or (run.sequence_length == 256 and run.num_gpus > 1 and run.recipe == "lora" and run.target != names[0])
+        )
+        documents.append(handmade.completed(run, 1.0) if fits else handmade.out_of_memory(run))
+    (_, beyond, cost) = answer(*said(study, tmp_path, *documents))
+    assert beyond.endswith(
+        " The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
+        "(lora); 256 for tiny-3 on cpu × 2 (lora); 256 for tiny-4 on cpu × 2 (lora); and 1 more pair of model and "
+        "hardware."
+    )
+    assert cost.startswith("An epoch, one pass over the training data, costs ")
+    (_, beyond, _) = answer(
+        *said(study, tmp_path / "none", *(handmade.out_of_memory(d.run) for d in handmade.planned(study)))
+    )
+    assert "longest context" not in beyond
+
+
+FOUR = {"effective_batch_size": 4}
+
+
+def said(study: Config, root: Path, *documents: Record | Failure) -> tuple[Any, Any]:
+    contents = report.gather(study, handmade.frame(study, root, *documents), draw=False)
+    return contents.recommendations, contents.defaults
 
 
 def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path) -> None:
