@@ -482,6 +482,20 @@ def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, dige
     assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
 
 
+@pytest.mark.parametrize("tied_with", [["full"], []])
+def test_what_is_tied_with_the_default_is_no_cheaper_choice(tmp_path: Path, tied_with: list[str]) -> None:
+    study = handmade.study(grid=[BLOCK | {"num_gpus": [1, 2]}], training=FOUR)
+    seconds = {("lora", 2): 1.01, ("full", 2): 1.0, ("lora", 1): 3.0, ("full", 1): 3.0}
+    documents = [handmade.completed(p.run, seconds[p.run.recipe, p.run.num_gpus]) for p in handmade.planned(study)]
+    compared = handmade.compared(study, tmp_path, *documents)
+    recommendations = [
+        one.model_copy(update={"recipe": "lora", "tied_with": tied_with}) for one in recommend.recommend(compared)
+    ]
+    found = costs.costs(study, recommend.defaults(recommendations), compared.to_dicts())
+    wanted = [("the default", "lora")] + ([] if tied_with else [("fewest GPU-hours", "full")])
+    assert [(one["choice"], one["recipe"]) for one in found] == wanted
+
+
 def test_what_the_study_took_counts_the_last_try_of_failed_runs_too(tmp_path: Path) -> None:
     failed = handmade.failure(FULL).model_copy(update={"duration_seconds": 324.0})
     frame = handmade.frame(STUDY, tmp_path, failed, handmade.completed(LORA, 1.0))  # 36 s on one device
