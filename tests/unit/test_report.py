@@ -717,6 +717,23 @@ def test_a_panel_without_a_number_is_left_out(tmp_path: Path, contexts: list[int
     assert "Peak memory" in json.dumps(panel)
 
 
+def test_points_of_the_front_are_drawn_above_the_others(tmp_path: Path) -> None:
+    """In SVG what comes last covers what comes before; names are given to the front first."""
+    names = [f"lora-{rank}" for rank in range(1, 6)]
+    recipes = {name: {"lora": {"r": int(name[5:])}} for name in names}
+    study = handmade.study(recipes=recipes, grid=[BLOCK | {"recipes": names}])
+    numbers = dict(zip(names, ((1.0, 0.5), (2.0, 0.3), (3.0, 0.4), (4.0, 0.2), (5.0, 0.6)), strict=True))
+    documents = []
+    for run in (one.run for one in handmade.planned(study)):
+        seconds, used = numbers[run.recipe]
+        documents.append(handmade.completed(run, seconds, used=used))
+    datasets = drawn(study, tmp_path, *documents)["pareto"].spec["datasets"]
+    assert [(one["recipe"], one["front"]) for one in datasets["points"]] == [
+        ("lora-3", False), ("lora-5", False), ("lora-1", True), ("lora-2", True), ("lora-4", True),
+    ]  # fmt: skip
+    assert [one["recipe"] for one in datasets["names"]][:3] == ["lora-1", "lora-2", "lora-4"]
+
+
 def test_names_in_the_trade_off_never_lie_on_each_other() -> None:
     times, memories = (1.0, 10.0), (1.0, 10.0)
     points = [{"time": 2 + 0.01 * n, "memory": 5.0, "recipe": f"recipe-{n}", "front": n == 0} for n in range(30)]
