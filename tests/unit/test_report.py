@@ -678,8 +678,34 @@ def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path)
     failed = {(one["recipe"], one["x"]): one["y"] for one in memory if one["failed"]}
     assert {*failed} == {("full", 512), ("full", 1024), ("lora", 1024)}
     assert failed["full", 512] == failed["full", 1024] > 1.0  # GiB of the device
+    assert {one["failed"] for one in memory if one["x"] == 1024} == {"✕"}
+    assert {(one["x"], one["before"]) for one in memory if "before" in one} == {(512, "full"), (1024, "lora")}
     assert failed["lora", 1024] > failed["full", 1024]
     assert {one["series"] for one in memory} == {"full", "lora (0.00, 1.00)"}
+
+
+def test_a_failure_above_the_lines_stands_as_the_symbol_of_its_state_beside_its_name(tmp_path: Path) -> None:
+    """A name stands behind its row where there is no room before it, and nowhere without any."""
+    names = ["short", "first-of-all", "a-name-that-is-much-longer-than-there-is-any-room-for"]
+    recipes = {name: {"lora": {"r": number + 1}} for number, name in enumerate(names)}
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": names, "sequence_length": [128, 256, 512]}
+    study = handmade.study(recipes=recipes, grid=[block])
+    endings = {("short", 512): "timeout", ("first-of-all", 128): "host_oom", (names[2], 512): "device_oom"}
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        status: Any = endings.get((run.recipe, run.sequence_length))
+        ended = Record(run=run, ending=record.Ending(status=status)) if status else handmade.completed(run, 1.0)
+        documents.append(ended)
+    figure = drawn(study, tmp_path, *documents)["context"]
+    found = [one for one in figure.spec["datasets"]["memory"] if one["failed"]]
+    assert {(one["recipe"], one["failed"], one.get("before"), one.get("behind")) for one in found} == {
+        ("short", STATES["timeout"].symbol, "short", None),
+        ("first-of-all", STATES["host_oom"].symbol, None, "first-of-all"),
+        (names[2], STATES["device_oom"].symbol, None, None),
+    }
+    svg = figure.svg()
+    assert f">{STATES['timeout'].symbol}<" in svg
+    assert ">first-of-all<" in svg
 
 
 def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_the_same_axes(tmp_path: Path) -> None:
