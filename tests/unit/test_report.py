@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import polars as pl
 import pytest
@@ -165,6 +166,25 @@ def test_files_of_figures_and_tables(tmp_path: Path) -> None:
     assert runs["step_time_seconds_samples"].to_list() == [None, "1.0;1.1;1.2"]
     written = {path.stem for path in (tmp_path / "report" / "tables").iterdir()}
     assert written == {"runs", "comparisons", "recommendations", "costs", "claims"}
+
+
+@pytest.mark.parametrize("notice", [None, "Made up: <no> run & no GPU. " * 5])
+def test_a_figures_file_has_a_title_and_the_notice_and_the_page_has_them_once(
+    tmp_path: Path, notice: str | None
+) -> None:
+    page = built(handmade.study(report={"notice": notice}), tmp_path, *mixed())
+    title = "Memory and time per recipe: tiny on cpu × 1, context 128"
+    assert page.count(f">{title}<") == 1  # the caption's
+    file = (Results(tmp_path).figures / "recipes_tiny_cpu.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(file)
+    inner = root.find("{*}svg")
+    assert inner is not None
+    texts = root.findall("{*}g/{*}text")
+    said = " ".join(text.text or "" for text in texts)
+    assert said == " ".join(filter(None, (title, (notice or "").strip())))
+    assert max(float(text.attrib["y"]) for text in texts) < float(inner.attrib["y"])
+    assert float(root.attrib["height"]) == float(inner.attrib["y"]) + float(inner.attrib["height"])
+    assert "#run=" not in file
 
 
 def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, grammar.Figure]:
