@@ -1,6 +1,7 @@
 import base64
 import gzip
 import html.parser
+import itertools
 import json
 import re
 from pathlib import Path
@@ -185,6 +186,22 @@ def test_a_figures_file_has_a_title_and_the_notice_and_the_page_has_them_once(
     assert max(float(text.attrib["y"]) for text in texts) < float(inner.attrib["y"])
     assert float(root.attrib["height"]) == float(inner.attrib["y"]) + float(inner.attrib["height"])
     assert "#run=" not in file
+
+
+@pytest.mark.parametrize("seconds", [0.0123, 0.9, 1.4, 2.8, 37.0, 999.0, 4000.0])
+def test_no_label_of_the_axis_of_times_is_left_out(tmp_path: Path, seconds: float) -> None:
+    """Vega makes a label that it leaves out transparent; none of them lies on another one."""
+    documents = [handmade.completed(FULL, seconds), handmade.completed(LORA, seconds / 2)]
+    root = ElementTree.fromstring(drawn(STUDY, tmp_path, *documents)["recipes"].svg())
+    axes = [g for g in root.iter() if "role-axis-label" in g.get("class", "")]
+    texts = [[(float(re.findall(r"[\d.]+", t.get("transform", ""))[0]), t) for t in axis_] for axis_ in axes]
+    (of_times,) = [some for some in texts if some[0][1].text in ("0", "0.0", "0.00", "0.000") and some[-1][0] < 120]
+    assert [text.get("opacity") for _, text in of_times] == ["1"] * len(of_times)
+    assert len(of_times) in (2, 3)
+    ends = [(x - half, x + half) for x, t in of_times for half in (grammar.width_of(t.text or "") / 2,)]
+    assert all(right < left for (_, right), (left, _) in itertools.pairwise(ends))
+    steps = [round(b[0] - a[0], 3) for a, b in itertools.pairwise(of_times)]
+    assert len({*steps}) == 1
 
 
 def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, grammar.Figure]:
