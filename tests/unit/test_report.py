@@ -160,7 +160,8 @@ def test_files_of_figures_and_tables(tmp_path: Path) -> None:
     stale.write_text("<svg/>")
     built(STUDY, tmp_path, *mixed())
     found = sorted(path.name for path in Results(tmp_path).figures.iterdir())
-    assert found == [f"{kind}_tiny_cpu.{ending}" for kind in ("feasibility", "recipes") for ending in ("png", "svg")]
+    names = ("feasibility_tiny_cpu", "models_cpu", "recipes_tiny_cpu")
+    assert found == [f"{name}.{ending}" for name in names for ending in ("png", "svg")]
     assert (Results(tmp_path).figures / found[0]).read_bytes().startswith(b"\x89PNG")
     runs = pl.read_csv(tmp_path / "report" / "tables" / "runs.csv")
     assert runs["state"].to_list() == ["device_oom", "completed"]
@@ -254,6 +255,15 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
 )
 def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[list[str]], expected: tuple[str, str]) -> None:
     assert tables.how_it_failed(states) == expected
+
+
+def test_a_study_of_one_model_shows_which_mix_it_needs(tmp_path: Path) -> None:
+    """It may be a large one."""
+    cells = drawn(STUDY, tmp_path, *mixed())["models"].spec["datasets"]["cells"]
+    assert [(one["target"], one["recipe"], one["first"]) for one in cells] == [
+        ("tiny", "full", "✕ out of memory"),
+        ("tiny", "lora", "1.10 s"),
+    ]
 
 
 def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -> None:
@@ -775,7 +785,7 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
 def test_a_panel_without_a_number_is_left_out(tmp_path: Path, contexts: list[int]) -> None:
     study = handmade.study(grid=[BLOCK | {"sequence_length": contexts}])
     found = drawn(study, tmp_path, *(handmade.out_of_memory(one.run) for one in handmade.planned(study)))
-    assert {*found} == {"feasibility", "recipes"}
+    assert {*found} == {"feasibility", "recipes", "models"}
     (panel,) = found["recipes"].spec["hconcat"]
     assert "Peak memory" in json.dumps(panel)
 

@@ -14,7 +14,7 @@ import vl_convert
 
 from finetune_study.report import pair as pair_module
 from finetune_study.report.bars import recipes
-from finetune_study.report.grammar import FONT, FONT_SIZE, INK, MEMORY, PAPER, Figure, size_of, width_of
+from finetune_study.report.grammar import FONT, INK, MEMORY, PAPER, Figure, size_of
 from finetune_study.report.maps import feasibility, very_large
 from finetune_study.report.pair import Pair
 from finetune_study.report.parts import parts, phases
@@ -22,6 +22,8 @@ from finetune_study.report.scaling import context, gpus, long_context
 from finetune_study.report.tradeoff import pareto
 
 PNG_SCALE = 2
+WIDEST_LETTER = 0.65
+"""Mean width of a letter over the size of its font in DejaVu Sans Bold, the widest of `FONT`: no title is cut."""
 TITLE_SIZE, LINE_HEIGHT, MARGIN = 13, 18, 6
 """Of the title of a file: its font, a line of it, and what is left free beside it, pixels."""
 WORTH_PROCESSES = 40
@@ -103,6 +105,6 @@ def _alone(svg: str, title: str, notice: str | None) -> str:
 
 def _lines(text: str, width: int, *, bold: bool, fill: str) -> list[tuple[str, str]]:
     """Lines of a text that are no wider than a figure, each with its style."""
-    letter = width_of("n", bold=bold) * TITLE_SIZE / FONT_SIZE
+    letter = WIDEST_LETTER * TITLE_SIZE
     style = f'fill="{fill}"' + (' font-weight="bold"' if bold else "")
     return [(line, style) for line in textwrap.wrap(text, max(20, int((width - 2 * MARGIN) / letter)))]
