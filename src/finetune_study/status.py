@@ -10,13 +10,12 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from finetune_study import record
@@ -33,6 +32,8 @@ SQUEUE_FORMAT = "%i|%T|%R|%M"
 SQUEUE_SECONDS = 20
 """A controller that does not answer by then is left out."""
 LAST_FAILURES = 5
+LISTED = 20
+"""Works that are listed of those whose reason may clear; all are counted."""
 
 NEVER_CLEARS = {
     "PartitionTimeLimit": "the job asks for more time than the partition allows: lower protocol.time_limit_minutes",
@@ -53,6 +54,9 @@ NEVER_CLEARS = {
     "PartitionInactive": "the partition starts no jobs: ask the administrators",
     "JobHoldMaxRequeue": "it was put back too often and is held: look at its log, then `scontrol release`",
     "launch failed requeued held": "its node could not start it, and it is held: `scontrol release` tries again",
+    "user env retrieval failed requeued held": "its node could not load your environment, and it is held: `scontrol "
+    "release` tries again",
+    "ReservationDeleted": "the reservation is gone: take it out of hardware.<name>.slurm",
     "DependencyNeverSatisfied": "what it waits for failed: cancel it",
     "JobHeldAdmin": "an administrator holds it: ask them",
     "JobHeldUser": "it is held: `scontrol release` lets it go",
@@ -62,10 +66,15 @@ NEVER_CLEARS = {
 """SLURM's pending reasons that waiting alone does not clear, with what to do (squeue(1), JOB REASON CODES)."""
 USED_UP = "what the account or QoS may use is used up: ask the administrators"
 """Of every budget of minutes, for example `AssocGrpGRESMinutes`; one of running minutes comes back as jobs end."""
+TIME_USED_UP = frozenset({"QOSTimeLimit", "AssociationTimeLimit"})
+"""The same for the time of the QoS or the account as a whole."""
+TOO_LITTLE = "the job asks for less than its QoS takes: ask for more in hardware.<name>.slurm, or mend slurm.qos"
+"""Of every least size of a QoS: `QOSMinGRES`, `QOSMinCpuNotSatisfied`, `QOSMinMemory`."""
 OF_ONE_JOB = "the job asks for more than a job may: ask for less in hardware.<name>, or in num_gpus"
 """Of every other limit of one job: `QOSMaxGRESPerJob`, `AssocMaxCpuMinutesPerJobLimit`, `QOSMaxGRESPerNode`."""
 WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
 """Of these, those that may clear after all, when something else ends: they are named, but not as hopeless."""
+NEVER_CLEARS_BY_WAITING = "NEVER CLEARS BY WAITING"
 
 
 @dataclass(frozen=True)
@@ -93,16 +102,21 @@ class InQueue:
     elapsed: str
 
 
+Work = tuple[Submitted, InQueue | None]
+"""A work, and what SLURM says of its job; None where it says nothing."""
+
+
 @dataclass
 class Status:
     """All that is shown."""
 
     counts: list[tuple[str, int]]
-    open: list[tuple[Submitted, InQueue | None]]
+    open: list[Work]
     failures: list[record.Failure]
     """The last of them, the newest first."""
     num_failures: int
     used_gpu_hours: float
+    """By the last try of each run: of earlier ones no time is kept."""
     expected_gpu_hours: float | None
     """Of the runs without an outcome; None where nothing is known that they could be compared with."""
     num_left: int
@@ -162,9 +176,9 @@ def _state(document: Document) -> str:
 
 
 def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float | None]:
-    """GPU-hours that tries took, and what those to come may take.
+    """GPU-hours that the last tries took, and what those to come may take.
 
-    That is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
+    The latter is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
     """
     used = 0.0
     by_kind: dict[tuple[str, str, int, int], list[float]] = {}
@@ -302,12 +316,19 @@ def parse_squeue(text: str) -> dict[str, InQueue]:
 
 def advice(reason: str) -> str | None:
     """What to do about a pending reason that waiting does not clear; None for one that clears, or is not known."""
-    word = reason.partition(",")[0].strip()
+    word = _word(reason)
     if word in NEVER_CLEARS:
         return NEVER_CLEARS[word]
-    if word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word:
+    of_all = word.startswith(("AssocGrp", "QOSGrp")) and "Minutes" in word and "Run" not in word
+    if of_all or word in TIME_USED_UP:
         return USED_UP
+    if word.startswith("QOSMin"):
+        return TOO_LITTLE
     return OF_ONE_JOB if any(limit in word for limit in ("PerJob", "PerNode")) else None
+
+
+def _word(reason: str) -> str:
+    return reason.partition(",")[0].strip()
 
 
 def render(status: Status, now: float | None = None) -> Group:
@@ -324,11 +345,14 @@ def render(status: Status, now: float | None = None) -> Group:
     ]
     expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
     parts.append(
-        Text(f"GPU-hours: {show(status.used_gpu_hours)} used; of {runs(status.num_left)} still to come: {expected}")
+        Text(
+            f"GPU-hours: {show(status.used_gpu_hours)} used by the last try of each run; "
+            f"of {runs(status.num_left)} still to come: {expected}"
+        )
     )
     parts.append(Text(status.driver))
     if status.open:
-        parts.append(_jobs(status.open, now))
+        parts += _works(status.open, now)
     if status.num_failures > len(status.failures):
         parts.append(Text(f"The last {len(status.failures)} of {status.num_failures} failures:"))
     for failure in status.failures:
@@ -339,20 +363,51 @@ def render(status: Status, now: float | None = None) -> Group:
     return Group(*parts)
 
 
-def _jobs(jobs: list[tuple[Submitted, InQueue | None]], now: float) -> Table:
-    table = Table("job", "SLURM id", "state", "since submission", "running", "why, and what to do", pad_edge=False)
-    for job, seen in jobs:
-        since = "" if job.submitted_at is None else str(datetime.timedelta(seconds=max(0, int(now - job.submitted_at))))
-        state = seen.state if seen else ("not submitted yet" if job.slurm_id is None else "not in SLURM's queue")
-        todo = advice(seen.reason) if seen and seen.state == "PENDING" else None
-        word = seen.reason.partition(",")[0].strip() if seen else ""
-        hopeless = todo is not None and word not in WAITING
-        reason = (seen.reason if seen else "") + (f": {todo}" if todo else "")
-        table.add_row(
-            *map(Text, (job.name, job.slurm_id or "", state, since, seen.elapsed if seen else "")),
-            Text(("NEVER CLEARS BY WAITING: " if hopeless else "") + reason, style="bold red" if hopeless else ""),
-        )
-    return table
+def _works(works: list[Work], now: float) -> Iterator[Any]:
+    """Counts by state and reason, every work that waits in vain, then the first of the others."""
+    counts = Counter((_state_in_words(job, seen), _pending_reason(seen)) for job, seen in works)
+    yield Text(f"{len(works):,} submitted and not done:")
+    for (state, reason), number in counts.most_common():
+        todo = advice(reason)
+        said = [f"  {number:,} {state}" + (f" ({reason})" if reason else "")]
+        said += [NEVER_CLEARS_BY_WAITING] if _hopeless(reason) else []
+        said += [todo] if todo else []
+        yield Text(": ".join(said), style="bold red" if _hopeless(reason) else "")
+    in_vain = [work for work in works if _hopeless(_pending_reason(work[1]))]
+    others = [work for work in works if not _hopeless(_pending_reason(work[1]))]
+    if in_vain:
+        yield Text(f"{NEVER_CLEARS_BY_WAITING}:", style="bold red")
+        yield from (_told(*work, now) for work in in_vain)
+    if others:
+        yield Text("Others:" if in_vain else "These are:")
+        yield from (_told(*work, now) for work in others[:LISTED])
+    if len(others) > LISTED:
+        yield Text(f"  and {len(others) - LISTED:,} more")
+
+
+def _told(job: Submitted, seen: InQueue | None, now: float) -> Text:
+    """A name has a line of its own: in a column of a table it is cut, or folded beyond reading."""
+    parts = [job.slurm_id or "", _state_in_words(job, seen)]
+    if seen:
+        parts += [f"({seen.reason})"] if _pending_reason(seen) else [seen.reason, seen.elapsed]
+    if job.submitted_at is not None:
+        parts.append(f"submitted {datetime.timedelta(seconds=max(0, int(now - job.submitted_at)))} ago")
+    return Text(f"  {job.name}\n    {', '.join(filter(None, parts))}")
+
+
+def _state_in_words(job: Submitted, seen: InQueue | None) -> str:
+    if seen:
+        return seen.state
+    return "not submitted yet" if job.slurm_id is None else "not in SLURM's queue"
+
+
+def _pending_reason(seen: InQueue | None) -> str:
+    """Why it waits, without the nodes that SLURM may name behind it; empty for one that does not."""
+    return _word(seen.reason) if seen and seen.state == "PENDING" else ""
+
+
+def _hopeless(reason: str) -> bool:
+    return advice(reason) is not None and reason not in WAITING
 
 
 def schema() -> dict[str, Any]:

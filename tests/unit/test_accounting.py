@@ -58,4 +58,5 @@ def test_what_was_said_once_is_kept_when_accounting_forgets(tmp_path: Path) -> N
     assert cost["hours"] == pytest.approx(0.05)
     assert cost["billing_unit_hours"] == pytest.approx(0.8)
     report.build(config, frame, results)
-    assert "0.160 billing unit-hours went into the study" in results.report.read_text()  # 36 s
+    text = results.report.read_text()
+    assert "0.160 billing unit-hours went into the study itself, by the last try of each run." in text  # 36 s

@@ -160,7 +160,12 @@ def test_a_cell_of_the_map_says_its_numbers_and_leads_to_its_run(opened: Opened)
     text = page.locator("#panel").inner_text()
     assert f"python -m finetune_study.launch results/runs/{title}/run.yaml" in text
     assert "step_time_seconds_samples" in text
-    assert "learning_rate" in text
+    values = dict(zip(opened.texts("#panel dt"), opened.texts("#panel dd"), strict=True))
+    assert values["training.learning_rate"] == "0.0004"
+    assert values["techniques.eager"] == "nothing set"
+    assert "{" not in "".join(values.values())
+    assert "attempts" in values
+    assert "attempt" not in values
     opened.screenshot("panel")
     page.keyboard.press("Escape")
     assert not page.locator("#panel").is_visible()

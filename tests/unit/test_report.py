@@ -1,10 +1,12 @@
 import base64
 import gzip
 import html.parser
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import polars as pl
 import pytest
@@ -14,7 +16,8 @@ from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import figures, grammar, page, pair, scaling, summary, tables, tradeoff
+from finetune_study.report import costs, figures, grammar, page, pair, scaling, summary, tables, tradeoff
+from finetune_study.report.answer import answer
 from finetune_study.states import STATES
 from tests.unit import handmade
 
@@ -157,13 +160,49 @@ def test_files_of_figures_and_tables(tmp_path: Path) -> None:
     stale.write_text("<svg/>")
     built(STUDY, tmp_path, *mixed())
     found = sorted(path.name for path in Results(tmp_path).figures.iterdir())
-    assert found == [f"{kind}_tiny_cpu.{ending}" for kind in ("feasibility", "recipes") for ending in ("png", "svg")]
+    names = ("feasibility_tiny_cpu", "models_cpu", "recipes_tiny_cpu")
+    assert found == [f"{name}.{ending}" for name in names for ending in ("png", "svg")]
     assert (Results(tmp_path).figures / found[0]).read_bytes().startswith(b"\x89PNG")
     runs = pl.read_csv(tmp_path / "report" / "tables" / "runs.csv")
     assert runs["state"].to_list() == ["device_oom", "completed"]
     assert runs["step_time_seconds_samples"].to_list() == [None, "1.0;1.1;1.2"]
     written = {path.stem for path in (tmp_path / "report" / "tables").iterdir()}
     assert written == {"runs", "comparisons", "recommendations", "costs", "claims"}
+
+
+@pytest.mark.parametrize("notice", [None, "Made up: <no> run & no GPU. " * 5])
+def test_a_figures_file_has_a_title_and_the_notice_and_the_page_has_them_once(
+    tmp_path: Path, notice: str | None
+) -> None:
+    page = built(handmade.study(report={"notice": notice}), tmp_path, *mixed())
+    title = "Memory and time per recipe: tiny on cpu × 1, context 128"
+    assert page.count(f">{title}<") == 1  # the caption's
+    file = (Results(tmp_path).figures / "recipes_tiny_cpu.svg").read_text(encoding="utf-8")
+    root = ElementTree.fromstring(file)
+    inner = root.find("{*}svg")
+    assert inner is not None
+    texts = root.findall("{*}g/{*}text")
+    said = " ".join(text.text or "" for text in texts)
+    assert said == " ".join(filter(None, (title, (notice or "").strip())))
+    assert max(float(text.attrib["y"]) for text in texts) < float(inner.attrib["y"])
+    assert float(root.attrib["height"]) == float(inner.attrib["y"]) + float(inner.attrib["height"])
+    assert "#run=" not in file
+
+
+@pytest.mark.parametrize("seconds", [0.0123, 0.9, 1.4, 2.8, 37.0, 999.0, 4000.0])
+def test_no_label_of_the_axis_of_times_is_left_out(tmp_path: Path, seconds: float) -> None:
+    """Vega makes a label that it leaves out transparent; none of them lies on another one."""
+    documents = [handmade.completed(FULL, seconds), handmade.completed(LORA, seconds / 2)]
+    root = ElementTree.fromstring(drawn(STUDY, tmp_path, *documents)["recipes"].svg())
+    axes = [g for g in root.iter() if "role-axis-label" in g.get("class", "")]
+    texts = [[(float(re.findall(r"[\d.]+", t.get("transform", ""))[0]), t) for t in axis_] for axis_ in axes]
+    (of_times,) = [some for some in texts if some[0][1].text in ("0", "0.0", "0.00", "0.000") and some[-1][0] < 120]
+    assert [text.get("opacity") for _, text in of_times] == ["1"] * len(of_times)
+    assert len(of_times) in (2, 3)
+    ends = [(x - half, x + half) for x, t in of_times for half in (grammar.width_of(t.text or "") / 2,)]
+    assert all(right < left for (_, right), (left, _) in itertools.pairwise(ends))
+    steps = [round(b[0] - a[0], 3) for a, b in itertools.pairwise(of_times)]
+    assert len({*steps}) == 1
 
 
 def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, grammar.Figure]:
@@ -216,6 +255,15 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
 )
 def test_a_cell_in_which_nothing_fits_says_how_it_fails(states: list[list[str]], expected: tuple[str, str]) -> None:
     assert tables.how_it_failed(states) == expected
+
+
+def test_a_study_of_one_model_shows_which_mix_it_needs(tmp_path: Path) -> None:
+    """It may be a large one."""
+    cells = drawn(STUDY, tmp_path, *mixed())["models"].spec["datasets"]["cells"]
+    assert [(one["target"], one["recipe"], one["first"]) for one in cells] == [
+        ("tiny", "full", "✕ out of memory"),
+        ("tiny", "lora", "1.10 s"),
+    ]
 
 
 def test_a_cell_of_the_map_says_what_no_missing_run_can_change(tmp_path: Path) -> None:
@@ -481,6 +529,26 @@ def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, dige
     assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
 
 
+@pytest.mark.parametrize("tied_with", [["full"], []])
+def test_what_is_tied_with_the_default_is_no_cheaper_choice(tmp_path: Path, tied_with: list[str]) -> None:
+    study = handmade.study(grid=[BLOCK | {"num_gpus": [1, 2]}], training=FOUR)
+    seconds = {("lora", 2): 1.01, ("full", 2): 1.0, ("lora", 1): 3.0, ("full", 1): 3.0}
+    documents = [handmade.completed(p.run, seconds[p.run.recipe, p.run.num_gpus]) for p in handmade.planned(study)]
+    compared = handmade.compared(study, tmp_path, *documents)
+    recommendations = [
+        one.model_copy(update={"recipe": "lora", "tied_with": tied_with}) for one in recommend.recommend(compared)
+    ]
+    found = costs.costs(study, recommend.defaults(recommendations), compared.to_dicts())
+    wanted = [("the default", "lora")] + ([] if tied_with else [("fewest GPU-hours", "full")])
+    assert [(one["choice"], one["recipe"]) for one in found] == wanted
+
+
+def test_what_the_study_took_counts_the_last_try_of_failed_runs_too(tmp_path: Path) -> None:
+    failed = handmade.failure(FULL).model_copy(update={"duration_seconds": 324.0})
+    frame = handmade.frame(STUDY, tmp_path, failed, handmade.completed(LORA, 1.0))  # 36 s on one device
+    assert costs.spent(frame) == "0.100 GPU-hours"
+
+
 def test_figures_do_not_choose_between_micro_batches_of_differing_software(tmp_path: Path) -> None:
     study = handmade.study(grid=[BLOCK | {"per_device_train_batch_size": [1, 2]}])
     for root, digest, expected in ((tmp_path / "a", "a", "2"), (tmp_path / "b", "b", "1")):
@@ -600,6 +668,45 @@ def test_where_the_default_does_not_fit_is_folded_for_each_pair(tmp_path: Path) 
     assert "finetune-study export tiny cpu --num-gpus N --sequence-length N" in text
 
 
+def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Path) -> None:
+    """Per pair of model and hardware, wherever it fits, on the fewest GPUs of those; nothing fits the last one."""
+    names = [f"tiny-{number}" for number in range(1, 7)]
+    block = {
+        "targets": names,
+        "hardware": "cpu",
+        "recipes": ["full", "lora"],
+        "num_gpus": [1, 2, 4],
+        "sequence_length": [128, 256, 512],
+    }
+    study = handmade.study(models=dict.fromkeys(names, handmade.LLAMA), grid=[block], training=FOUR)
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        fits = run.target != names[-1] and (
+            run.sequence_length == 128
+            or (run.sequence_length == 256 and run.num_gpus > 1 and run.recipe == "lora" and run.target != names[0])
+        )
+        documents.append(handmade.completed(run, 1.0) if fits else handmade.out_of_memory(run))
+    (_, beyond, cost) = answer(*said(study, tmp_path, *documents))
+    assert beyond.endswith(
+        " The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
+        "(lora); 256 for tiny-3 on cpu × 2 (lora); 256 for tiny-4 on cpu × 2 (lora); and 1 more pair of model and "
+        "hardware."
+    )
+    assert cost.startswith("An epoch, one pass over the training data, costs ")
+    (_, beyond, _) = answer(
+        *said(study, tmp_path / "none", *(handmade.out_of_memory(d.run) for d in handmade.planned(study)))
+    )
+    assert "longest context" not in beyond
+
+
+FOUR = {"effective_batch_size": 4}
+
+
+def said(study: Config, root: Path, *documents: Record | Failure) -> tuple[Any, Any]:
+    contents = report.gather(study, handmade.frame(study, root, *documents), draw=False)
+    return contents.recommendations, contents.defaults
+
+
 def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path) -> None:
     block = {
         "targets": "tiny",
@@ -618,8 +725,34 @@ def test_points_that_failed_stand_above_in_a_row_for_each_recipe(tmp_path: Path)
     failed = {(one["recipe"], one["x"]): one["y"] for one in memory if one["failed"]}
     assert {*failed} == {("full", 512), ("full", 1024), ("lora", 1024)}
     assert failed["full", 512] == failed["full", 1024] > 1.0  # GiB of the device
+    assert {one["failed"] for one in memory if one["x"] == 1024} == {"✕"}
+    assert {(one["x"], one["before"]) for one in memory if "before" in one} == {(512, "full"), (1024, "lora")}
     assert failed["lora", 1024] > failed["full", 1024]
     assert {one["series"] for one in memory} == {"full", "lora (0.00, 1.00)"}
+
+
+def test_a_failure_above_the_lines_stands_as_the_symbol_of_its_state_beside_its_name(tmp_path: Path) -> None:
+    """A name stands behind its row where there is no room before it, and nowhere without any."""
+    names = ["short", "first-of-all", "a-name-that-is-much-longer-than-there-is-any-room-for"]
+    recipes = {name: {"lora": {"r": number + 1}} for number, name in enumerate(names)}
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": names, "sequence_length": [128, 256, 512]}
+    study = handmade.study(recipes=recipes, grid=[block])
+    endings = {("short", 512): "timeout", ("first-of-all", 128): "host_oom", (names[2], 512): "device_oom"}
+    documents: list[Record | Failure] = []
+    for run in (one.run for one in handmade.planned(study)):
+        status: Any = endings.get((run.recipe, run.sequence_length))
+        ended = Record(run=run, ending=record.Ending(status=status)) if status else handmade.completed(run, 1.0)
+        documents.append(ended)
+    figure = drawn(study, tmp_path, *documents)["context"]
+    found = [one for one in figure.spec["datasets"]["memory"] if one["failed"]]
+    assert {(one["recipe"], one["failed"], one.get("before"), one.get("behind")) for one in found} == {
+        ("short", STATES["timeout"].symbol, "short", None),
+        ("first-of-all", STATES["host_oom"].symbol, None, "first-of-all"),
+        (names[2], STATES["device_oom"].symbol, None, None),
+    }
+    svg = figure.svg()
+    assert f">{STATES['timeout'].symbol}<" in svg
+    assert ">first-of-all<" in svg
 
 
 def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_the_same_axes(tmp_path: Path) -> None:
@@ -652,9 +785,26 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
 def test_a_panel_without_a_number_is_left_out(tmp_path: Path, contexts: list[int]) -> None:
     study = handmade.study(grid=[BLOCK | {"sequence_length": contexts}])
     found = drawn(study, tmp_path, *(handmade.out_of_memory(one.run) for one in handmade.planned(study)))
-    assert {*found} == {"feasibility", "recipes"}
+    assert {*found} == {"feasibility", "recipes", "models"}
     (panel,) = found["recipes"].spec["hconcat"]
     assert "Peak memory" in json.dumps(panel)
+
+
+def test_points_of_the_front_are_drawn_above_the_others(tmp_path: Path) -> None:
+    """In SVG what comes last covers what comes before; names are given to the front first."""
+    names = [f"lora-{rank}" for rank in range(1, 6)]
+    recipes = {name: {"lora": {"r": int(name[5:])}} for name in names}
+    study = handmade.study(recipes=recipes, grid=[BLOCK | {"recipes": names}])
+    numbers = dict(zip(names, ((1.0, 0.5), (2.0, 0.3), (3.0, 0.4), (4.0, 0.2), (5.0, 0.6)), strict=True))
+    documents = []
+    for run in (one.run for one in handmade.planned(study)):
+        seconds, used = numbers[run.recipe]
+        documents.append(handmade.completed(run, seconds, used=used))
+    datasets = drawn(study, tmp_path, *documents)["pareto"].spec["datasets"]
+    assert [(one["recipe"], one["front"]) for one in datasets["points"]] == [
+        ("lora-3", False), ("lora-5", False), ("lora-1", True), ("lora-2", True), ("lora-4", True),
+    ]  # fmt: skip
+    assert [one["recipe"] for one in datasets["names"]][:3] == ["lora-1", "lora-2", "lora-4"]
 
 
 def test_names_in_the_trade_off_never_lie_on_each_other() -> None:

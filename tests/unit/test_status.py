@@ -56,6 +56,14 @@ def shown(seen: Status) -> str:
     return capture.get()
 
 
+def narrow(seen: Status) -> str:
+    """As a terminal of 80 columns shows it, without the escape sequences; printed as the command does."""
+    console = Console(width=80, highlight=False, color_system=None)
+    with console.capture() as capture:
+        console.print(status.render(seen, NOW), soft_wrap=True)
+    return capture.get()
+
+
 def no_slurm(ids: Iterable[str]) -> dict[str, InQueue]:
     return {}
 
@@ -66,7 +74,7 @@ def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> 
     assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
     assert seen.driver == "no driver has been at work here"
     assert "2 runs: 1 completed, 1 not run" in shown(seen)
-    assert "GPU-hours: 0.0100 used; of 1 run still to come: about 0.0100" in shown(seen)
+    assert "GPU-hours: 0.0100 used by the last try of each run; of 1 run still to come: about 0.0100" in shown(seen)
 
 
 def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:
@@ -134,7 +142,10 @@ def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) 
     [("Resources", False), ("Priority", False), ("QOSMaxGRESPerUser", False), ("PartitionTimeLimit", True),
      ("BadConstraints", True), ("AssocGrpGRESMinutes", True),
      ("QOSMaxGRESPerJob", True), ("AssocMaxGRESPerNode", True), ("QOSGrpBillingMinutes", True),
-     ("AssocGrpCPURunMinutesLimit", False), ("launch failed requeued held", True)],
+     ("AssocGrpCPURunMinutesLimit", False), ("launch failed requeued held", True),
+     ("QOSMinGRES", True), ("QOSMinCpuNotSatisfied", True), ("QOSTimeLimit", True), ("AssociationTimeLimit", True),
+     ("ReservationDeleted", True), ("user env retrieval failed requeued held", True), ("Reservation", False),
+     ("QOSJobLimit", False)],
 )  # fmt: skip
 def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopeless: bool) -> None:
     path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"))
@@ -143,6 +154,33 @@ def test_reasons_that_never_clear_are_said_so(tmp_path: Path, reason: str, hopel
     assert ("NEVER CLEARS BY WAITING" in text) == hopeless
     if hopeless:
         assert str(status.advice(reason)) in text
+
+
+def test_of_many_works_there_are_counts_then_those_in_vain_then_the_first_others(tmp_path: Path) -> None:
+    name = "llama2-70b_h100-80gbx8_s4096_b1_zero3-lora-gc-flash_r1-{:06d}"
+    events = [intent(name.format(n), f"t{n}", batch="array", place=n) for n in range(3000)]
+    path = ledger(tmp_path, *events, {"event": "submitted", "batch": "array", "slurm_id": "8"})
+    queue = {f"8_{n}": InQueue("PENDING", "Priority", "0:00") for n in range(5, 2900)}
+    queue |= {f"8_{n}": InQueue("PENDING", "PartitionTimeLimit", "0:00") for n in (0, 2950)}
+    queue |= {f"8_{n}": InQueue("RUNNING", f"node-{n}", "1:00") for n in range(1, 5)}
+    queue["8_2951"] = InQueue("PENDING", "ReqNodeNotAvail, UnavailableNodes:a,b", "0:00")
+    text = narrow(status.look(study(tmp_path), path, lambda ids: queue))
+    lines = text.splitlines()
+    assert "3,000 submitted and not done:" in lines
+    assert "  2,895 PENDING (Priority)" in lines
+    assert "  98 not in SLURM's queue" in lines
+    assert "  4 RUNNING" in lines
+    assert "  1 PENDING (ReqNodeNotAvail): a node that was asked for is down or reserved" in lines
+    hopeless = next(line for line in lines if line.startswith("  2 PENDING (PartitionTimeLimit): NEVER CLEARS"))
+    assert "lower protocol.time_limit_minutes" in hopeless
+    assert lines[-1] == "  and 2,978 more"
+    listed = [lines[number + 1].split(",")[0].strip() for number, line in enumerate(lines) if "_r1-" in line]
+    assert listed == ["8_0", "8_2950", *(f"8_{n}" for n in range(1, 21))]
+    assert [line.strip() for line in lines if "_r1-" in line] == [
+        name.format(n) for n in (0, 2950, *range(1, 21))
+    ]  # whole, on lines of their own
+    assert "    8_1, RUNNING, node-1, 1:00" in lines
+    assert len(lines) < 100
 
 
 def test_a_damaged_record_is_a_problem_and_no_end(tmp_path: Path) -> None:

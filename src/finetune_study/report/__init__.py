@@ -26,7 +26,8 @@ def build(config: Config, cells: pl.DataFrame, results: Results, options: str = 
         options: of the commands that the report shows (`Study.options`).
     """
     contents = gather(config, cells, options)
-    figures.save([figure for figure, _ in contents.figures], [svg for _, svg in contents.figures], results.figures)
+    drawn, svgs = [figure for figure, _ in contents.figures], [svg for _, svg in contents.figures]
+    figures.save(drawn, svgs, results.figures, config.report.notice)
     save_tables(contents, results.tables)
     write_atomically(results.summary, summary.markdown(contents))
     write_atomically(results.report, page.render(contents))
@@ -99,7 +100,7 @@ def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, f
     if (target, hardware) not in every:
         raise recommend.no_such_pair(target, hardware, every)
     drawn = figures.of_pair(every[target, hardware])
-    return figures.write(drawn, figures.svgs(drawn), folder)
+    return figures.write(drawn, figures.svgs(drawn), folder, config.report.notice)
 
 
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:

@@ -1,9 +1,9 @@
-"""The question, and its answer in three sentences."""
+"""The question, and its answer in three parts, each of a sentence or two."""
 
 from collections import Counter
 
 from finetune_study.recommend import Default, Recommendation
-from finetune_study.table import joined, show
+from finetune_study.table import devices, joined, show
 
 QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
 MAX_NAMED = 4
@@ -13,10 +13,14 @@ MAX_STEPS = 3
 
 
 def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
-    """Three sentences: the default, what to add beyond it, cost and how sure all that is."""
+    """Three parts: the default; what to add beyond it, and how long a context fits; cost and how sure all that is."""
     if not recommendations:
         return ["The study has no runs: its grid is empty."]
-    return [_default(defaults), _beyond(defaults, recommendations), _cost_and_sureness(defaults, recommendations)]
+    return [
+        _default(defaults),
+        _beyond(defaults, recommendations) + _longest(recommendations),
+        _cost_and_sureness(defaults, recommendations),
+    ]
 
 
 def _default(defaults: list[Default]) -> str:
@@ -103,6 +107,26 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> s
     return text + all_told
 
 
+def _longest(recommendations: list[Recommendation]) -> str:
+    """The longest context that fits each model on each hardware, on the fewest GPUs that it does on."""
+    found: dict[tuple[str, str], Recommendation] = {}
+    for one in recommendations:
+        if any(evidence.fits for evidence in one.evidence):
+            pair = one.target, one.hardware
+            found[pair] = min(found.get(pair, one), one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
+    if not found:
+        return ""
+    # Where none can be named, as of runs that are not compared, the first that fits shows that one does.
+    named = [
+        f"{at.sequence_length} for {target} on {devices(hardware, at.num_gpus, at.nodes)} "
+        f"({at.recipe or next(evidence.recipe for evidence in at.evidence if evidence.fits)})"
+        for (target, hardware), at in [*found.items()][:MAX_NAMED]
+    ]
+    rest = len(found) - len(named)
+    beside = f"; and {rest} more {'pair' if rest == 1 else 'pairs'} of model and hardware" if rest else ""
+    return f" The longest context that is known to fit is {'; '.join(named)}{beside}."
+
+
 def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
     bests = [(one, one.recommendation.best) for one in defaults]
     dollars = sorted(
@@ -129,8 +153,8 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
     elif hours:
         cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
     else:
-        return f"What an epoch costs is not known yet; {sure}{_settled_by(defaults)}."
-    return f"An epoch costs {cost}; {sure}{_settled_by(defaults)}."
+        return f"What an epoch costs is not known yet. {sure}{_settled_by(defaults)}."
+    return f"An epoch, one pass over the training data, costs {cost}. {sure}{_settled_by(defaults)}."
 
 
 _OPEN = frozenset({"too_few_data", "no_data", "contradictory", "not_comparable"})

@@ -17,7 +17,8 @@ SECONDS_PER_HOUR = 3600
 def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> list[Row]:
     """For each target on each hardware: its default, and the recipe and setting with fewest GPU-hours an epoch.
 
-    The latter among runs with the default's software, weights and data; without a default, where all have the same.
+    The latter among runs with the default's software, weights and data; without a default, where all have the same. It
+    is left out where it is tied with the default in the same setting.
 
     Args:
         config: the study, for its prices.
@@ -43,18 +44,23 @@ def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> l
         same = [r for r in group if r["sequence_length"] == at.sequence_length]
         same = [r for r in same if r["provenance"] == chosen[0]["provenance"]] if chosen else same
         cheapest = min(same, key=_gpu_hours, default=None)
-        if cheapest is not None and cheapest not in chosen and table.one_kind(same):
+        if cheapest is None or not table.one_kind(same):
+            continue
+        there = (cheapest["num_gpus"], cheapest["nodes"]) == (at.num_gpus, at.nodes)
+        # What is tied with the default in its own setting is no other choice: the noise made it cheaper.
+        if cheapest not in chosen and not (there and cheapest["recipe"] in at.tied_with):
             found.append(_cost(config, "fewest GPU-hours", cheapest))
     return found
 
 
 def spent(cells: pl.DataFrame) -> str:
-    """What all tries of the study took, in words.
+    """What the last try of each run took, failed ones too, in words; of earlier ones no time is kept.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
     """
-    parts = [f"{show(float(cells['gpu_hours'].sum()))} GPU-hours"]
+    gpu_hours = (cells["num_gpus"] * cells["duration_seconds"] / SECONDS_PER_HOUR).sum()
+    parts = [f"{show(float(gpu_hours))} GPU-hours"]
     billed = (cells["billing_units"] * cells["duration_seconds"] / SECONDS_PER_HOUR).sum()
     parts += [f"{show(float(billed))} billing unit-hours"] if billed else []
     return " and ".join(parts)

@@ -24,8 +24,8 @@ SETTINGS = (
 """Parts of a run's settings: each takes few values over a study, so that each is stored once."""
 DIGITS = 6
 """Significant digits of a number in the page; the files have them all."""
-_LEFT_OUT = {"settings", "status"}
-"""Parts of it are stored, it is in `state`."""
+_LEFT_OUT = {"settings", "status", "attempt"}
+"""Parts of the first are stored, the others are in `state` and `attempts`."""
 RUN_ID = "RUN_ID"
 """Stands for it in the commands, which are then few."""
 

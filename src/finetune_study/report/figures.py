@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+from xml.sax.saxutils import escape
 
 import vl_convert
 
 from finetune_study.report import pair as pair_module
 from finetune_study.report.bars import recipes
-from finetune_study.report.grammar import Figure
+from finetune_study.report.grammar import FONT, INK, MEMORY, PAPER, Figure, size_of
 from finetune_study.report.maps import feasibility, very_large
 from finetune_study.report.pair import Pair
 from finetune_study.report.parts import parts, phases
@@ -20,6 +22,10 @@ from finetune_study.report.scaling import context, gpus, long_context
 from finetune_study.report.tradeoff import pareto
 
 PNG_SCALE = 2
+WIDEST_LETTER = 0.65
+"""Mean width of a letter over the size of its font in DejaVu Sans Bold, the widest of `FONT`: no title is cut."""
+TITLE_SIZE, LINE_HEIGHT, MARGIN = 13, 18, 6
+"""Of the title of a file: its font, a line of it, and what is left free beside it, pixels."""
 WORTH_PROCESSES = 40
 """So many figures take longer to convert, a third of a second each, than other processes take to start."""
 
@@ -56,22 +62,49 @@ def _png(svg: str) -> bytes:
     return bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
 
 
-def save(figures: Sequence[Figure], drawn: Sequence[str], folder: Path) -> None:
+def save(figures: Sequence[Figure], drawn: Sequence[str], folder: Path, notice: str | None) -> None:
     """Writes each figure as .svg and .png, and removes those of an earlier study."""
     for stale in (*folder.glob("*.svg"), *folder.glob("*.png")):
         stale.unlink()
-    write(figures, drawn, folder)
+    write(figures, drawn, folder, notice)
 
 
-def write(figures: Sequence[Figure], drawn: Sequence[str], folder: Path) -> list[Path]:
-    """Writes each figure as .svg and .png; returns the files."""
+def write(figures: Sequence[Figure], drawn: Sequence[str], folder: Path, notice: str | None) -> list[Path]:
+    """Writes each figure as .svg and .png, with its title and below that the study's notice; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    # A file of its own has no page to link into, and no page's colours.
-    without_links = [re.sub(r"</?a\b[^>]*>", "", svg) for svg in drawn]
+    alone = [_alone(svg, figure.title, notice) for figure, svg in zip(figures, drawn, strict=True)]
     files = []
-    for figure, svg, png in zip(figures, without_links, _each(_png, without_links), strict=True):
+    for figure, svg, png in zip(figures, alone, _each(_png, alone), strict=True):
         svg_file, png_file = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
         svg_file.write_text(svg, encoding="utf-8")
         png_file.write_bytes(png)
         files += [svg_file, png_file]
     return files
+
+
+def _alone(svg: str, title: str, notice: str | None) -> str:
+    """A figure for a file of its own: no page to link into, and no caption around it, so that it has its title.
+
+    It is put around what is drawn already, since a conversion with the title would take as long again.
+    """
+    inner = re.sub(r"^<\?xml[^>]*>\s*|</?a\b[^>]*>", "", svg)
+    width, height = size_of(svg)
+    lines = _lines(title, width, bold=True, fill=INK) + _lines(notice or "", width, bold=False, fill=MEMORY)
+    top = LINE_HEIGHT * len(lines) + LINE_HEIGHT // 2
+    texts = "".join(
+        f'<text x="{MARGIN}" y="{LINE_HEIGHT * number}" {style}>{escape(line)}</text>'
+        for number, (line, style) in enumerate(lines, start=1)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + top}" '
+        f'viewBox="0 0 {width} {height + top}"><rect width="100%" height="100%" fill="{PAPER}"/>'
+        f'<g font-family="{FONT}" font-size="{TITLE_SIZE}">{texts}</g>'
+        f'{inner.replace("<svg ", f"""<svg y="{top}" """, 1)}</svg>'
+    )
+
+
+def _lines(text: str, width: int, *, bold: bool, fill: str) -> list[tuple[str, str]]:
+    """Lines of a text that are no wider than a figure, each with its style."""
+    letter = WIDEST_LETTER * TITLE_SIZE
+    style = f'fill="{fill}"' + (' font-weight="bold"' if bold else "")
+    return [(line, style) for line in textwrap.wrap(text, max(20, int((width - 2 * MARGIN) / letter)))]

@@ -1,6 +1,7 @@
 """What every figure has in common, in the grammar of Vega-Lite: colours, axes, and what a mark says of its run."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,12 @@ def log_axis(ends: tuple[float, float], title: str) -> Spec:
         "scale": {"type": "log", "nice": False, "domain": [low, high]},
         "axis": axis(grid=True, values=ticks, format=",~g"),
     }
+
+
+def size_of(svg: str) -> tuple[int, int]:
+    """Width and height of a figure, pixels."""
+    found = re.search(r'\bwidth="([\d.]+)" height="([\d.]+)"', svg)
+    return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
 def width_of(text: str, *, bold: bool = False) -> float:

@@ -169,8 +169,7 @@ def very_large(all_pairs: list[Pair]) -> list[Figure]:
     figures = []
     for hardware in dict.fromkeys(pair.hardware for pair in all_pairs):
         found = sorted((pair for pair in all_pairs if pair.hardware == hardware), key=lambda pair: sizes[pair.target])
-        if len(found) > 1:
-            figures.append(_models(hardware, found[-MAX_PAIRS:]))
+        figures.append(_models(hardware, found[-MAX_PAIRS:]))
     return figures
 
 

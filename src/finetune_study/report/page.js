@@ -238,6 +238,16 @@ function start(study) {
     }
     return entries.length ? [element("h3", title), list] : [];
   }
+  // A line for each setting, under its path: `training.learning_rate`.
+  function settled(path, it) {
+    if (it === null || typeof it !== "object") return [[path, String(it)]];
+    if (Array.isArray(it)) return [[path, it.map((one) => (typeof one === "object" ? JSON.stringify(one) : one)).join(", ")]];
+    const inner = Object.entries(it).flatMap(([key, one]) => settled(`${path}.${key}`, one));
+    return inner.length ? inner : [[path, "nothing set"]];
+  }
+  function parsed(text) {
+    try { return JSON.parse(text); } catch { return text; } // a mere word
+  }
   const groups = {
     "How it ended": ["reason", "oom_phase", "oom_step", "oom_rank", "oom_requested_gib", "oom_held_gib", "oom_fragmented",
       "attempts", "failure_cause", "failure_log"],
@@ -255,7 +265,8 @@ function start(study) {
     close.addEventListener("click", () => panel.close());
     const title = element("h2", run_id, { id: "panel-title" });
     const command = value("command", i).replaceAll("RUN_ID", run_id);
-    const parts = settings.map(([name, read]) => [name, read(i)]).filter(([, text]) => text !== null);
+    const parts = settings.map(([name, read]) => [name, read(i)]).filter(([, text]) => text !== null)
+      .flatMap(([name, text]) => settled(name, parsed(text)));
     const tail = value("failure_log_tail", i) ?? value("log_tail", i);
     panel.replaceChildren(close, title, badge(value("state", i)),
       element("h3", "Repeat it"), element("pre", command),

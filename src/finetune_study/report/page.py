@@ -141,7 +141,7 @@ def render(contents: Contents) -> str:
         paper_rows=PAPER_ROWS,
         open_walks=OPEN_WALKS,
         # Vega escapes what it writes.
-        figures=[(figure, Markup(for_page(svg)), _size(svg)) for figure, svg in contents.figures],
+        figures=[(figure, Markup(for_page(svg)), grammar.size_of(svg)) for figure, svg in contents.figures],
         num_pairs=len(contents.pairs),
         num_drawn=len(pair_module.drawn(contents.pairs)),
         targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
@@ -188,12 +188,6 @@ def for_page(svg: str) -> str:
     inline = _COLOUR.sub(lambda found: _PAGE_COLOURS[found[0]], svg)
     before, link, marks = re.sub(r"^<\?xml[^>]*>\s*", "", inline).partition("<a ")
     return before + link.replace("<a ", '<a tabindex="0" ') + marks.replace("<a ", '<a tabindex="-1" ')
-
-
-def _size(svg: str) -> tuple[int, int]:
-    """Width and height, pixels."""
-    found = re.search(r'\bwidth="([\d.]+)" height="([\d.]+)"', svg)
-    return (round(float(found[1])), round(float(found[2]))) if found else (0, 0)
 
 
 def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_study.report.grammar import (
-    INK,
+    MUTED,
     SAYS,
     SERIES,
     SHAPES,
@@ -24,6 +24,7 @@ from finetune_study.report.grammar import (
     only,
     run_link,
     tip,
+    width_of,
 )
 from finetune_study.report.pair import Pair
 from finetune_study.report.tables import how_it_failed
@@ -31,7 +32,9 @@ from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, count, on_nodes
 
 WIDTH, HEIGHT, CROSS = 225, 210, 13
-"""Of a panel, and of a row of crosses above it, pixels."""
+"""Of a panel, and of a row of symbols of failures above it, pixels."""
+PADDING, GAP = 14, 9
+"""Between the ends of the axis along the bottom and those of the panel, and of a name from the middle of a symbol."""
 MAX_SERIES = 32
 """Lines that are drawn over the figures of a pair, and recipes that completed nowhere."""
 MEMORY_COLUMN, TIME_COLUMN = "peak_memory_gib_median", "step_time_seconds_median"
@@ -145,9 +148,13 @@ def _panels(
 
 
 def _ending(row: Row, along: _Axis) -> Row:
-    state, _ = how_it_failed([row["states"]])
-    found = {"x": row[along.column], "recipe": _series(row), "symbol": STATES[state].symbol}
+    found = {"x": row[along.column], "recipe": _series(row), "symbol": _symbol(row)}
     return found | {"tip": tip(row), "link": run_link(row)}
+
+
+def _symbol(row: Row) -> str:
+    state, _ = how_it_failed([row["states"]])
+    return STATES[state].symbol
 
 
 def _strip(points: list[Row], along: _Axis) -> Spec:
@@ -207,21 +214,40 @@ def _above(ends: tuple[float, float], limit: float | None, number: float) -> flo
 def _points(
     rows: list[Row], titles: dict[str, str], ends: tuple[float, float], along: str, column: str, limit: float | None
 ) -> list[dict[str, Any]]:
-    """A point for each configuration; those that failed stand above, a row for each series."""
+    """A point for each configuration; those that failed stand above, a row for each series, as symbols of how."""
     rank = {name: number for number, name in enumerate(_failing(rows, titles))}
-    return [
+    points = [
         {
             "x": row[along],
             "y": row[column] or _above(ends, limit, rank[_series(row)] + 0.8),
             "recipe": _series(row),
             "series": titles[_series(row)],
-            "failed": not row[column],
+            "failed": None if row[column] else _symbol(row),
             "tip": tip(row),
             "link": run_link(row),
         }
         for row in rows
         if _series(row) in titles and (row[column] or _stands_above(row))
     ]
+    _name_rows(points)
+    return points
+
+
+def _name_rows(points: list[dict[str, Any]]) -> None:
+    """Gives each row of symbols its recipe's name, `before` the first or `behind` the last one, where there is room."""
+    low, high = (math.log(end(point["x"] for point in points)) for end in (min, max))
+    per_unit = (WIDTH - 2 * PADDING) / (high - low or 1)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for point in points:
+        if point["failed"]:
+            rows.setdefault(point["recipe"], []).append(point)
+    for name, row in rows.items():
+        first, last = (end(row, key=lambda point: point["x"]) for end in (min, max))
+        wanted = GAP + width_of(name)
+        if PADDING + (math.log(first["x"]) - low) * per_unit >= wanted:
+            first["before"] = name
+        elif PADDING + (high - math.log(last["x"])) * per_unit >= wanted:
+            last["behind"] = name
 
 
 def _panel(
@@ -247,12 +273,13 @@ def _panel(
         "x": field(
             "x",
             title=along,
-            scale={"type": "log", "nice": False, "padding": 14},
+            scale={"type": "log", "nice": False, "padding": PADDING},
             axis=axis(values=ticks, grid=True, format="d"),
         ),
         "y": field("y", **log_axis(ends, heading)),
     }
-    cross = {"type": "text", "text": "✕", "fontSize": 11, "fontWeight": "bold", "color": INK}
+    symbol = {"type": "text", "fontWeight": "bold"}
+    name_of_row = {"type": "text", "color": MUTED}
     layers = [
         only("!datum.failed", layer(name, {"type": "line", "strokeWidth": 1.6}, **place, color=colour)),
         only(
@@ -266,7 +293,12 @@ def _panel(
                 shape=shape,
             ),
         ),
-        only("datum.failed", layer(name, cross, **place, **SAYS, color=colour)),
+        only("datum.failed", layer(name, symbol, **place, **SAYS, color=colour, text=field("failed", "N"))),
+        *(
+            only(f"datum.{at}", layer(name, name_of_row | {"align": align, "dx": dx}, **place, text=field(at, "N")))
+            for at, align, dx in (("before", "right", -GAP), ("behind", "left", GAP))
+            if any(at in point for point in points)
+        ),
     ]
     limits = [limit_rule("y")] if name == "memory" else []
     return {"layer": [*layers, *limits], "width": WIDTH, "height": HEIGHT + CROSS * crosses}

@@ -93,7 +93,8 @@ def pareto(pair: Pair) -> list[Figure]:
     }
     title = f"Memory against time: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}"
     caption = "" if front else "No front: software, weights or data differ among these runs, see the environment."
-    datasets = {"points": points, "names": names(points, times, memories)}
+    above = sorted(points, key=lambda point: (point["front"], point["time"]))  # what is drawn last covers the others
+    datasets = {"points": above, "names": names(points, times, memories)}
     return [figure("pareto", pair, chart, title, datasets, caption)]
 
 
