@@ -358,7 +358,25 @@ def test_shipped_hardware_is_complete() -> None:
         ({"hardware": "a100-90gb"}, "did you mean"),
         ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
         ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
-        ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
+        ({"model_config": {**SMALL, "num_hidden_layers": 10**9}}, "model_config.num_hidden_layers"),
+        ({"model_config": {**SMALL, "num_hidden_layers": 1e9}}, "model_config.num_hidden_layers"),
+        ({"model_config": {**SMALL, "model_type": "gemma2", "num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"model_config": {"model_type": "gpt2", "n_layer": 10**9}}, "model_config.n_layer"),
+        ({"model_config": {**SMALL, "num_labels": 10**9}}, "model_config.num_labels"),
+        (
+            {"model_config": {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}},
+            "model_config.text_config.num_hidden_layers",
+        ),
+        (
+            {"model_config": {"model_type": "gemma3", "text_config": {"num_labels": 10**9}}},
+            "model_config.text_config.num_labels",
+        ),
+        ({"techniques": {"lora": {"target_modules": "(([a-z_.0-9])*)*X"}}}, r"(?s)too long.*target_modules"),
+        (
+            {"techniques": {"lora": {"target_modules": ["q_proj"], "rank_pattern": {"(([a-z_.0-9])*)*X": 4}}}},
+            r"(?s)too long.*rank_pattern",
+        ),
+        ({"techniques": {"lora": {"target_modules": "(("}}}, r"(?s)no regular expression.*target_modules"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
         (
