@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -423,6 +425,40 @@ def test_shipped_hardware_is_complete() -> None:
 def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=says):
         predict.answer(row(**changes), TRACES)
+
+
+@pytest.mark.parametrize(
+    "model", ["/data/nosuch/Llama-2-7b-hf", "./Llama-2-7b-hf", "Llama-2-7b-hf", "a/b/Llama-2-7b-hf"]
+)
+def test_a_path_that_is_not_there_is_no_known_shape(model: str) -> None:
+    with pytest.raises(ModelError, match=r"(?s)not known.*given: .*did you mean meta-llama/Llama-2-7b-hf.*llama2-7b"):
+        predict.model_config({"model": model})
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("meta-llama/Llama-2-7b-hf", []),
+        ("llama2-7b", []),
+        ("somebody/llama-2-7b-HF", ["somebody/llama-2-7b-HF is not here, and is taken to have the shape of meta-"]),
+    ],
+)
+def test_targets_and_copies_of_known_shapes_are_known(model: str, says: list[str]) -> None:
+    given = {"model": model, "hardware": "a100-80gb", "sequence_length": 256}
+    question = predict.read_question(given)
+    assert question.config == predict.architectures()["meta-llama/Llama-2-7b-hf"]
+    assert len(question.warnings) == len(says)
+    assert all(one.startswith(start) for one, start in zip(question.warnings, says, strict=True))
+
+
+def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> None:
+    folder = Path(__file__).parents[2] / "config"
+    shapes = {}
+    for file in [folder / "config.yaml", *(folder / "studies").glob("*.yaml")]:
+        shapes |= yaml.safe_load(file.read_text(encoding="utf-8"))["models"]
+    for target, name in predict.TARGETS.items():
+        written = shapes[target].get("architecture")
+        assert (name == shapes[target]["name_or_path"]) if written is None else written == predict.architectures()[name]
 
 
 @pytest.mark.parametrize("most", range(20, 60))

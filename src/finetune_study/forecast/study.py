@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -106,7 +107,7 @@ def config_of(run: Run, results: Results) -> dict[str, Any]:
     """
     if run.model.architecture is not None:
         return dict(run.model.architecture)
-    prepared = results.model(run.model_key) / "config.json"
+    prepared = _prepared_config(run, results)
     if prepared.exists():
         return dict(predict.model_config({"model": str(prepared)}))
     try:
@@ -120,6 +121,10 @@ def config_of(run: Run, results: Results) -> dict[str, Any]:
         ) from None
 
 
+def _prepared_config(run: Run, results: Results) -> Path:
+    return results.model(run.model_key) / "config.json"
+
+
 def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     """What is asked about a run.
 
@@ -129,9 +134,11 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     if micro_batch.is_searched(run):
         run = micro_batch.at(run, 1)  # which size it will be follows from the trace
     resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
+    name = run.model.name_or_path
+    taken = name is not None and run.model.architecture is None and not _prepared_config(run, results).exists()
     return predict.Question(
         config_of(run, results), device, run.num_gpus, run.sequence_length, run.micro_batch,
-        run.gradient_accumulation_steps or 1, resolved, False, [],
+        run.gradient_accumulation_steps or 1, resolved, False, predict.taken_as(str(name)) if taken else [],
     )  # fmt: skip
 
 
