@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from finetune_study.config import Hardware
 from finetune_study.forecast import predict, show
 from finetune_study.forecast import study as forecast
 from finetune_study.paths import Results
@@ -188,3 +189,22 @@ def test_a_calibration_replaces_the_data_sheet(gpu_raw: Raw, tmp_path: Path) -> 
     path.write_text(json.dumps({"rates": {"launch": 60e-6}}))
     after = forecast.write(study)[0]["predicted_step_time_seconds"]
     assert after == pytest.approx(10 * before, rel=0.05), "a tiny model waits for its launches"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "memory", "expected", "known"),
+    [
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 9.5, 9.5, False),
+        ("v100-16gb", "Tesla V100-PCIE-32GB", 32, 32, False),
+        ("v100-16gb", "Tesla V100-SXM2-32GB", 32, 31.74, True),
+        ("h100-80gb", "NVIDIA H100 NVL", 94, 94, False),
+        ("a100-80gb", None, 80, 79.15, True),
+        ("mine", "A100-SXM4-80GB", 80, 79.15, True),
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB", 40, 40, True),
+    ],
+)
+def test_an_entry_is_the_card_that_its_gpu_names(
+    name: str, gpu: str | None, memory: float, expected: float, known: bool
+) -> None:
+    device = forecast.device_of(name, Hardware(device="cuda", gpu=gpu, memory_gib=memory))
+    assert (device.memory_gib, bool(device.tflops)) == (expected, known)

@@ -61,12 +61,16 @@ of the run itself, the two before them those of a pass over the data."""
 
 
 def device_of(name: str, entry: Hardware) -> Device:
-    """The predictor's device for a hardware entry: by the driver's name of the GPU, else by the entry's own, with the
-    entry's price; what nobody knows of it stays null."""
+    """The predictor's device for a hardware entry: by the driver's name of the GPU, or by the entry's own where it says
+    none, with the entry's price and no more than its memory; what nobody knows of it stays null."""
     price = entry.price_usd_per_gpu_hour
     found = _shipped(name, entry.device, entry.gpu)
     if found is not None:
-        return found if price is None else found.model_copy(update={"price_usd_per_gpu_hour": price})
+        own = {
+            "price_usd_per_gpu_hour": found.price_usd_per_gpu_hour if price is None else price,
+            "memory_gib": min(found.memory_gib or entry.memory_gib, entry.memory_gib),
+        }
+        return found.model_copy(update=own)
     return Device(
         name=name,
         device=entry.device,
@@ -92,11 +96,17 @@ def device_of_run(run: Run) -> Device:
 
 
 def _shipped(name: str, device: str, gpu: str | None) -> Device | None:
+    """A slice or another card of the family is none of those that are known, whatever its entry is called."""
     if device == "cpu":
         return None
     known = hardware_module.shipped()
-    found = next((d for d in known.values() if gpu is not None and d.gpu == gpu), known.get(name))
+    found = known.get(name) if gpu is None else next((d for d in known.values() if _card(d.gpu) == _card(gpu)), None)
     return found and found.model_copy(update={"name": name})
+
+
+def _card(gpu: str | None) -> str:
+    """A GPU's name without the maker's, which older drivers left out."""
+    return (gpu or "").removeprefix("NVIDIA ").casefold()
 
 
 def config_of(run: Run, results: Results) -> dict[str, Any]:
