@@ -972,6 +972,9 @@ LIMITS = """## What is not modelled, and where it is wrong
 - **Attention of Falcon under SDPA.** transformers gives it a mask of context × context in every layer, whatever the
   sequences; multi-query heads (Falcon-7B) are broadcast, which no fused kernel takes, so that scores and softmax are
   tensors. A real step on a CPU saves them, and so does the trace; on a GPU it was not measured here.
+- **Grouped heads under SDPA** below compute capability 8 and in fp32 are predicted as with a fused kernel. torch has
+  one for grouped heads in FlashAttention alone, so that the step may run as `math`, with scores as tensors: a warning
+  of the row says so. It was not measured here.
 - **Windows under SDPA.** Beyond a model's attention window transformers makes a mask of context × context, too.
 - **Compilers** are a rule: what backward's products read is kept, the rest computed again and fused.
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism and GPTQ are not known.

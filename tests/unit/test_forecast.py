@@ -522,6 +522,25 @@ class Model(LlamaForCausalLM):
 """
 
 
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"hardware": "v100-32gb"}, True),
+        ({"hardware": "t4", "techniques": {"lora": {}}}, True),
+        ({"techniques": {"fp32": {}}}, True),
+        ({"techniques": {"tf32": {}}}, True),
+        ({}, False),
+        ({"hardware": "v100-32gb", "techniques": {"sdpa": {"kernel": "math"}}}, False),
+        ({"hardware": "v100-32gb", "techniques": {"eager": {}}}, False),
+        ({"hardware": "v100-32gb", "model_config": {**SMALL, "num_key_value_heads": 4}}, False),
+        ({"hardware": {"device": "cpu", "memory_gib": 8}}, False),
+    ],
+)
+def test_grouped_heads_without_a_fused_kernel_are_warned_of(changes: dict[str, Any], warned: bool) -> None:
+    warnings = predict.answer(row(**changes), TRACES)["warnings"]
+    assert any("may then run as `math`" in one for one in warnings) == warned
+
+
 def test_a_models_own_code_is_run_where_it_is_allowed_by_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "theirs"

@@ -377,6 +377,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         *profile.warnings,
         *resolved.why_not(device),
         *resolved.not_modelled,
+        *_may_run_as_math(question),
         *took.warnings,
     ]
     if profile.positions is not None and question.context > profile.positions:
@@ -410,6 +411,27 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _may_run_as_math(question: Question) -> list[str]:
+    """Where no fused kernel of SDPA is left: of torch's, those for grouped heads are FlashAttention's alone ("Grouped
+    Query Attention", torch.nn.functional.scaled_dot_product_attention), and transformers leaves the heads grouped where
+    there is no mask (sdpa_attention.py, use_gqa_in_sdpa)."""
+    device, resolved = question.device, question.recipe
+    is_fused = resolved.attention == "sdpa" and resolved.techniques.get("sdpa", {}).get("kernel") != "math"
+    if not is_fused or device.device == "cpu":
+        return []
+    capability, in_fp32 = device.compute_capability, resolved.compute == "float32"
+    config = question.config.get("text_config") or question.config
+    heads, shared = (config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    is_old = capability is not None and capability < 8
+    if not (isinstance(heads, int) and isinstance(shared, int) and shared < heads and (in_fp32 or is_old)):
+        return []
+    where = "in fp32" if in_fp32 else f"on compute capability {capability}"
+    return [
+        f"no fused kernel may take {heads} heads that share {shared} {where}: SDPA may then run as `math`, whose "
+        "scores are tensors; ask with sdpa: {kernel: math} what that takes"
+    ]
 
 
 def _situation(question: Question) -> memory.Situation:
