@@ -61,6 +61,24 @@ def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neith
     assert (total["runs"], total["unsupported"], total["gpu_hours"], total["cost_usd"]) == (1, 1, 0, 0)
 
 
+def test_the_bill_says_of_how_many_runs_it_is(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    assert study.summary().endswith("2 to train; no forecast yet (snakemake --cores all forecast)")
+    first, second = forecast.write(study)
+    document = json.loads(study.results.forecast.read_text())
+
+    def bill() -> str:
+        study.results.forecast.write_text(json.dumps(document))
+        return open_study(gpu_raw, Results(tmp_path)).summary().partition("; ")[2]
+
+    assert "runs" not in bill()
+    document["runs"][first["run_id"]] = [None, None]
+    hours, dollars = second["predicted_gpu_hours"], second["predicted_cost_usd"]
+    assert bill() == f"predicted: {hours:.1f} GPU-hours, {dollars:.2f} US dollars of 1 of 2 runs"
+    document["runs"] = {}
+    assert bill() == "predicted: no time of 2 runs"
+
+
 def test_the_summary_charges_no_run_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:
     wide = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 64, "num_attention_heads": 64}
     gpu_raw["models"]["tiny"]["architecture"] |= wide
@@ -176,6 +194,12 @@ def test_what_is_predicted_not_to_fit_is_not_trained_when_asked(gpu_raw: Raw, tm
     rows = forecast.write(after)
     assert {row["state"] for row in rows} == {"not tried"}
     assert after.plan_digest != study.plan_digest
+    needed = 1 - min(row["margin_gib"] / row["memory_gib"] for row in rows)
+    gpu_raw["protocol"]["skip_predicted_oom"] = needed  # more than any of them needs, less the device itself
+    raised = open_study(gpu_raw, Results(tmp_path))
+    assert set(raised.pending) == set(raised.planned)
+    gpu_raw["protocol"]["skip_predicted_oom"] = 0.1
+    assert not open_study(gpu_raw, Results(tmp_path)).pending
     del gpu_raw["protocol"]["skip_predicted_oom"]
     taken_back = open_study(gpu_raw, Results(tmp_path))
     assert set(taken_back.pending) == set(taken_back.planned)

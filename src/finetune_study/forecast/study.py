@@ -10,7 +10,7 @@ import polars as pl
 from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.errors import ModelError, StudyError
-from finetune_study.forecast import CATEGORIES, VERSION, predict, recipe
+from finetune_study.forecast import CATEGORIES, VERSION, predict, prior, recipe
 from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.hardware import Device
@@ -302,7 +302,7 @@ def write(study: "Study") -> list[dict[str, Any]]:
     """
     rows = forecast(study, predict.Traces(study.results.traces))
     margin = study.config.protocol.skip_predicted_oom
-    skipped = [row["run_id"] for row in rows if row["state"] == TO_TRAIN and _is_hopeless(row, margin)]
+    skipped = [row["run_id"] for row in rows if row["state"] == TO_TRAIN and prior.is_hopeless(row, margin)]
     for row in rows:
         if row["state"] == TO_TRAIN:
             keep(study.results.run(row["run_id"]), row)
@@ -329,15 +329,12 @@ def write(study: "Study") -> list[dict[str, Any]]:
     return rows
 
 
-def _is_hopeless(row: dict[str, Any], margin: float | None) -> bool:
-    if margin is None or row["margin_gib"] is None:
-        return False
-    return bool(-row["margin_gib"] > margin * row["memory_gib"])
-
-
 def _still_skipped(study: "Study") -> list[str]:
     """Runs that an earlier forecast gave their outcome, and that keep it."""
     return [run_id for run_id in study.skipped if run_id in study.recorded]
+
+
+_KEPT = ("fits", "margin_gib", "memory_gib", "bottleneck")
 
 
 def keep(paths: RunPaths, row: dict[str, Any]) -> None:
@@ -345,7 +342,7 @@ def keep(paths: RunPaths, row: dict[str, Any]) -> None:
     if row["predicted_peak_memory_allocated_gib"] is None:
         paths.forecast.unlink(missing_ok=True)  # an earlier one was of other code
         return
-    kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
+    kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in _KEPT}
     text = json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n"
     with suppress(OSError, UnicodeDecodeError):
         if paths.forecast.read_text(encoding="utf-8") == text:
