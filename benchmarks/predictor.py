@@ -757,6 +757,80 @@ def _line(name: str, s: dict[str, Any]) -> str:
     )
 
 
+def _aims(document: dict[str, Any]) -> str:
+    """Results beside what was aimed at, before anything was predicted."""
+    memory, blind = document["memory"], document["step time, blind"]["all"]
+    calibrated = document["step time, one row of each source calibrates"].get("all")
+    errors = [relative(run["predicted_gib"], run["measured_gib"]) for run in document["study"]]
+    demo = [error for error in errors if error is not None]
+    known = "conditions known, allocated"
+    means = [
+        (f"memory, {known}", 5, memory[known]),
+        (
+            f"memory, {known}, with the rows that contradict them",
+            5,
+            memory[f"{known}, with the rows that contradict them"],
+        ),
+        ("memory, all sources", 10, memory["all"]),
+        (
+            "memory, all sources, with the rows that contradict their conditions",
+            10,
+            memory["all, with the rows that contradict their conditions"],
+        ),
+        ("step time, when one row of each source calibrates", 15, calibrated),
+        ("step time, from data sheets alone", 30, blind),
+    ]
+    lines = [
+        f"| {what}, mean absolute error | at most {aim} % | {s['mape_percent']:.1f} % "
+        f"| {_met(s['mape_percent'] <= aim)} |"
+        for what, aim, s in means
+        if s
+    ]
+    lines += [
+        f"| verdict: {name}, recall | at least 90 % | {share(v['recall'])} of {v['of']} | {_met(v['recall'] >= 0.9)} |"
+        for name, v in document["verdicts"].items()
+        if v["recall"] is not None
+    ]
+    if demo:
+        within = sum(abs(error) <= 0.1 for error in demo) / len(demo)
+        lines.append(
+            f"| memory of the demo's runs on a CPU, within 10 % | all | {share(within)} of {len(demo)} "
+            f"| {_met(within == 1)} |"
+        )
+    return "| | aim | result | |\n|---|---|---|---|\n" + "\n".join(lines)
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "missed"
+
+
+STANDS_FOR = (
+    ("kempnerforge", 'FSDP2 in "bf16 mixed precision"', "`bf16_pure`: with fp32 weights and states the first row alone "
+     "would need more than its measured peak"),
+    ("mosaicml", "MPT", "`gpt2` of MPT's sizes, with a plain GELU: the layers are the same but for the biases"),
+    ("hf-guide", "BERT with a classifier", "`bert` as a decoder, its logits left out; two micro-batches at least, "
+     "since old torch kept gradients between steps"),
+    ("deepspeed", "SimpleTransformer", "`gpt2` of its sizes"),
+    ("ms-swift", "Qwen (first version), Baichuan2", "Qwen1.5, and `llama` of Baichuan2's sizes"),
+    ("litgpt", "Mistral-7B-v0.2", "Mistral-7B-v0.3, whose vocabulary has 768 tokens more"),
+)  # fmt: skip
+"""Where an adapter asks for something else than what the table names: source, what was measured, what is asked."""
+
+
+def _adapted(document: dict[str, Any]) -> str:
+    """Which rows a peer that knows full training alone is asked about, and which are not of its kind."""
+    rows = [s for s in document["samples"] if not s["contradicts"] and s["memory_error"] is not None]
+    techniques = collections.Counter(s["technique"] for s in rows if s["peers"].get("accelerate estimate-memory"))
+    sharded = [s for s in rows if s["peers"].get("DeepSpeed estimators")]
+    zero = sum(s["technique"].startswith("zero") for s in sharded)
+    return (
+        f"accelerate covers full training only: {techniques['lora']} of its {techniques.total()} rows are LoRA and "
+        f"{techniques['qlora']} are QLoRA, for which it was not made. "
+        f"{len(sharded) - zero} of the {len(sharded)} rows of DeepSpeed's estimators are FSDP's, which is taken to "
+        "shard as stage 3 does."
+    )
+
+
 def _contradictions(document: dict[str, Any]) -> list[str]:
     """The rows that took less memory than can be, by their conditions."""
     rows = [sample for sample in document["samples"] if sample["contradicts"]]
@@ -819,6 +893,13 @@ def markdown(document: dict[str, Any]) -> str:
         "shown apart, since they contradict their stated conditions. An adapter for each source says which rows "
         "are used and turns them into the question that `finetune-study predict` answers; it states conditions, never "
         "numbers. No constant was fitted to a row; each stands in `forecast/` with its meaning and source.",
+        "No number that we measured on a GPU ourselves was compared: of our own there are the demo's runs on a CPU "
+        "alone.",
+        "## Aims and results",
+        _aims(document),
+        "## What stands for what",
+        "| source | what was measured | what is asked instead |\n|---|---|---|\n"
+        + "\n".join(f"| {' | '.join(row)} |" for row in STANDS_FOR),
         "## Memory",
         HEAD + "\n" + "\n".join(
             [
@@ -868,6 +949,7 @@ def markdown(document: dict[str, Any]) -> str:
         "model states of ZeRO-2 and ZeRO-3, without activations, and every weight as trained. llm-analysis 0.2.2, in "
         "an environment of its own, knows full fine-tuning with Adam: activations and recomputation, no copies of "
         "logits, no optimizer's transients, no buffers.",
+        _adapted(document),
         *_study_text(document["study"]),
         "## How fast",
         _speed_text(document["speed"], document["machine"]["cores"]),
@@ -890,6 +972,9 @@ LIMITS = """## What is not modelled, and where it is wrong
 - **Attention of Falcon under SDPA.** transformers gives it a mask of context × context in every layer, whatever the
   sequences; multi-query heads (Falcon-7B) are broadcast, which no fused kernel takes, so that scores and softmax are
   tensors. A real step on a CPU saves them, and so does the trace; on a GPU it was not measured here.
+- **Grouped heads under SDPA** below compute capability 8 and in fp32 are predicted as with a fused kernel. torch has
+  one for grouped heads in FlashAttention alone, so that the step may run as `math`, with scores as tensors: a warning
+  of the row says so. It was not measured here.
 - **Windows under SDPA.** Beyond a model's attention window transformers makes a mask of context × context, too.
 - **Compilers** are a rule: what backward's products read is kept, the rest computed again and fused.
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism and GPTQ are not known.

@@ -311,7 +311,9 @@ class Protocol(Section):
     skip_predicted_oom: NonNegativeFloat | None = None
     """Runs predicted to need more than the GPU has by this share of it (0.2: more than 120 %) are not trained.
 
-    They end as `predicted_oom`, and are trained when this is taken back. Null: all are tried."""
+    They end as `predicted_oom`. It needs a forecast (`snakemake --cores all forecast`): without one all are tried.
+    When it is raised, those that the new share leaves are trained; when it is taken back, all are. Null: all are
+    tried."""
 
 
 class GridBlock(Section):

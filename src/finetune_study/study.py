@@ -21,6 +21,7 @@ from finetune_study import run as run_module
 from finetune_study.allocation import Asked
 from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
+from finetune_study.forecast import prior
 from finetune_study.implied import Kin, Rung
 from finetune_study.paths import MANIFEST, Results, RunPaths
 from finetune_study.plan import PlannedRun
@@ -94,7 +95,7 @@ class Study:
             case "implied_oom":
                 return self.config.protocol.infer_oom and self._kin.stands(run_id)
             case "predicted_oom":
-                return self.config.protocol.skip_predicted_oom is not None
+                return prior.still_hopeless(self.results.run(run_id), self.config.protocol.skip_predicted_oom)
         return True
 
     @cached_property
@@ -344,18 +345,23 @@ class Study:
         return hours, dollars
 
     def _bill(self) -> str:
-        """What the runs to train are predicted to take, where a forecast knows it of all of them.
+        """What the runs to train are predicted to take, and of how many of them that is known.
 
         Runs that are predicted not to fit end before their first step: they are counted, and not charged."""
+        if not self.pending:
+            return ""
+        if not self._last_forecast:
+            return "; no forecast yet (snakemake --cores all forecast)"
         too_large = set(self._last_forecast.get("do_not_fit", [])) & set(self.pending)
         expected = [self.predicted_cost(run_id) for run_id in self.pending if run_id not in too_large]
         hours = [gpu_hours for gpu_hours, _ in expected if gpu_hours is not None]
         dollars = [cost for _, cost in expected if cost is not None]
-        if not self.pending or len(hours) < len(expected):
-            return ""
-        cost = f", {sum(dollars):.2f} US dollars" if len(dollars) == len(expected) else ""
+        if expected and not hours:
+            return f"; predicted: no time of {len(expected)} runs"
+        cost = f", {sum(dollars):.2f} US dollars" if len(dollars) == len(hours) else ""
+        part = f" of {len(hours)} of {len(expected)} runs" if len(hours) < len(expected) else ""
         without = f" without {len(too_large)} that do not fit" if too_large else ""
-        return f"; predicted: {sum(hours):.1f} GPU-hours{cost}{without}"
+        return f"; predicted: {sum(hours):.1f} GPU-hours{cost}{part}{without}"
 
 
 def open_study(

@@ -25,7 +25,10 @@ def test_plan_counts_runs_by_reason(raw: dict[str, Any], tmp_path: Path) -> None
     assert (implied, measured, to_train) == ("2 implied out of memory", "2 measured", "2 to train")
     assert flash.startswith("3 unsupported: FlashAttention-2 has CUDA kernels alone")
     assert tf32.startswith("3 unsupported: transformers: --tf32 requires")
-    assert summary == "12 runs, 2 measured, 2 to train, 6 unsupported, 2 implied out of memory"
+    assert summary == (
+        "12 runs, 2 measured, 2 to train, 6 unsupported, 2 implied out of memory; "
+        "no forecast yet (snakemake --cores all forecast)"
+    )
 
 
 def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[str, Any], tmp_path: Path) -> None:

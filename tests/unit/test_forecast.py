@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -358,7 +360,25 @@ def test_shipped_hardware_is_complete() -> None:
         ({"hardware": "a100-90gb"}, "did you mean"),
         ({"model_config": {"model_type": "nonesuch"}}, "model_type"),
         ({"model_config": {**SMALL, "num_attention_heads": 7}}, "attention heads"),
-        ({"model_config": {**SMALL, "num_hidden_layers": 10**6}}, "layers"),
+        ({"model_config": {**SMALL, "num_hidden_layers": 10**9}}, "model_config.num_hidden_layers"),
+        ({"model_config": {**SMALL, "num_hidden_layers": 1e9}}, "model_config.num_hidden_layers"),
+        ({"model_config": {**SMALL, "model_type": "gemma2", "num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"model_config": {"model_type": "gpt2", "n_layer": 10**9}}, "model_config.n_layer"),
+        ({"model_config": {**SMALL, "num_labels": 10**9}}, "model_config.num_labels"),
+        (
+            {"model_config": {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}},
+            "model_config.text_config.num_hidden_layers",
+        ),
+        (
+            {"model_config": {"model_type": "gemma3", "text_config": {"num_labels": 10**9}}},
+            "model_config.text_config.num_labels",
+        ),
+        ({"techniques": {"lora": {"target_modules": "(([a-z_.0-9])*)*X"}}}, r"(?s)too long.*target_modules"),
+        (
+            {"techniques": {"lora": {"target_modules": ["q_proj"], "rank_pattern": {"(([a-z_.0-9])*)*X": 4}}}},
+            r"(?s)too long.*rank_pattern",
+        ),
+        ({"techniques": {"lora": {"target_modules": "(("}}}, r"(?s)no regular expression.*target_modules"),
         ({"model_config": {**SMALL, "auto_map": {"AutoConfig": "code.Config"}}}, "not run unasked"),
         ({"model_config": {"model_type": "t5"}}, "causal"),
         (
@@ -405,6 +425,40 @@ def test_shipped_hardware_is_complete() -> None:
 def test_bad_rows_are_told_what_is_wrong(changes: dict[str, Any], says: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=says):
         predict.answer(row(**changes), TRACES)
+
+
+@pytest.mark.parametrize(
+    "model", ["/data/nosuch/Llama-2-7b-hf", "./Llama-2-7b-hf", "Llama-2-7b-hf", "a/b/Llama-2-7b-hf"]
+)
+def test_a_path_that_is_not_there_is_no_known_shape(model: str) -> None:
+    with pytest.raises(ModelError, match=r"(?s)not known.*given: .*did you mean meta-llama/Llama-2-7b-hf.*llama2-7b"):
+        predict.model_config({"model": model})
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("meta-llama/Llama-2-7b-hf", []),
+        ("llama2-7b", []),
+        ("somebody/llama-2-7b-HF", ["somebody/llama-2-7b-HF is not here, and is taken to have the shape of meta-"]),
+    ],
+)
+def test_targets_and_copies_of_known_shapes_are_known(model: str, says: list[str]) -> None:
+    given = {"model": model, "hardware": "a100-80gb", "sequence_length": 256}
+    question = predict.read_question(given)
+    assert question.config == predict.architectures()["meta-llama/Llama-2-7b-hf"]
+    assert len(question.warnings) == len(says)
+    assert all(one.startswith(start) for one, start in zip(question.warnings, says, strict=True))
+
+
+def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> None:
+    folder = Path(__file__).parents[2] / "config"
+    shapes = {}
+    for file in [folder / "config.yaml", *(folder / "studies").glob("*.yaml")]:
+        shapes |= yaml.safe_load(file.read_text(encoding="utf-8"))["models"]
+    for target, name in predict.TARGETS.items():
+        written = shapes[target].get("architecture")
+        assert (name == shapes[target]["name_or_path"]) if written is None else written == predict.architectures()[name]
 
 
 @pytest.mark.parametrize("most", range(20, 60))
@@ -466,6 +520,25 @@ class Config(LlamaConfig):
 class Model(LlamaForCausalLM):
     config_class = Config
 """
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"hardware": "v100-32gb"}, True),
+        ({"hardware": "t4", "techniques": {"lora": {}}}, True),
+        ({"techniques": {"fp32": {}}}, True),
+        ({"techniques": {"tf32": {}}}, True),
+        ({}, False),
+        ({"hardware": "v100-32gb", "techniques": {"sdpa": {"kernel": "math"}}}, False),
+        ({"hardware": "v100-32gb", "techniques": {"eager": {}}}, False),
+        ({"hardware": "v100-32gb", "model_config": {**SMALL, "num_key_value_heads": 4}}, False),
+        ({"hardware": {"device": "cpu", "memory_gib": 8}}, False),
+    ],
+)
+def test_grouped_heads_without_a_fused_kernel_are_warned_of(changes: dict[str, Any], warned: bool) -> None:
+    warnings = predict.answer(row(**changes), TRACES)["warnings"]
+    assert any("may then run as `math`" in one for one in warnings) == warned
 
 
 def test_a_models_own_code_is_run_where_it_is_allowed_by_name(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from finetune_study.config import Hardware
 from finetune_study.forecast import predict, show
 from finetune_study.forecast import study as forecast
 from finetune_study.paths import Results
@@ -58,6 +59,24 @@ def test_the_bill_counts_what_does_not_fit_or_is_not_supported_and_charges_neith
     rows[1]["state"] = "unsupported"
     total = forecast.totals(rows)["a100"]
     assert (total["runs"], total["unsupported"], total["gpu_hours"], total["cost_usd"]) == (1, 1, 0, 0)
+
+
+def test_the_bill_says_of_how_many_runs_it_is(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    assert study.summary().endswith("2 to train; no forecast yet (snakemake --cores all forecast)")
+    first, second = forecast.write(study)
+    document = json.loads(study.results.forecast.read_text())
+
+    def bill() -> str:
+        study.results.forecast.write_text(json.dumps(document))
+        return open_study(gpu_raw, Results(tmp_path)).summary().partition("; ")[2]
+
+    assert "runs" not in bill()
+    document["runs"][first["run_id"]] = [None, None]
+    hours, dollars = second["predicted_gpu_hours"], second["predicted_cost_usd"]
+    assert bill() == f"predicted: {hours:.1f} GPU-hours, {dollars:.2f} US dollars of 1 of 2 runs"
+    document["runs"] = {}
+    assert bill() == "predicted: no time of 2 runs"
 
 
 def test_the_summary_charges_no_run_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:
@@ -175,6 +194,12 @@ def test_what_is_predicted_not_to_fit_is_not_trained_when_asked(gpu_raw: Raw, tm
     rows = forecast.write(after)
     assert {row["state"] for row in rows} == {"not tried"}
     assert after.plan_digest != study.plan_digest
+    needed = 1 - min(row["margin_gib"] / row["memory_gib"] for row in rows)
+    gpu_raw["protocol"]["skip_predicted_oom"] = needed  # more than any of them needs, less the device itself
+    raised = open_study(gpu_raw, Results(tmp_path))
+    assert set(raised.pending) == set(raised.planned)
+    gpu_raw["protocol"]["skip_predicted_oom"] = 0.1
+    assert not open_study(gpu_raw, Results(tmp_path)).pending
     del gpu_raw["protocol"]["skip_predicted_oom"]
     taken_back = open_study(gpu_raw, Results(tmp_path))
     assert set(taken_back.pending) == set(taken_back.planned)
@@ -188,3 +213,22 @@ def test_a_calibration_replaces_the_data_sheet(gpu_raw: Raw, tmp_path: Path) -> 
     path.write_text(json.dumps({"rates": {"launch": 60e-6}}))
     after = forecast.write(study)[0]["predicted_step_time_seconds"]
     assert after == pytest.approx(10 * before, rel=0.05), "a tiny model waits for its launches"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "memory", "expected", "known"),
+    [
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", 9.5, 9.5, False),
+        ("v100-16gb", "Tesla V100-PCIE-32GB", 32, 32, False),
+        ("v100-16gb", "Tesla V100-SXM2-32GB", 32, 31.74, True),
+        ("h100-80gb", "NVIDIA H100 NVL", 94, 94, False),
+        ("a100-80gb", None, 80, 79.15, True),
+        ("mine", "A100-SXM4-80GB", 80, 79.15, True),
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB", 40, 40, True),
+    ],
+)
+def test_an_entry_is_the_card_that_its_gpu_names(
+    name: str, gpu: str | None, memory: float, expected: float, known: bool
+) -> None:
+    device = forecast.device_of(name, Hardware(device="cuda", gpu=gpu, memory_gib=memory))
+    assert (device.memory_gib, bool(device.tflops)) == (expected, known)

@@ -1,6 +1,7 @@
 """The benchmark of predictions: what it counts, and what it asks others."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,31 @@ def test_galores_rows_are_used_where_the_predictor_knows_their_settings(benchmar
     used = benchmark.ms_swift({**row, "exp_name": "full+galore32"}, {})
     assert used.question["techniques"]["galore_adamw"] == {"rank": 32}
     assert "embeddings" in benchmark.ms_swift({**row, "exp_name": "full+galore_emb"}, {}).unused
+
+
+def test_the_page_is_what_the_generator_makes_of_the_last_results(benchmark: Any) -> None:
+    root = Path(__file__).parents[2]
+    last = sorted((root / "benchmarks" / "results").glob("predictor-*.json"))[-1]
+    page = benchmark.markdown(json.loads(last.read_text(encoding="utf-8")))
+    assert page == (root / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert page == last.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_aims_stand_beside_results_with_the_rows_that_contradict_them(benchmark: Any) -> None:
+    def of(error: float) -> dict[str, Any]:
+        return {"mape_percent": error}
+
+    known, alone = "conditions known, allocated", "with the rows that contradict"
+    document = {
+        "memory": {known: of(4.96), f"{known}, {alone} them": of(5.2), "all": of(10),
+                   f"all, {alone} their conditions": of(11)},
+        "step time, blind": {"all": of(31)},
+        "step time, one row of each source calibrates": {},
+        "verdicts": {"fits": {"right": 1, "of": 2, "recall": 0.5},
+                     "out of memory": {"right": 0, "of": 0, "recall": None}},
+        "study": [{"predicted_gib": 1.05, "measured_gib": 1.0}, {"predicted_gib": 1.5, "measured_gib": 1.0}],
+    }  # fmt: skip
+    ends = [line.rsplit("% | ", 1)[-1] for line in benchmark._aims(document).splitlines()[2:5]]
+    assert ends == ["met |", "missed |", "met |"]
+    assert "recall | at least 90 % | 50 % of 2 | missed |" in benchmark._aims(document)
+    assert "within 10 % | all | 50 % of 2 | missed |" in benchmark._aims(document)

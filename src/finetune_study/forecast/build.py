@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import re
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,33 +35,44 @@ transformers.AttentionInterface.register(FUSED, _fused_attention)
 transformers.AttentionMaskInterface.register(FUSED, lambda *args, **kwargs: None)
 
 
+DEEPEST = 1024
+"""Layers; more is a slip of the pen, and would take minutes to build."""
+
 LARGEST = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
-    "num_local_experts": 1 << 16,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 1 << 16),
     "max_position_embeddings": 1 << 30,
     "sliding_window": 1 << 30,
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), DEEPEST),
+    **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), DEEPEST),
+    "num_labels": 1 << 20,  # transformers makes a dictionary of them
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
 
-LEAST = {"sliding_window": 0}
+LEAST = dict.fromkeys(
+    ("sliding_window", "num_experts", "n_routed_experts", "encoder_layers", "num_encoder_layers", "num_labels"), 0
+)
 """Of those that may be less than 1; 0 switches it off."""
 
 
-def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Checks what transformers does not, or says in words of its own code.
+def check_sizes(settings: Mapping[str, Any], where: str = "model_config") -> None:
+    """Checks what transformers does not, or says in words of its own code; in the parts of a model, too.
 
     Raises:
         ModelError: for a size that is out of range, or heads that can't be shared out.
     """
+    for name, part in settings.items():
+        if isinstance(part, Mapping):
+            check_sizes(part, f"{where}.{name}")
     for key, most in LARGEST.items():
         size = settings.get(key)
         least = LEAST.get(key, 1)
-        if isinstance(size, int) and not least <= size <= most:
+        if isinstance(size, int | float) and not least <= size <= most:
             raise ModelError(
                 "A size of the model is out of range",
-                where=f"model_config.{key}",
+                where=f"{where}.{key}",
                 given=size,
                 allowed=f"a whole number from {least} to {most}",
             )
@@ -69,7 +82,7 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
         if isinstance(chosen, int) and isinstance(experts, int) and not 0 < chosen <= experts:
             raise ModelError(
                 "A token can't go to so many experts",
-                where="model_config.num_experts_per_tok",
+                where=f"{where}.num_experts_per_tok",
                 given=f"{chosen} of {experts} experts ({key})",
                 allowed=f"a whole number from 1 to {experts}",
             )
@@ -79,7 +92,7 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
         if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
             raise ModelError(
                 "The attention heads can't share the key-value heads evenly",
-                where=f"model_config.{key}",
+                where=f"{where}.{key}",
                 given=f"{shared} for {heads} attention heads",
                 allowed=f"a number that divides {heads}",
             )
@@ -370,6 +383,54 @@ def _names(layout: Layout) -> Iterator[tuple[str, str, str]]:
             for name in map(str, given):
                 start = ".*" if setting == "modules_to_save" else r"(.*\.)?"
                 yield setting, name, f"{start}({name if setting.endswith('_pattern') else re.escape(name)})"
+
+
+SECONDS_OF_A_MATCH = 2.0
+"""For all expressions of a recipe on all names of a model: sensible ones take milliseconds."""
+
+
+def check_expressions(model: Any, layout: Layout) -> None:
+    """Tries the expressions that name modules as peft will, which knows no limit of time.
+
+    Raises:
+        ModelError: for one that is no regular expression, or does not come to an end.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    for setting, name, expression in _names(layout):
+        try:
+            with _limited(SECONDS_OF_A_MATCH):
+                for module in modules:
+                    re.fullmatch(expression, module)
+        except re.error as error:
+            raise ModelError("This is no regular expression", where=setting, given=f"{name}: {error}") from None
+        except TimeoutError:
+            raise ModelError(
+                "This regular expression takes too long to match",
+                where=setting,
+                given=name,
+                allowed="one without repeats inside repeats, or a list of names",
+            ) from None
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Ends what runs inside after this time with a TimeoutError: `re` looks for signals while it matches.
+
+    Elsewhere than in the main thread there are no signals, and no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def warnings_of(model: Any, layout: Layout) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -198,7 +199,7 @@ def read_question(row: Mapping[str, Any], own_code: Container[str] = ()) -> Ques
     if not isinstance(varying, bool):
         raise ConfigError("This is not understood", where="lengths_vary", given=repr(varying), allowed="true or false")
     config = model_config(row, own_code)
-    warnings: list[str] = []
+    warnings = taken_as(str(row["model"])) if row.get("model") is not None else []
     if method := quantized_as(config):
         warnings.append(f"the model's own quantization_config ({method}) is left out: as if its weights were not")
     return Question(
@@ -270,19 +271,51 @@ def _config_of(model: str, own_code: bool) -> dict[str, Any]:
             return found | {CODE: [str(file.parent.absolute()), _digest(file.parent)]}
         return _check_code(found, str(file))
     known = architectures()
-    by_tail = {name.rsplit("/", 1)[-1].lower(): name for name in known}
-    name = model if model in known else by_tail.get(model.rsplit("/", 1)[-1].lower())
+    name = known_name(model)
     if name is None:
-        close = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), by_tail, 3)
+        close = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), by_tail := _by_tail(), 3)
         hint = f"did you mean {', '.join(by_tail[c] for c in close)}? " if close else ""
         raise ModelError(
             "The model is not known",
             where="model",
             given=model,
-            allowed=hint + "a folder with config.json, or one of the shapes in forecast/architectures.yaml",
+            allowed=f"{hint}a folder with config.json that is there; a target: {', '.join(TARGETS)}; or a hub id of "
+            f"these shapes: {', '.join(known)}",
             do="give model_config: the contents of its config.json",
         )
     return dict(known[name])
+
+
+TARGETS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "falcon-180b": "tiiuae/falcon-180B",
+}
+"""Targets of the configurations that come with the study, by the shape that they have there."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""What the hub takes for the name of a model: an owner and a name. An absolute or a deeper path is none."""
+
+
+def _by_tail() -> dict[str, str]:
+    return {name.rsplit("/", 1)[-1].lower(): name for name in architectures()}
+
+
+def known_name(model: str) -> str | None:
+    """The hub id of the known shape that a name stands for: its own, a target's, or that of another owner's copy."""
+    if model in architectures() or model in TARGETS:
+        return TARGETS.get(model, model)
+    return _by_tail().get(model.rsplit("/", 1)[-1].lower()) if HUB_ID.fullmatch(model) else None
+
+
+def taken_as(model: str) -> list[str]:
+    """The warning where a name that is no file here is taken for another one's shape; else none."""
+    name = known_name(model)
+    if name in (None, model) or model in TARGETS or _config_file(model):
+        return []
+    return [f"{model} is not here, and is taken to have the shape of {name}"]
 
 
 def _config_file(model: str) -> Path | None:
@@ -344,6 +377,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         *profile.warnings,
         *resolved.why_not(device),
         *resolved.not_modelled,
+        *_may_run_as_math(question),
         *took.warnings,
     ]
     if profile.positions is not None and question.context > profile.positions:
@@ -377,6 +411,27 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _may_run_as_math(question: Question) -> list[str]:
+    """Where no fused kernel of SDPA is left: of torch's, those for grouped heads are FlashAttention's alone ("Grouped
+    Query Attention", torch.nn.functional.scaled_dot_product_attention), and transformers leaves the heads grouped where
+    there is no mask (sdpa_attention.py, use_gqa_in_sdpa)."""
+    device, resolved = question.device, question.recipe
+    is_fused = resolved.attention == "sdpa" and resolved.techniques.get("sdpa", {}).get("kernel") != "math"
+    if not is_fused or device.device == "cpu":
+        return []
+    capability, in_fp32 = device.compute_capability, resolved.compute == "float32"
+    config = question.config.get("text_config") or question.config
+    heads, shared = (config.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    is_old = capability is not None and capability < 8
+    if not (isinstance(heads, int) and isinstance(shared, int) and shared < heads and (in_fp32 or is_old)):
+        return []
+    where = "in fp32" if in_fp32 else f"on compute capability {capability}"
+    return [
+        f"no fused kernel may take {heads} heads that share {shared} {where}: SDPA may then run as `math`, whose "
+        "scores are tensors; ask with sdpa: {kernel: math} what that takes"
+    ]
 
 
 def _situation(question: Question) -> memory.Situation:

@@ -6,9 +6,11 @@ more and the error is counted against. The copying is done by who submits (befor
 supervisor (launch) before it starts anything: no edge of the workflow, no job of its own, and no import of torch.
 """
 
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from finetune_study import run as run_module
 from finetune_study.errors import StudyError
@@ -18,6 +20,24 @@ from finetune_study.run import Run
 
 SECONDS = 60.0
 """What a submission waits at most for predictions of runs that nobody has forecast; the others go without a prior."""
+
+
+def is_hopeless(row: Mapping[str, Any], margin: float | None) -> bool:
+    """Whether what is expected of a run (`margin_gib`, `memory_gib`) is beyond the device by this share of it."""
+    left, memory = row.get("margin_gib"), row.get("memory_gib")
+    if margin is None or left is None or memory is None:
+        return False
+    return bool(-left > margin * memory)
+
+
+def still_hopeless(paths: RunPaths, margin: float | None) -> bool:
+    """The same of a run that was not tried, from its forecast as it lies there; where it does not say, it holds."""
+    try:
+        row = json.loads(paths.forecast.read_text(encoding="utf-8"))
+        known = row["margin_gib"] is not None and row["memory_gib"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    return is_hopeless(row, margin) if known else margin is not None
 
 
 def freeze(paths: RunPaths) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
@@ -9,7 +10,7 @@ import polars as pl
 from finetune_study import micro_batch
 from finetune_study.config import Hardware
 from finetune_study.errors import ModelError, StudyError
-from finetune_study.forecast import CATEGORIES, VERSION, predict, recipe
+from finetune_study.forecast import CATEGORIES, VERSION, predict, prior, recipe
 from finetune_study.forecast import hardware as hardware_module
 from finetune_study.forecast import time as time_module
 from finetune_study.forecast.hardware import Device
@@ -60,12 +61,16 @@ of the run itself, the two before them those of a pass over the data."""
 
 
 def device_of(name: str, entry: Hardware) -> Device:
-    """The predictor's device for a hardware entry: by the driver's name of the GPU, else by the entry's own, with the
-    entry's price; what nobody knows of it stays null."""
+    """The predictor's device for a hardware entry: by the driver's name of the GPU, or by the entry's own where it says
+    none, with the entry's price and no more than its memory; what nobody knows of it stays null."""
     price = entry.price_usd_per_gpu_hour
     found = _shipped(name, entry.device, entry.gpu)
     if found is not None:
-        return found if price is None else found.model_copy(update={"price_usd_per_gpu_hour": price})
+        own = {
+            "price_usd_per_gpu_hour": found.price_usd_per_gpu_hour if price is None else price,
+            "memory_gib": min(found.memory_gib or entry.memory_gib, entry.memory_gib),
+        }
+        return found.model_copy(update=own)
     return Device(
         name=name,
         device=entry.device,
@@ -91,11 +96,17 @@ def device_of_run(run: Run) -> Device:
 
 
 def _shipped(name: str, device: str, gpu: str | None) -> Device | None:
+    """A slice or another card of the family is none of those that are known, whatever its entry is called."""
     if device == "cpu":
         return None
     known = hardware_module.shipped()
-    found = next((d for d in known.values() if gpu is not None and d.gpu == gpu), known.get(name))
+    found = known.get(name) if gpu is None else next((d for d in known.values() if _card(d.gpu) == _card(gpu)), None)
     return found and found.model_copy(update={"name": name})
+
+
+def _card(gpu: str | None) -> str:
+    """A GPU's name without the maker's, which older drivers left out."""
+    return (gpu or "").removeprefix("NVIDIA ").casefold()
 
 
 def config_of(run: Run, results: Results) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def config_of(run: Run, results: Results) -> dict[str, Any]:
     """
     if run.model.architecture is not None:
         return dict(run.model.architecture)
-    prepared = results.model(run.model_key) / "config.json"
+    prepared = _prepared_config(run, results)
     if prepared.exists():
         return dict(predict.model_config({"model": str(prepared)}))
     try:
@@ -120,6 +131,10 @@ def config_of(run: Run, results: Results) -> dict[str, Any]:
         ) from None
 
 
+def _prepared_config(run: Run, results: Results) -> Path:
+    return results.model(run.model_key) / "config.json"
+
+
 def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     """What is asked about a run.
 
@@ -129,9 +144,11 @@ def question_of(run: Run, device: Device, results: Results) -> predict.Question:
     if micro_batch.is_searched(run):
         run = micro_batch.at(run, 1)  # which size it will be follows from the trace
     resolved = recipe.resolve(run.techniques, num_gpus=run.num_gpus, device=device.device, has_bf16=device.has_bf16)
+    name = run.model.name_or_path
+    taken = name is not None and run.model.architecture is None and not _prepared_config(run, results).exists()
     return predict.Question(
         config_of(run, results), device, run.num_gpus, run.sequence_length, run.micro_batch,
-        run.gradient_accumulation_steps or 1, resolved, False, [],
+        run.gradient_accumulation_steps or 1, resolved, False, predict.taken_as(str(name)) if taken else [],
     )  # fmt: skip
 
 
@@ -285,7 +302,7 @@ def write(study: "Study") -> list[dict[str, Any]]:
     """
     rows = forecast(study, predict.Traces(study.results.traces))
     margin = study.config.protocol.skip_predicted_oom
-    skipped = [row["run_id"] for row in rows if row["state"] == TO_TRAIN and _is_hopeless(row, margin)]
+    skipped = [row["run_id"] for row in rows if row["state"] == TO_TRAIN and prior.is_hopeless(row, margin)]
     for row in rows:
         if row["state"] == TO_TRAIN:
             keep(study.results.run(row["run_id"]), row)
@@ -312,15 +329,12 @@ def write(study: "Study") -> list[dict[str, Any]]:
     return rows
 
 
-def _is_hopeless(row: dict[str, Any], margin: float | None) -> bool:
-    if margin is None or row["margin_gib"] is None:
-        return False
-    return bool(-row["margin_gib"] > margin * row["memory_gib"])
-
-
 def _still_skipped(study: "Study") -> list[str]:
     """Runs that an earlier forecast gave their outcome, and that keep it."""
     return [run_id for run_id in study.skipped if run_id in study.recorded]
+
+
+_KEPT = ("fits", "margin_gib", "memory_gib", "bottleneck")
 
 
 def keep(paths: RunPaths, row: dict[str, Any]) -> None:
@@ -328,7 +342,7 @@ def keep(paths: RunPaths, row: dict[str, Any]) -> None:
     if row["predicted_peak_memory_allocated_gib"] is None:
         paths.forecast.unlink(missing_ok=True)  # an earlier one was of other code
         return
-    kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in ("fits", "margin_gib", "bottleneck")}
+    kept = {k: v for k, v in row.items() if k.startswith("predicted_") or k in _KEPT}
     text = json.dumps({"version": VERSION, **kept, "warnings": row["warnings"]}, indent=1) + "\n"
     with suppress(OSError, UnicodeDecodeError):
         if paths.forecast.read_text(encoding="utf-8") == text:

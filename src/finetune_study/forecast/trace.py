@@ -30,9 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast.build import (
+    DEEPEST,
     QuantizedLinear,
     Stack,
     build,
+    check_expressions,
     find_stack,
     first_line,
     layer_kinds,
@@ -83,10 +85,6 @@ def integers(value: Any) -> Iterator[int]:
             yield from integers(inner)
 
 
-DEEPEST = 1024
-"""Layers; more is a slip of the pen, and would take minutes to build."""
-
-
 def trace(layout: Layout) -> Profile:
     """Traces one training step.
 
@@ -120,6 +118,7 @@ def _trace(layout: Layout) -> Profile:
         )
     with torch.device("meta"):
         skeleton = build(config, torch.float32, "eager")
+    check_expressions(skeleton, layout)
     kinds = layer_kinds(skeleton, layout)
     stack = find_stack(kinds)
     short = shorten(config, stack.traced)
