@@ -97,7 +97,7 @@ class Bf16(Technique):
 
 
 class Bf16Pure(Technique):
-    """Weights, gradients and optimizer states in bfloat16, nothing in 32 bit."""
+    """Weights, gradients and optimizer states in bfloat16, nothing in 32 bit but what qlora prepares so."""
 
     name: ClassVar[str] = "bf16_pure"
     kind: ClassVar[Kind] = "precision"
