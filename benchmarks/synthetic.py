@@ -197,7 +197,7 @@ def records(
         else:
             node = draw.randrange(NODES)
             record = _record(run, node, nodes[run.hardware.name][node], number, draw)
-            if implied.ran_out(record.ending.model_dump()):
+            if implied.ran_out(record.ending.model_dump(), run.hardware.device):
                 ran_out.setdefault(rung.kind, []).append(rung)
             yield planned, record
 

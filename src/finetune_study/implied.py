@@ -27,8 +27,9 @@ and beyond, accumulating or not, and about longer contexts of its own; no run at
 GPUs, too: of their sizes those that accumulate need what one sequence needs that may accumulate, and the one that does
 not is larger than the one that does not on more.
 
-A witness ran out in training: evaluation, host memory and an unknown phase prove nothing of it, nor does memory that
-was free but in pieces. One is not believed when a run that needs at least as much completed.
+A witness ran out in training: evaluation, host memory and an unknown phase prove nothing of it, nor does memory of a
+GPU that was free but in pieces, or of which that is not known. One is not believed when a run that needs at least as
+much completed.
 """
 
 import json
@@ -143,7 +144,9 @@ class Kin:
             rung = Rung.of(found.run)
         except StudyError:  # it is damaged, or of a recipe that is not known any more
             return False
-        return ran_out(found.ending.model_dump()) and self._rungs[run_id].is_harder_than(rung)
+        return ran_out(found.ending.model_dump(), found.run.hardware.device) and self._rungs[run_id].is_harder_than(
+            rung
+        )
 
     def easier(self, run_id: str) -> list[Rung]:
         """Runs that could be a witness, the easiest first."""
@@ -163,29 +166,34 @@ class Kin:
         )
 
     def ending(self, run_id: str) -> Mapping[str, Any]:
-        """How a run ended, as its record says; empty without one that can be read."""
+        """How a run ended and on which `device`, as its record says; empty without one that can be read."""
         if run_id not in self._endings:
-            self._endings[run_id] = _ending(self._results.run(run_id))
+            self._endings[run_id] = _read_ending(self._results.run(run_id))
         return self._endings[run_id]
 
     def _proves(self, rung: Rung) -> bool:
-        return ran_out(self.ending(rung.run_id)) and not self.fits(rung.run_id)
+        ending = self.ending(rung.run_id)
+        return bool(ending) and ran_out(ending, ending["device"]) and not self.fits(rung.run_id)
 
 
-def _ending(paths: RunPaths) -> dict[str, Any]:
+def _read_ending(paths: RunPaths) -> dict[str, Any]:
     """As it lies there: it is not worth the time to check all that a record says."""
     try:
-        return dict(json.loads(paths.record.read_text(encoding="utf-8"))["ending"])
+        found = json.loads(paths.record.read_text(encoding="utf-8"))
+        return dict(found["ending"]) | {"device": found["run"]["hardware"]["device"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def ran_out(ending: Mapping[str, Any]) -> bool:
-    """Whether an ending proves that harder runs of the kind run out of memory."""
+def ran_out(ending: Mapping[str, Any], device: str) -> bool:
+    """Whether an ending proves that harder runs of the kind run out of memory.
+
+    On a CPU nothing is known of pieces: what counts there is memory that was asked of the system.
+    """
     return (
         ending.get("status") == "device_oom"
         and ending.get("phase") in TRAINING
-        and ending.get("fragmented") is not True
+        and (device == "cpu" or ending.get("fragmented") is False)
     )
 
 

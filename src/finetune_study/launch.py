@@ -205,7 +205,7 @@ class Launch:
                 refused.append((ending, self.ends))
         self.about.environment[micro_batch.FACT] = search.report()
         # Sizes may have run out of memory in different ways: one that proves nothing of harder runs decides.
-        ending, self.ends = min(refused, key=lambda one: implied.ran_out(one[0].model_dump()))
+        ending, self.ends = min(refused, key=lambda one: implied.ran_out(one[0].model_dump(), self.run.hardware.device))
         return Verdict(ending=ending.model_copy(update={"reason": f"at every micro-batch; {ending.reason}"}))
 
     def _cut_short(self, verdict: Verdict, size: int) -> Verdict:

@@ -109,7 +109,7 @@ def compute_dtype_probe(model: Any, tell: Any) -> None:
 
 
 def attention_kernel_probe(tell: Any) -> None:
-    """Calls `tell` with the kernel that torch chooses for scaled_dot_product_attention, the first time it is called.
+    """Calls `tell` with the kernel that torch chooses for scaled_dot_product_attention, the next time it is called.
 
     Nothing is told where it is never called, or only inside a compiled program.
     """
@@ -119,8 +119,17 @@ def attention_kernel_probe(tell: Any) -> None:
     def once(*arguments: Any, **keywords: Any) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             functional.scaled_dot_product_attention = original
-            chosen = torch._fused_sdp_choice(*arguments, **keywords)
+            cast = {name: _autocast(value) for name, value in keywords.items()}
+            chosen = torch._fused_sdp_choice(*map(_autocast, arguments), **cast)
             tell(torch.nn.attention.SDPBackend(chosen).name.lower())
         return original(*arguments, **keywords)
 
     functional.scaled_dot_product_attention = once
+
+
+def _autocast(value: Any) -> Any:
+    """An argument as autocast would hand it on: torch chooses the kernel by what comes after it."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    device = value.device.type
+    return value.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from finetune_study import accounting, micro_batch, ranks
+from finetune_study import accounting, micro_batch, ranks, techniques
 from finetune_study.config import Hardware
 from finetune_study.forecast import CATEGORIES
 from finetune_study.measure.peaks import peak_tflops
@@ -18,7 +18,7 @@ from finetune_study.run import Run
 from finetune_study.sequences import steps_per_epoch
 from finetune_study.slurm import srun
 
-METRICS_VERSION = 5
+METRICS_VERSION = 6
 """Raise it when a column is added or its meaning changes: outcomes are derived anew, no run is repeated."""
 
 GIB = 2**30
@@ -108,7 +108,10 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
         "Floating-point operations that the model needs for an optimizer step over all devices; recomputation and "
         "gradients of frozen weights are not counted.",
     ),
-    "mfu_percent": (pl.Float64, "Model FLOPs per second over the devices' dense peak, per cent."),
+    "mfu_percent": (
+        pl.Float64,
+        "Model FLOPs per second over the devices' dense peak in the recipe's number format, per cent.",
+    ),
     "trainable_parameters": (pl.Int64, "Weights that are trained."),
     "total_parameters": (pl.Int64, "All weights."),
     "train_loss_first": (pl.Float64, "Loss of the first optimizer step."),
@@ -362,7 +365,7 @@ def _timing(record: Record, price: float | None) -> dict[str, Any]:
     positions = sequences * run.sequence_length
     flops = _total(record, "model_flops_per_step")
     energy = _total(record, "energy_joules")
-    peak = peak_tflops(record.environment.get("device_name"), record.ranks[0].get("compute_dtype"))
+    peak = peak_tflops(record.environment.get("device_name"), techniques.number_format(run.parsed_techniques))
     train_sequences = record.environment.get("data", {}).get("num_train_available")
     epoch_steps = None if train_sequences is None else steps_per_epoch(train_sequences, sequences)
     epoch_hours = None if epoch_steps is None else epoch_steps * median / 3600

@@ -62,7 +62,10 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "trainable_parameters": (pl.Int64, "Weights that are trained."),
     "total_parameters": (pl.Int64, "All weights."),
     "tokens_per_second_per_gpu_median": (pl.Float64, "Median over the repeats, positions per second and device."),
-    "mfu_percent_median": (pl.Float64, "Median over the repeats, per cent of the dense peak."),
+    "mfu_percent_median": (
+        pl.Float64,
+        "Median over the repeats, per cent of the dense peak in the recipe's number format.",
+    ),
     "energy_joules_per_step_median": (pl.Float64, "Median over the repeats, joules of all devices per step."),
     "peak_memory_reserved_gib_median": (pl.Float64, "Median over the repeats, GiB."),
     "peak_device_used_gib_median": (pl.Float64, "Median over the repeats, GiB."),

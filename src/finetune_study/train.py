@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +221,16 @@ class Rank:
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
         trainer.add_callback(evaluation.callback())
+        if model.config._attn_implementation == "sdpa":
+            # After the evaluation before training: without gradients torch may choose another kernel.
+            probe = partial(
+                model_module.attention_kernel_probe, lambda kernel: self.facts.tell(attention_kernel=kernel)
+            )
+            trainer.add_callback(_when_training_begins(probe))
         for callback in (each for technique in techniques for each in technique.callbacks(model)):
             trainer.add_callback(callback)
         model.register_forward_pre_hook(steps.count)
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
-        if model.config._attn_implementation == "sdpa":
-            model_module.attention_kernel_probe(lambda kernel: self.facts.tell(attention_kernel=kernel))
         self.phases.follow_model(model)
         trainer.train()
         if steps.num_stepped < run.num_steps:
@@ -366,6 +372,17 @@ def _leave_out_shared_memory_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _when_training_begins(act: Callable[[], None]) -> Any:
+    """A callback of Trainer; those that were added before it have their turn first."""
+    from transformers import TrainerCallback
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            act()
+
+    return Begin()
 
 
 def _was_skipped(trainer: Any) -> bool:

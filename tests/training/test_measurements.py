@@ -139,3 +139,9 @@ def test_gradient_checkpointing_needs_less_where_activations_dominate(lab: Lab) 
     assert checkpointed.losses == pytest.approx(plain.losses, rel=1e-4)
     scores = 4 * 4 * 512 * 512 * 4  # bytes: sequences, heads, positions squared
     assert plain.peak() - checkpointed.peak() > 5 * scores
+
+
+def test_the_kernel_of_attention_is_that_of_training(lab: Lab) -> None:
+    """With dropout a CPU has no fused kernel; the evaluation before training knows no dropout."""
+    assert lab.train({"bf16": {}}, architecture={"attention_dropout": 0.1}).first_rank["attention_kernel"] == "math"
+    assert lab.train({"bf16": {}}).first_rank["attention_kernel"] == "flash_attention"

@@ -51,7 +51,11 @@ RUNS = runs_of(handmade.study(**CONFIG))
 
 
 def ended(run: Run, **ending: Any) -> Record:
-    return Record(run=run, ending=Ending(**({"status": "device_oom", "phase": "backward"} | ending)), ranks=[{}])
+    """Out of memory, that of a GPU in one piece; on a CPU nobody says so."""
+    whole = {} if run.hardware.device == "cpu" else {"fragmented": False}
+    return Record(
+        run=run, ending=Ending(**({"status": "device_oom", "phase": "backward"} | whole | ending)), ranks=[{}]
+    )
 
 
 def witness(root: Path, harder: Run, *records: Record, runs: dict[Place, Run] = RUNS) -> str | None:
@@ -103,7 +107,6 @@ def test_only_a_harder_run_of_the_same_kind_is_implied(tmp_path: Path, changes: 
         {"status": "completed", "phase": None},
         {"status": "unsupported", "phase": None},
         {"status": "implied_oom", "phase": None, "witness": "another"},
-        {"fragmented": True},
     ],
     ids=str,
 )
@@ -114,6 +117,26 @@ def test_only_training_that_ran_out_of_the_devices_memory_is_a_witness(tmp_path:
 @pytest.mark.parametrize("phase", ["load", "forward", "backward", "optimizer"])
 def test_every_phase_of_training_is_one(tmp_path: Path, phase: str) -> None:
     assert witness(tmp_path, at(sequence_length=256), ended(RUNS[EASY], phase=phase, fragmented=False))
+
+
+def test_whether_a_gpus_memory_was_in_pieces_must_be_known(tmp_path: Path) -> None:
+    """CUDA's errors outside of torch's allocator do not say; a CPU's never do."""
+    gpu = runs_of(handmade.study(**CONFIG | {"hardware": {n: {"memory_gib": 16.0} for n in ("cpu", "cpu2")}}))
+    found = {
+        (device, fragmented): witness(
+            tmp_path / f"{device}{fragmented}",
+            at(runs, sequence_length=256),
+            ended(runs[EASY], fragmented=fragmented),
+            runs=runs,
+        )
+        is not None
+        for device, runs in (("cpu", RUNS), ("cuda", gpu))
+        for fragmented in (None, False, True)
+    }
+    assert found == {
+        ("cpu", None): True, ("cpu", False): True, ("cpu", True): True,
+        ("cuda", None): False, ("cuda", False): True, ("cuda", True): False,
+    }  # fmt: skip
 
 
 def test_a_last_micro_batch_does_not_lie_beside_gradients(tmp_path: Path) -> None:
@@ -223,7 +246,9 @@ def test_fewer_gpus_and_the_other_axes(tmp_path: Path, settings: dict[str, Any],
     assert on_fewer(tmp_path, {"recipe": "zero2", "num_gpus": 4}, {"recipe": "zero2"} | settings) == is_implied
 
 
-@pytest.mark.parametrize("ending", [{"fragmented": True}, {"phase": "evaluate"}, {"status": "host_oom"}], ids=str)
+@pytest.mark.parametrize(
+    "ending", [{"fragmented": True}, {"fragmented": None}, {"phase": "evaluate"}, {"status": "host_oom"}], ids=str
+)
 def test_fewer_gpus_need_a_witness_as_good(tmp_path: Path, ending: dict[str, Any]) -> None:
     one, other = (at(SHARED, recipe="zero3", num_gpus=number) for number in (8, 4))
     assert witness(tmp_path, other, ended(one, **ending), runs=SHARED) is None

@@ -115,18 +115,40 @@ def test_a_sum_that_lacks_a_rank_is_not_known() -> None:
     assert row["peak_host_rss_gib"] is None
 
 
-def test_model_flops_utilization_by_hand() -> None:
-    """Two A100 with a bf16 peak of 312 TFLOP/s each: 124.8 TFLOP in a step of 2 s is 10 % of them."""
-    rank = {"steps": handmade.steps(2.0, 2.0), "compute_dtype": "bfloat16", "model_flops_per_step": 62.4e12}
-    row = outcome.row(with_ranks(ON_TWO, rank, rank, device="NVIDIA A100-SXM4-80GB"))
+def on_two_gpus(recipe: dict[str, Any]) -> Run:
+    """A run on two GPUs of any kind."""
+    gpu = {"memory_gib": 80, "max_gpus": 2}
+    grid = [{"targets": "tiny", "hardware": "gpu", "num_gpus": 2, "recipes": "one", "sequence_length": 128}]
+    return handmade.runs(handmade.study(hardware={"gpu": gpu}, recipes={"one": recipe}, grid=grid))["one", 1]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "peak"),
+    [
+        ({"bf16": {}}, 312),
+        ({"bf16_pure": {}}, 312),
+        ({"fp16": {}}, 312),
+        ({"tf32": {}}, 156),
+        ({"fp32": {}}, 19.5),
+        ({"bf16": {}, "lora": {}}, 312),
+        ({"bf16": {}, "qlora": {}}, 312),  # its first linear layer gives float32
+        ({"tf32": {}, "qlora": {}}, 156),
+        ({"bf16": {}, "qlora": {"load_in_8bit": True}}, None),
+        ({"fp8": {}}, None),  # an A100 has no units for it
+        ({"fp8": {"emulate": True}}, 19.5),
+    ],
+)
+def test_model_flops_utilization_by_hand(recipe: dict[str, Any], peak: float | None) -> None:
+    """124.8 TFLOP in a step of 2 s on two A100; with a bf16 peak of 312 TFLOP/s each that is 10 %."""
+    rank = {"steps": handmade.steps(2.0, 2.0), "compute_dtype": "float32", "model_flops_per_step": 62.4e12}
+    row = outcome.row(with_ranks(on_two_gpus(recipe), rank, rank, device="NVIDIA A100-SXM4-80GB"))
     assert row["model_flops_per_step"] == pytest.approx(124.8e12)
-    assert row["mfu_percent"] == pytest.approx(10.0)
+    assert row["mfu_percent"] == (peak and pytest.approx(10.0 * 312 / peak))
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("Unknown GPU", "bfloat16"), ("NVIDIA A100-SXM4-80GB", None)])
-def test_no_utilization_without_a_known_peak(device: str, dtype: str | None) -> None:
-    rank = {"steps": handmade.steps(2.0), "compute_dtype": dtype, "model_flops_per_step": 1e12}
-    row = outcome.row(with_ranks(ON_TWO, rank, rank, device=device))
+def test_no_utilization_without_a_known_peak() -> None:
+    rank = {"steps": handmade.steps(2.0), "model_flops_per_step": 1e12}
+    row = outcome.row(with_ranks(ON_TWO, rank, rank, device="Unknown GPU"))
     assert row["mfu_percent"] is None
     assert row["model_flops_per_step"] == 2e12
 

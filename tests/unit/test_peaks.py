@@ -1,5 +1,6 @@
 import pytest
 
+from finetune_study.forecast.hardware import shipped
 from finetune_study.measure.peaks import PEAK_TFLOPS, peak_tflops
 
 
@@ -9,6 +10,8 @@ from finetune_study.measure.peaks import PEAK_TFLOPS, peak_tflops
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312.0),
         ("NVIDIA A100-SXM4-40GB", "float16", 312.0),
         ("NVIDIA A100-PCIE-40GB", "float32", 19.5),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156.0),
+        ("NVIDIA H100 80GB HBM3", "float8", 1979.0),
         ("NVIDIA A100 80GB PCIe", "bfloat16", 312.0),
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5),
         ("NVIDIA H100 PCIe", "bfloat16", 756.5),
@@ -34,6 +37,8 @@ def test_names_as_drivers_write_them(name: str, dtype: str, peak: float) -> None
         ("NVIDIA A1000", "bfloat16"),
         ("AMD EPYC 7763 64-Core Processor", "float32"),
         ("Tesla V100-SXM2-32GB", "bfloat16"),
+        ("NVIDIA A100-SXM4-80GB", "float8"),  # it has no units for it
+        ("NVIDIA A100-SXM4-80GB", "int8"),
         ("NVIDIA H100 80GB HBM3", "float64"),
         ("NVIDIA H100 80GB HBM3", None),
         (None, "bfloat16"),
@@ -41,6 +46,17 @@ def test_names_as_drivers_write_them(name: str, dtype: str, peak: float) -> None
 )
 def test_what_is_not_known_has_no_peak(name: str | None, dtype: str | None) -> None:
     assert peak_tflops(name, dtype) is None
+
+
+@pytest.mark.parametrize(
+    "gpu", [name for name, device in shipped().items() if peak_tflops(device.gpu, "float16") is not None]
+)
+def test_measurement_and_forecast_know_the_same_rates(gpu: str) -> None:
+    names = {"fp32": "float32", "tf32": "tf32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float8"}
+    device = shipped()[gpu]
+    rates = {short: peak_tflops(device.gpu, long) for short, long in names.items()}
+    known = {short: rate for short, rate in rates.items() if rate is not None}
+    assert known == pytest.approx(device.tflops, rel=0.01)
 
 
 def test_half_precision_is_never_slower_than_single() -> None:

@@ -157,6 +157,12 @@ def shards(recipe: Techniques) -> bool:
     return "weights" in sharded if frozen else bool(sharded)
 
 
+def number_format(recipe: Techniques) -> str | None:
+    """Of what is multiplied in a recipe's linear layers: that of its precision, unless quantised weights go before."""
+    formats = (technique.number_format() for technique in reversed(recipe.values()))
+    return next((found for found in formats if found), None)
+
+
 def why_not_run(run: "Run") -> str | None:
     """Why a run's techniques can't do this very run, whatever the hardware; None when nothing speaks against it."""
     reasons = (technique.why_not_run(run) for technique in run.parsed_techniques.values())

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from finetune_study.techniques.base import Recipe
-from finetune_study.techniques.peft_method import MIXED, PeftMethod, model_type
+from finetune_study.techniques.peft_method import MIXED, PeftMethod, in_format_of_training, model_type
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -219,4 +219,4 @@ class AdaptionPrompt(PeftMethod):
 
         layers = self.adapter_layers or model.config.num_hidden_layers
         config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=self.adapter_len, adapter_layers=layers)
-        return peft.get_peft_model(model, config)
+        return in_format_of_training(peft.get_peft_model(model, config), run)

@@ -85,6 +85,10 @@ class Technique(Section):
         """Whether the exported train.py, which knows transformers, peft and DeepSpeed alone, can do it."""
         return True
 
+    def number_format(self) -> str | None:
+        """Of what is multiplied in linear layers, by the names in `measure.peaks`; None where it decides nothing."""
+        return None
+
     def load_arguments(self, recipe: "Recipe") -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` and `from_config`, as JSON would hold them; dtypes are names."""
         return {}

@@ -53,6 +53,9 @@ class Fp8(Technique):
     def is_exported(self) -> bool:
         return False
 
+    def number_format(self) -> str:
+        return "float32" if self.emulate else "float8"
+
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"}
 

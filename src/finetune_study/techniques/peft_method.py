@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from finetune_study.errors import StudyError
 from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.precision import Bf16Pure, is_deepspeed
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
@@ -47,16 +48,33 @@ class PeftMethod(Technique):
 
         names = [name for name, other in run.parsed_techniques.items() if isinstance(other, PeftMethod)]
         if len(names) == 1:
-            return peft.get_peft_model(model, self.peft_config(run))
+            return in_format_of_training(peft.get_peft_model(model, self.peft_config(run)), run)
         if self.name == names[0]:
-            return peft.get_peft_model(model, self.peft_config(run), adapter_name=self.name, mixed=True)
+            mixed = peft.get_peft_model(model, self.peft_config(run), adapter_name=self.name, mixed=True)
+            return in_format_of_training(mixed, run)
         config = self.peft_config(run)
         if getattr(config, "target_modules", None) == "all-linear":
             # By now peft would count the linear layers of the first method's adapters among them.
             config.target_modules = model.peft_config[names[0]].target_modules
         model.add_adapter(self.name, config)
         model.set_adapter(names[: names.index(self.name) + 1])
-        return model
+        return in_format_of_training(model, run)
+
+
+def in_format_of_training(model: Any, run: "Run") -> Any:
+    """The model with what is trained in fp32, or in bf16 where that is pure: peft makes some of it one way, some the
+    other, and torch scales no losses of weights in fp16 (Attempting to unscale FP16 gradients).
+
+    DeepSpeed keeps copies of its own in the format that it steps.
+    """
+    import torch
+
+    if not is_deepspeed(run.parsed_techniques):
+        dtype = torch.bfloat16 if Bf16Pure.name in run.techniques else torch.float32
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def model_type(run: "Run") -> str | None:

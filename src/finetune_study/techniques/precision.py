@@ -36,6 +36,9 @@ class Fp32(Technique):
     )
     source: ClassVar[str] = "IEEE 754"
 
+    def number_format(self) -> str:
+        return "float32"
+
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "float32"}
 
@@ -56,6 +59,9 @@ class Tf32(Fp32):
         if hardware.device == "cpu":
             return "transformers: --tf32 requires Ampere or a newer GPU arch; on a CPU use fp32"
         return _lacks_units(hardware, "tf32", "fp16 or fp32")
+
+    def number_format(self) -> str:
+        return "tf32"
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"tf32": True}
@@ -79,6 +85,9 @@ class Bf16(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         return _lacks_units(hardware, self.name, "fp16")
 
+    def number_format(self) -> str:
+        return "bfloat16"
+
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         auto = "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"
         return {"dtype": auto if self.dtype == "auto" else self.dtype}
@@ -88,7 +97,7 @@ class Bf16(Technique):
 
 
 class Bf16Pure(Technique):
-    """Weights, gradients and optimizer states in bfloat16, nothing in 32 bit."""
+    """Weights, gradients and optimizer states in bfloat16, nothing in 32 bit but what qlora prepares so."""
 
     name: ClassVar[str] = "bf16_pure"
     kind: ClassVar[Kind] = "precision"
@@ -101,6 +110,9 @@ class Bf16Pure(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         return _lacks_units(hardware, self.name, "fp16")
+
+    def number_format(self) -> str:
+        return "bfloat16"
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"dtype": "bfloat16"}
@@ -132,6 +144,9 @@ class Fp16(Technique):
         if hardware.device == "cpu" and not is_deepspeed(recipe):
             return "fp16 on a CPU is silently left out by transformers (activations stay in fp32): use bf16 or fp32"
         return None
+
+    def number_format(self) -> str:
+        return "float16"
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         auto = "float16" if any(t.freezes_weights for t in recipe.values()) else "float32"

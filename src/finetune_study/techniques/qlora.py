@@ -47,6 +47,10 @@ class Qlora(Lora):
             )
         return None
 
+    def number_format(self) -> str | None:
+        # 4 bits are turned back into the precision's format; 8 bits are multiplied as they are (arXiv 2208.07339).
+        return "int8" if self.load_in_8bit else None
+
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         quantisation: dict[str, Any] = {"quant_method": "bitsandbytes"}
         if self.load_in_8bit:
