@@ -453,7 +453,7 @@ def test_targets_and_copies_of_known_shapes_are_known(model: str, says: list[str
 
 def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> None:
     folder = Path(__file__).parents[2] / "config"
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for file in [folder / "config.yaml", *(folder / "studies").glob("*.yaml")]:
         shapes |= yaml.safe_load(file.read_text(encoding="utf-8"))["models"]
     for target, name in predict.TARGETS.items():
