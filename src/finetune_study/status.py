@@ -379,7 +379,7 @@ def _works(works: list[Work], now: float) -> Iterator[Any]:
         yield Text(f"{NEVER_CLEARS_BY_WAITING}:", style="bold red")
         yield from (_told(*work, now) for work in in_vain)
     if others:
-        yield Text("Others:" if in_vain else "These are:")
+        yield Text("Others:" if in_vain else "In the order of their submission:")
         yield from (_told(*work, now) for work in others[:LISTED])
     if len(others) > LISTED:
         yield Text(f"  and {len(others) - LISTED:,} more")

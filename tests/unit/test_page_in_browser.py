@@ -4,6 +4,7 @@ The study is synthetic and says so. Screenshots stay in build/screenshots, to be
 """
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -298,6 +299,9 @@ def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     assert headings & {line for lines in pages for line in lines}
     assert "finetune-study export llama2-7b a100-80gb" in text
     assert "Every column of the comparisons" in text
+    assert "Not on paper: all of them are in tables/recommendations.csv" in text
+    assert re.search(r"Setting\s+Recommended\s+Verdict\s+Why", text) is None
+    assert "a step (3 runs" in text  # the reasons of the defaults
     assert table.COLUMNS["step_time_ratio"][1] in " ".join(text.split())
     assert len(pages) < 60
     # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.

@@ -781,6 +781,17 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
     assert first.title.endswith("(1 of 2)")
 
 
+def test_of_a_hundred_recipes_a_caption_names_eight_that_are_not_drawn(tmp_path: Path) -> None:
+    names = [f"lora-{rank}" for rank in range(1, 101)]
+    recipes = {name: {"lora": {"r": int(name[5:])}} for name in names}
+    study = handmade.study(recipes=recipes, grid=[BLOCK | {"recipes": names, "sequence_length": [128, 256]}])
+    compared = handmade.compared(study, tmp_path, *(handmade.completed(p.run, 1.0) for p in handmade.planned(study)))
+    (one,) = pair.pairs(study, compared.to_dicts(), recommend.recommend(compared))
+    *_, last = scaling.context(one)
+    first = scaling.MAX_SERIES
+    assert last.caption == f"Not drawn: {', '.join(names[first : first + 8])}, 60 more."
+
+
 @pytest.mark.parametrize("contexts", [[128], [128, 256]])
 def test_a_panel_without_a_number_is_left_out(tmp_path: Path, contexts: list[int]) -> None:
     study = handmade.study(grid=[BLOCK | {"sequence_length": contexts}])

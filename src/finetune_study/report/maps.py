@@ -22,7 +22,7 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import MAX_PAIRS, Pair
-from finetune_study.report.tables import against_limit, how_it_failed
+from finetune_study.report.tables import against_limit, how_it_failed, some
 from finetune_study.states import STATES, in_words
 from finetune_study.table import Row, count, devices, runs, show
 
@@ -131,12 +131,16 @@ def _why(one: Recommendation, best: Evidence, limit: float) -> list[tuple[str, s
         ("Verdict", _verdict(one)),
         ("Step time", f"{show(best.step_time_seconds_median, 's')} ({completed})"),
         ("Memory", against_limit(best.model_dump(), limit)),
-        ("Ratio to the fastest", _some([_ratio(versus) for versus in one.versus])),
+        ("Ratio to the fastest", some([_ratio(versus) for versus in one.versus], MAX_TOLD, "; ")),
         (
             "Not compared",
-            _some([f"{other.recipe} ({in_words(other.states)})" for other in one.evidence if not other.fits]),
+            some(
+                [f"{other.recipe} ({in_words(other.states)})" for other in one.evidence if not other.fits],
+                MAX_TOLD,
+                "; ",
+            ),
         ),
-        ("To settle it", _some(one.settled_by)),
+        ("To settle it", some(one.settled_by, MAX_TOLD, "; ")),
     ]
 
 
@@ -153,11 +157,6 @@ def _endings(evidence: list[Evidence], limit: float) -> list[tuple[str, str]]:
     ]
     rest = [("And", f"{len(found) - MAX_TOLD} more")] if len(found) > MAX_TOLD else []
     return found[:MAX_TOLD] + rest
-
-
-def _some(parts: Sequence[str]) -> str:
-    rest = [f"{len(parts) - MAX_TOLD} more"] if len(parts) > MAX_TOLD else []
-    return "; ".join([*parts[:MAX_TOLD], *rest])
 
 
 def very_large(all_pairs: list[Pair]) -> list[Figure]:

@@ -81,7 +81,7 @@ for (const table of document.querySelectorAll("table.stack")) {
 // On paper nothing can be opened: all is, and closed again after it.
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open], [data-print])")];
   for (const part of opened) part.open = true;
 });
 addEventListener("afterprint", () => { for (const part of opened) part.open = false; });

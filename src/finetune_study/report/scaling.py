@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_study.recommend import MAX_NAMES
 from finetune_study.report.grammar import (
     MUTED,
     SAYS,
@@ -27,7 +28,7 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import Pair
-from finetune_study.report.tables import how_it_failed
+from finetune_study.report.tables import how_it_failed, some
 from finetune_study.states import STATES
 from finetune_study.table import TIMES, Row, count, on_nodes
 
@@ -169,9 +170,9 @@ def _strip(points: list[Row], along: _Axis) -> Spec:
 def _left_out(names: list[str], lines: list[str], nowhere: list[str]) -> str:
     parts = []
     if unknown := [name for name in names if name not in (*lines, *nowhere)]:
-        parts.append(f"No outcome here yet: {', '.join(unknown)}.")
+        parts.append(f"No outcome here yet: {some(unknown, MAX_NAMES)}.")
     if beyond := lines[MAX_SERIES:] + nowhere[MAX_SERIES:]:
-        parts.append(f"Not drawn: {', '.join(beyond)}.")
+        parts.append(f"Not drawn: {some(beyond, MAX_NAMES)}.")
     return " ".join(parts)
 
 

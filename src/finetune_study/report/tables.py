@@ -14,6 +14,12 @@ from finetune_study.states import STATES, in_words, that_count
 from finetune_study.table import Row, joined, peak_memory, runs, show
 
 
+def some(parts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first of many texts, and how many more there are."""
+    rest = [f"{len(parts) - most:,} more"] if len(parts) > most else []
+    return separator.join([*parts[:most], *rest])
+
+
 def what_happened(row: Row) -> str:
     """Why a run did not complete, with the numbers that are known; empty for one that did and lost nothing."""
     state = row["state"]
