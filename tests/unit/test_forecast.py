@@ -461,6 +461,13 @@ def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> 
         assert (name == shapes[target]["name_or_path"]) if written is None else written == predict.architectures()[name]
 
 
+def test_mpt_is_traced_within_its_own_positions() -> None:
+    mpt = {"model_type": "mpt", "d_model": 256, "n_heads": 4, "n_layers": 4, "vocab_size": 512, "max_seq_len": 512}
+    assert "error" not in predict.answer(row(model_config=mpt), TRACES)
+    assert any("above the model's 512 positions" in one for one in
+               predict.answer(row(model_config=mpt, sequence_length=513), TRACES)["warnings"])  # fmt: skip
+
+
 @pytest.mark.parametrize("most", range(20, 60))
 def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised inside some operations, such as a view's detach, the same error would end the process."""
