@@ -453,7 +453,7 @@ def test_targets_and_copies_of_known_shapes_are_known(model: str, says: list[str
 
 def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> None:
     folder = Path(__file__).parents[2] / "config"
-    shapes = {}
+    shapes: dict[str, Any] = {}
     for file in [folder / "config.yaml", *(folder / "studies").glob("*.yaml")]:
         shapes |= yaml.safe_load(file.read_text(encoding="utf-8"))["models"]
     for target, name in predict.TARGETS.items():
@@ -807,3 +807,21 @@ def test_what_failed_once_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(StudyError):
             predict.answer(row(), traces)
     assert len(calls) == 1
+
+
+def test_lines_of_a_file_are_read_one_by_one_as_bytes(tmp_path: Any) -> None:
+    good = json.dumps(row(id="a\u2028b"), ensure_ascii=False).encode()
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(good + b'\n{"id": "\xff"}\n\r\n' + good)
+    command = [sys.executable, "-m", "finetune_study.cli", "predict", str(file), "--cache", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, check=True)
+    first, bad, last = map(json.loads, found.stdout.splitlines())
+    assert first == last
+    assert first["id"] == "a\u2028b"
+    assert (bad["line"], bad["error"]) == (2, "The line is not UTF-8: invalid start byte at byte 9")
+    piped = f"cat {file} {file} {file} | {sys.executable} -m finetune_study.cli predict - --cache {tmp_path} | head -1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, check=True)
+    assert (json.loads(ended.stdout)["id"], ended.stderr) == ("a\u2028b", b"")
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        subprocess.run([*command[:4], str(tmp_path), *command[5:]], capture_output=True, check=True)
+    assert b"can't be read" in raised.value.stderr
