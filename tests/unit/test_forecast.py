@@ -653,6 +653,18 @@ def test_fsdp_keeps_whole_gradients_between_micro_batches_unless_told() -> None:
     assert gradients({}, 1) == pytest.approx(gradients({"sync_each_batch": True}, 1))
 
 
+def test_fsdp_scatters_gradients_that_it_accumulates_once_a_step() -> None:
+    def seconds(steps: int, **settings: Any) -> float:
+        slow = {"name": "a100-80gb", "link_gb_per_s": 0.01}
+        asked = row(hardware=slow, num_gpus=8, techniques={"fsdp": settings}, gradient_accumulation_steps=steps)
+        return float(predict.answer(asked, TRACES)["predicted_step_time_seconds"])
+
+    assert seconds(1) == seconds(1, sync_each_batch=True)
+    assert seconds(4, sync_each_batch=True) == pytest.approx(4 * seconds(1), rel=0.05)
+    # Of three passes of the weights a micro-batch, two gather and one scatters: 4 × 2, and what is beside one of them
+    assert seconds(4) == pytest.approx(seconds(4, sync_each_batch=True) * 8 / 12, rel=0.05)
+
+
 def test_weights_quantised_from_another_format_are_copied_once_more() -> None:
     wide = {**SMALL, "intermediate_size": 1 << 16}
     plain = peak(model_config=wide, techniques={"qlora": {"r": 8}}, sequence_length=16)

@@ -45,14 +45,14 @@ CUBLAS_HANDLES = 2
 
 CONTEXT_BYTES = 0.45 * GIB
 """CUDA context with torch's kernels, loaded lazily (CUDA 11.7 and later); outside torch's allocator. 0.3 to 0.6 GiB are
-seen in nvidia-smi for an empty torch process."""
+commonly seen in nvidia-smi for an empty torch process; the middle, not measured here."""
 NCCL_BYTES = 0.3 * GIB
 """NCCL's channels: up to 32 with a send and a receive buffer of 4 MiB each (NCCL_BUFFSIZE), and their kernels; outside
 torch's allocator."""
 
 CPU_RUNTIME_BYTES = 0.1 * GIB
 """On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
-library's, and not seen apart."""
+library's, and not seen apart. A round number, without a source."""
 
 CPU_HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX), which stays as large as it
@@ -157,12 +157,8 @@ class _States:
 
     @property
     def accumulated_gradients(self) -> float:
-        """Complete gradients between micro-batches.
-
-        FSDP does not scatter them before the last one, where the loop says `no_sync`, as transformers' Trainer does
-        (accelerate/accelerator.py, no_sync): they are whole. accelerate's `sync_each_batch` scatters them each time.
-        """
-        whole = self.recipe.sharding == "fsdp" and not self.recipe.techniques.get("fsdp", {}).get("sync_each_batch")
+        """Complete gradients between micro-batches."""
+        whole = self.recipe.accumulates_whole
         if whole and self.at.gradient_accumulation_steps > 1 and self.shards > 1 and self.held_gradients:
             return self.trained * BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.compute]
         return self.held_gradients

@@ -436,6 +436,13 @@ class Recipe:
         return self._setting_of(str(self.sharding), "overlap_comm", self.sharding == "zero3")
 
     @property
+    def accumulates_whole(self) -> bool:
+        """FSDP does not scatter gradients before the last micro-batch, where the loop says `no_sync`, as transformers'
+        Trainer does: they stay whole, and travel once (accelerate/accelerator.py, no_sync; torch's
+        _fsdp_param_group.py, post_backward: `reduce_grads`). accelerate's `sync_each_batch` scatters them each time."""
+        return self.sharding == "fsdp" and not self._setting_of("fsdp", "sync_each_batch", False)
+
+    @property
     def keeps_gathered(self) -> bool:
         """FSDP keeps the weights that it gathered in forward for backward."""
         return not self._setting_of("fsdp", "reshard_after_forward", True)
