@@ -1,11 +1,12 @@
 """The command `finetune-study`."""
 
+import contextlib
+import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 from rich.console import Console, Group
@@ -262,15 +263,18 @@ def predict(
     from finetune_study.forecast import predict as predictor
 
     traces = predictor.Traces(cache or predictor.default_cache())
-    if rows == "-":
-        lines: Iterable[str] = sys.stdin
-    else:
+    with contextlib.ExitStack() as stack:
         try:
-            lines = Path(rows).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            # As bytes: a line that is not UTF-8 is one line's error, and nothing but a line feed ends one.
+            lines: IO[bytes] = sys.stdin.buffer if rows == "-" else stack.enter_context(Path(rows).open("rb"))
+        except OSError as error:
             raise ConfigError("The rows can't be read", where=rows, given=error) from None
-    for line in predictor.answer_lines(lines, traces, allow_code or ()):
-        print(line, flush=rows == "-")
+        try:
+            for line in predictor.answer_lines(lines, traces, allow_code or ()):
+                print(line, flush=rows == "-")
+            sys.stdout.flush()
+        except BrokenPipeError:  # who read has enough; what is left is not to be flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()

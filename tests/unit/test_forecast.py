@@ -461,6 +461,13 @@ def test_targets_have_the_shapes_that_the_shipped_configurations_give_them() -> 
         assert (name == shapes[target]["name_or_path"]) if written is None else written == predict.architectures()[name]
 
 
+def test_mpt_is_traced_within_its_own_positions() -> None:
+    mpt = {"model_type": "mpt", "d_model": 256, "n_heads": 4, "n_layers": 4, "vocab_size": 512, "max_seq_len": 512}
+    assert "error" not in predict.answer(row(model_config=mpt), TRACES)
+    assert any("above the model's 512 positions" in one for one in
+               predict.answer(row(model_config=mpt, sequence_length=513), TRACES)["warnings"])  # fmt: skip
+
+
 @pytest.mark.parametrize("most", range(20, 60))
 def test_a_trace_that_is_given_up_ends_in_an_error_wherever_it_is(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raised inside some operations, such as a view's detach, the same error would end the process."""
@@ -646,6 +653,18 @@ def test_fsdp_keeps_whole_gradients_between_micro_batches_unless_told() -> None:
     assert gradients({}, 1) == pytest.approx(gradients({"sync_each_batch": True}, 1))
 
 
+def test_fsdp_scatters_gradients_that_it_accumulates_once_a_step() -> None:
+    def seconds(steps: int, **settings: Any) -> float:
+        slow = {"name": "a100-80gb", "link_gb_per_s": 0.01}
+        asked = row(hardware=slow, num_gpus=8, techniques={"fsdp": settings}, gradient_accumulation_steps=steps)
+        return float(predict.answer(asked, TRACES)["predicted_step_time_seconds"])
+
+    assert seconds(1) == seconds(1, sync_each_batch=True)
+    assert seconds(4, sync_each_batch=True) == pytest.approx(4 * seconds(1), rel=0.05)
+    # Of three passes of the weights a micro-batch, two gather and one scatters: 4 × 2, and what is beside one of them
+    assert seconds(4) == pytest.approx(seconds(4, sync_each_batch=True) * 8 / 12, rel=0.05)
+
+
 def test_weights_quantised_from_another_format_are_copied_once_more() -> None:
     wide = {**SMALL, "intermediate_size": 1 << 16}
     plain = peak(model_config=wide, techniques={"qlora": {"r": 8}}, sequence_length=16)
@@ -800,3 +819,21 @@ def test_what_failed_once_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(StudyError):
             predict.answer(row(), traces)
     assert len(calls) == 1
+
+
+def test_lines_of_a_file_are_read_one_by_one_as_bytes(tmp_path: Any) -> None:
+    good = json.dumps(row(id="a\u2028b"), ensure_ascii=False).encode()
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(good + b'\n{"id": "\xff"}\n\r\n' + good)
+    command = [sys.executable, "-m", "finetune_study.cli", "predict", str(file), "--cache", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, check=True)
+    first, bad, last = map(json.loads, found.stdout.splitlines())
+    assert first == last
+    assert first["id"] == "a\u2028b"
+    assert (bad["line"], bad["error"]) == (2, "The line is not UTF-8: invalid start byte at byte 9")
+    piped = f"cat {file} {file} {file} | {sys.executable} -m finetune_study.cli predict - --cache {tmp_path} | head -1"
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", piped], capture_output=True, check=True)
+    assert (json.loads(ended.stdout)["id"], ended.stderr) == ("a\u2028b", b"")
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        subprocess.run([*command[:4], str(tmp_path), *command[5:]], capture_output=True, check=True)
+    assert b"can't be read" in raised.value.stderr

@@ -221,6 +221,8 @@ def test_emulated_fp8_multiplies_in_fp32() -> None:
         ({"lora": {"target_modules": []}}, "target_modules"),
         ({"sdpa": {"kernel": "best"}}, "kernel"),
         ({"fsdp": {"sync_each_batch": "x"}}, "sync_each_batch"),
+        ({"qlora": {"load_in_4bit": True, "load_in_8bit": True}}, "both true"),
+        ({"qlora": {"load_in_4bit": False}}, "both false"),
         ({"lora": {"rank_pattern": {"q_proj": 10**9}}}, "rank_pattern.q_proj"),
         ({"lora": {"alpha_pattern": [8]}}, "alpha_pattern"),
         ({"lora": {"modules_to_save": 3}}, "modules_to_save"),
@@ -265,3 +267,29 @@ def test_lines_that_are_answered_with_an_error_are_json_again(line: str, says: s
 def test_a_byte_order_mark_is_no_error() -> None:
     row = {"model_config": LLAMA, "hardware": "t4", "sequence_length": 64}
     assert "error" not in json.loads(next(predict.answer_lines(["\ufeff" + json.dumps(row)], TRACES)))
+
+
+def test_a_sub_group_of_stage_3_is_as_large_as_it_is_asked_for() -> None:
+    def step(**settings: Any) -> float:
+        found = answer({"zero3": settings, "bf16": {}}, model_config=LLAMA | {"hidden_size": 2048, "vocab_size": 256})
+        return float(found["predicted_memory_gib"]["by_phase"]["optimizer_step"])
+
+    assert step(sub_group_size=10**9) == step()
+    assert step(sub_group_size=2_000_000) < step()
+    assert step(sub_group_size=0) > 0.9 * step(sub_group_size=500_000), "a weight is never divided"
+
+
+def test_weights_that_stage_3_keeps_whole_are_warned_of() -> None:
+    def warned(value: Any) -> bool:
+        found = answer({"zero3": {"stage3_param_persistence_threshold": value}})
+        return any("stage3_param_persistence_threshold is not counted" in one for one in found["warnings"])
+
+    assert [warned(value) for value in (10**6, "auto", None)] == [True, False, False]
+
+
+def test_layers_are_chosen_beside_the_default_targets() -> None:
+    def trained(**settings: Any) -> float:
+        layout = recipe.resolve({"lora": settings}, num_gpus=1).layout(LLAMA, 64)
+        return sum(p.count(8) for p in TRACES.get(layout).parameters if p.trained)
+
+    assert trained(layers_to_transform=[0, 1]) == trained() * 2 / 8

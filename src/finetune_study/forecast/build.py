@@ -597,7 +597,8 @@ def adapt(model: Any, layout: Layout, rank: int, stack: Stack) -> Any:
 
     assert layout.peft is not None
     try:
-        configs = {settings["method"]: _peft_config(settings, rank, stack) for settings in json.loads(layout.peft)}
+        methods = json.loads(layout.peft)
+        configs = {settings["method"]: _peft_config(settings, rank, stack, model) for settings in methods}
         first, *others = configs
         with _fake_parameters_can_move():
             if not others:
@@ -613,7 +614,7 @@ def adapt(model: Any, layout: Layout, rank: int, stack: Stack) -> Any:
     return adapted
 
 
-def _peft_config(settings: dict[str, Any], rank: int, stack: Stack) -> Any:
+def _peft_config(settings: dict[str, Any], rank: int, stack: Stack, model: Any) -> Any:
     """A method's configuration, for the layers that are traced."""
     import peft
 
@@ -629,7 +630,16 @@ def _peft_config(settings: dict[str, Any], rank: int, stack: Stack) -> Any:
         settings["num_layers"] = stack.depth  # one module makes the prefixes of all layers
     elif "layers_to_transform" in settings:
         settings["layers_to_transform"] = traced
+        if settings.get("target_modules") == "all-linear":  # peft takes names alone beside it
+            settings["target_modules"] = _linear_names(model)
     return peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](task_type="CAUSAL_LM", **settings)
+
+
+def _linear_names(model: Any) -> list[str]:
+    """Last parts of the names of what `all-linear` stands for: every linear layer but the output layer."""
+    head, kinds = model.get_output_embeddings(), (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
+    modules = model.named_modules()
+    return sorted({name.rpartition(".")[2] for name, m in modules if isinstance(m, kinds) and m is not head})
 
 
 def traced_model(config: Any, layout: Layout, rank: int, stack: Stack) -> Any:

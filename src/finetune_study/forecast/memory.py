@@ -45,14 +45,14 @@ CUBLAS_HANDLES = 2
 
 CONTEXT_BYTES = 0.45 * GIB
 """CUDA context with torch's kernels, loaded lazily (CUDA 11.7 and later); outside torch's allocator. 0.3 to 0.6 GiB are
-seen in nvidia-smi for an empty torch process."""
+commonly seen in nvidia-smi for an empty torch process; the middle, not measured here."""
 NCCL_BYTES = 0.3 * GIB
 """NCCL's channels: up to 32 with a send and a receive buffer of 4 MiB each (NCCL_BUFFSIZE), and their kernels; outside
 torch's allocator."""
 
 CPU_RUNTIME_BYTES = 0.1 * GIB
 """On a CPU: what libraries take when a model is first loaded and run (threads' buffers, heaps); the allocator is the C
-library's, and not seen apart."""
+library's, and not seen apart. A round number, without a source."""
 
 CPU_HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX), which stays as large as it
@@ -65,7 +65,8 @@ STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed gathers so many weights ahead, a prefetch bucket with every module (runtime/zero/config.py;
 partitioned_param_coordinator.py, fetch_sub_module)."""
 STAGE3_SUB_GROUP_SIZE = 1_000_000_000
-"""Elements whose gradients are turned to fp32 at once in a step of stage 3 (runtime/zero/config.py)."""
+"""Elements whose gradients are turned to fp32 at once in a step of stage 3; `sub_group_size` is another number
+(runtime/zero/config.py)."""
 DDP_COPIES_OF_GRADIENTS = 1
 """DDP's buckets hold every gradient a second time (gradient_as_bucket_view=False, torch's and Trainer's default)."""
 
@@ -156,12 +157,8 @@ class _States:
 
     @property
     def accumulated_gradients(self) -> float:
-        """Complete gradients between micro-batches.
-
-        FSDP does not scatter them before the last one, where the loop says `no_sync`, as transformers' Trainer does
-        (accelerate/accelerator.py, no_sync): they are whole. accelerate's `sync_each_batch` scatters them each time.
-        """
-        whole = self.recipe.sharding == "fsdp" and not self.recipe.techniques.get("fsdp", {}).get("sync_each_batch")
+        """Complete gradients between micro-batches."""
+        whole = self.recipe.accumulates_whole
         if whole and self.at.gradient_accumulation_steps > 1 and self.shards > 1 and self.held_gradients:
             return self.trained * BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.compute]
         return self.held_gradients
@@ -238,10 +235,17 @@ class _States:
             return self._update_transient(local)
         # 16-bit gradients of the shard, or of a sub-group of it, are laid out flat and turned to fp32 ones; then they
         # are given back (stage_1_and_2.py, step; stage3.py, _prepare_fp32_grad_for_sub_group)
-        at_once = min(local, STAGE3_SUB_GROUP_SIZE) if self.recipe.sharding == "zero3" else local
+        at_once = min(local, self._sub_group) if self.recipe.sharding == "zero3" else local
         width = self.gradient_bytes_full / self.trained
         converting = width + (4 if width != 4 else 0)
         return max(converting * at_once, (4 - width) * at_once + self._update_transient(at_once))
+
+    @property
+    def _sub_group(self) -> float:
+        """Stage 3: weights of a sub-group, one device's part of the largest at least (stage3.py,
+        _create_fp16_sub_groups)."""
+        asked = self.recipe.setting("zero3", "sub_group_size", STAGE3_SUB_GROUP_SIZE)
+        return max(asked, value(self.profile.largest_trained, 1, 1, self.recipe.rank) / self.shards)
 
     def _update_transient(self, local: float) -> float:
         """What the optimizer itself takes to update so many weights."""

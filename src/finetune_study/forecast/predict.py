@@ -470,12 +470,16 @@ BYTE_ORDER_MARK = "\ufeff"
 """What some editors begin a file with."""
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: str | bytes) -> Any:
     """The value of a line of JSON.
 
     Raises:
-        ConfigError: where it is not JSON, which knows no NaN and no infinity.
+        ConfigError: where it is not UTF-8, or not JSON, which knows no NaN and no infinity.
     """
+    try:
+        line = line.decode("utf-8") if isinstance(line, bytes) else line
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The line is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     try:
         return json.loads(line.removeprefix(BYTE_ORDER_MARK), parse_constant=_finite, parse_float=_finite)
     except ValueError as error:
@@ -488,7 +492,7 @@ def _finite(number: str) -> float:
     return float(number)
 
 
-def answer_lines(lines: Iterable[str], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
+def answer_lines(lines: Iterable[str | bytes], traces: Traces, own_code: Container[str] = ()) -> Iterator[str]:
     """JSON lines to JSON lines; a line that can't be answered comes back with `error`."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -413,6 +413,11 @@ class Recipe:
             found.append(f"what torch_compile's backend {self._compiler} saves is not known: as without it")
         if self.techniques.get("qlora", {}).get("llm_int8_skip_modules"):
             found.append("layers of llm_int8_skip_modules are counted as quantised, but for the output layer")
+        if self.techniques.get("zero3", {}).get("stage3_param_persistence_threshold") not in (None, "auto"):
+            found.append(
+                "stage3_param_persistence_threshold is not counted: weights up to so many elements stay whole on every "
+                "device, which takes more memory than this and less time"
+            )
         if self.has("liger"):
             found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
         if self.precision == "fp8" and not self.emulates_fp8:
@@ -429,6 +434,13 @@ class Recipe:
         if not self.deepspeed:
             return True
         return self._setting_of(str(self.sharding), "overlap_comm", self.sharding == "zero3")
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """FSDP does not scatter gradients before the last micro-batch, where the loop says `no_sync`, as transformers'
+        Trainer does: they stay whole, and travel once (accelerate/accelerator.py, no_sync; torch's
+        _fsdp_param_group.py, post_backward: `reduce_grads`). accelerate's `sync_each_batch` scatters them each time."""
+        return self.sharding == "fsdp" and not self._setting_of("fsdp", "sync_each_batch", False)
 
     @property
     def keeps_gathered(self) -> bool:
@@ -612,10 +624,26 @@ def _check_settings(recipe: Mapping[str, dict[str, Any]], num_gpus: int) -> None
     Raises:
         ConfigError: for one that does not.
     """
+    _check_bits(recipe.get("qlora", {}))
     share = _number(recipe.get("zeropp", {}), "zero_hpz_partition_size", 1, "techniques.zeropp", least=1)
     if num_gpus % min(share, num_gpus):  # deepspeed/utils/groups.py, _create_zero_param_parallel_group
         raise _wrong(
             "techniques.zeropp.zero_hpz_partition_size", share, f"a number that divides num_gpus, here {num_gpus}"
+        )
+
+
+def _check_bits(settings: Mapping[str, Any]) -> None:
+    """Checks that QLoRA quantises, and in one way.
+
+    Raises:
+        ConfigError: where it does not; bitsandbytes' configuration refuses both, and takes neither for no quantisation.
+    """
+    in_8bit = bool(settings.get("load_in_8bit"))
+    in_4bit = settings.get("load_in_4bit")
+    if in_4bit is not None and in_4bit == in_8bit:
+        given = f"load_in_4bit and load_in_8bit are both {str(in_8bit).lower()}"
+        raise _wrong(
+            "techniques.qlora", given, "one of them; lora is without quantisation", "QLoRA is in 4 or in 8 bit"
         )
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from finetune_study.study import Study
 
 STARTUP_SECONDS = 60.0
-"""What a run takes beside its steps: processes, libraries, loading."""
+"""What a run takes beside its steps: processes, libraries, loading. An assumption, without a source: a large model from
+a slow file system takes several times as long."""
 
 TO_TRAIN, MEASURED, NOT_TRIED, UNSUPPORTED, GIVEN_UP = "to train", "measured", "not tried", "unsupported", "given up"
 """States of runs; of `not tried` another run or an earlier forecast says that it runs out of memory."""

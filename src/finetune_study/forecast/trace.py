@@ -162,6 +162,12 @@ def _whole_sequences() -> Iterator[None]:
         masking.find_packed_sequence_indices = original
 
 
+def _positions(config: Any) -> int | None:
+    """Positions that a model was made for; MPT has a name of its own for them."""
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return found if isinstance(found, int) else None
+
+
 class _Tracer:
     def __init__(self, config: Any, stack: Stack, layout: Layout, skeleton: Any) -> None:
         self.config, self.stack, self.layout, self.skeleton = config, stack, layout, skeleton
@@ -169,7 +175,7 @@ class _Tracer:
         avoid = set(integers(config.to_dict())) | {2 * n for n in integers(config.to_dict())}
         candidates = primes_above(1009, avoid)
         self.rank_prime, batch = next(candidates), next(candidates)
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+        positions = _positions(config.get_text_config()) or 1 << 20
         start = max(2048, window + 1) if window and layout.windowed else 2048
         context = next(primes_above(start, avoid))
         most = min(window or positions, positions) if not layout.windowed else positions
@@ -299,7 +305,7 @@ class _Tracer:
             depth=self.stack.depth,
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
-            positions=getattr(text, "max_position_embeddings", None),
+            positions=_positions(text),
             warnings=warnings_of(self.skeleton, self.layout),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
