@@ -57,7 +57,7 @@ def test_packed_steps_hold_more_examples_and_have_no_ratio(tmp_path: Path, recip
 
 
 def test_recipes_that_are_all_packed_have_ratios(tmp_path: Path) -> None:
-    recipes = {"packed": {"packing": {}}, "lora": {"packing": {}, "lora": {}}}
+    recipes: dict[str, dict[str, object]] = {"packed": {"packing": {}}, "lora": {"packing": {}, "lora": {}}}
     grid = [{"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": 128}]
     config = handmade.study(recipes=recipes, grid=grid)
     records = [handmade.completed(run, 2.0) for run in handmade.runs(config).values()]
