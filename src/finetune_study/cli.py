@@ -35,6 +35,8 @@ ResultsFolder = Annotated[Path, typer.Option("--results", "-r", help="The study'
 
 CONFIG = Path(study_module.CONFIG_FILE)
 RESULTS = Path(study_module.RESULTS_FOLDER)
+UNLIMITED = 2**16
+"""Columns that no table of ours has."""
 MIN_WIDTH = 120
 """Columns of a terminal that tables are made for; a narrower one wraps them."""
 
@@ -61,7 +63,8 @@ def plan(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
         )  # fmt: skip
         table.add_row(run_id, state, "+".join(planned.run.parsed_techniques))
         counts[state.partition(" by ")[0] if run_id in study.implied else state] += 1
-    Console().print(table)
+    # What reads a pipe or a file looks for whole run_ids.
+    Console(width=None if sys.stdout.isatty() else UNLIMITED).print(table)
     for state, count in counts.most_common():
         print(f"{count} {state}")
     print(study.summary())

@@ -9,6 +9,7 @@ from finetune_study.config import Config
 from finetune_study.forecast import CATEGORIES
 from finetune_study.outcome import PHASES
 from finetune_study.ratio import Repeat
+from finetune_study.techniques.packing import Packing
 
 Row = dict[str, Any]
 """A row of a table, by column."""
@@ -62,6 +63,10 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "trainable_parameters": (pl.Int64, "Weights that are trained."),
     "total_parameters": (pl.Int64, "All weights."),
     "tokens_per_second_per_gpu_median": (pl.Float64, "Median over the repeats, positions per second and device."),
+    "real_tokens_per_second_median": (
+        pl.Float64,
+        "Median over the repeats, positions of all devices that are not padding: what packing is judged by.",
+    ),
     "mfu_percent_median": (
         pl.Float64,
         "Median over the repeats, per cent of the dense peak in the recipe's number format.",
@@ -98,8 +103,8 @@ _MEASURES = [
 ]
 
 _MEDIANS = (
-    "tokens_per_second_per_gpu", "mfu_percent", "energy_joules_per_step", "peak_memory_reserved_gib",
-    "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
+    "tokens_per_second_per_gpu", "real_tokens_per_second", "mfu_percent", "energy_joules_per_step",
+    "peak_memory_reserved_gib", "peak_device_used_gib", "epoch_hours", "cost_usd_per_epoch", "billing_units",
     *(f"peak_memory_{phase}_gib" for phase in PHASES),
 )  # fmt: skip
 
@@ -200,7 +205,7 @@ def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     keys = [*SETTING, "micro_batch"]
     reference = rows.filter(pl.col("recipe") == baseline).select(
         *keys,
-        pl.col("num_completed", "provenance", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
+        pl.col("num_completed", "provenance", "is_packed", "peak_memory_column", *_MEASURES).name.prefix("baseline_"),
     )
     rows = rows.with_columns(baseline=pl.lit(baseline, pl.String)).join(
         reference, on=keys, how="left", maintain_order="left"
@@ -231,6 +236,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         step_time_seconds_repeats=pl.col("step_time_seconds_median").filter(timed),
         peak_memory_gib_repeats=peak_memory().filter(timed),
         techniques=pl.col("techniques").first(),
+        is_packed=pl.col("techniques").first().str.split("+").list.contains(Packing.name),
         trainable_parameters=pl.col("trainable_parameters").max(),
         total_parameters=pl.col("total_parameters").max(),
         gpu_hours=pl.col("gpu_hours").sum(),
@@ -274,6 +280,8 @@ def _why_not_compared() -> pl.Expr:
         .then(pl.lit("the baseline is not planned here"))
         .when(pl.col("baseline_num_completed") == 0)
         .then(pl.lit("the baseline has no completed run here"))
+        .when(pl.col("is_packed") != pl.col("baseline_is_packed"))
+        .then(pl.lit("a step holds more examples where they are packed: compare real_tokens_per_second_median"))
         .when(~same_provenance)
         .then(pl.lit("software, weights, data or effective batch differ from the baseline's"))
         .otherwise(None)

@@ -14,7 +14,7 @@ from finetune_study import model, techniques, variables
 from finetune_study.ranks import free_port
 from finetune_study.run import Run
 from finetune_study.techniques.optimizer_in_backward import in_backward, step_in_backward
-from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, Lab, in_spite_of_the_reason
+from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, STEPS, Lab, in_spite_of_the_reason
 from tests.training.pairs import SETTINGS
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.training, pytest.mark.long]
 PROJECTED = SETTINGS["galore_adamw"]
 SIBLING = pytest.mark.exhaustive
 """What differs from a case beside it in the stage of ZeRO, or in one setting, alone."""
+HPZ_ALONE = {"zero_quantized_weights": False, "zero_quantized_gradients": False}
 ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
 
 
@@ -31,6 +32,20 @@ ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
         pytest.param(
             {"prefix_tuning": {}, "gradient_checkpointing": {}}, {}, "The size of tensor a .* must match",
             id="prefix_tuning+gradient_checkpointing",
+        ),
+        *(
+            pytest.param({"qlora": {"init_lora_weights": start}}, {}, error, id=f"qlora, {start}")
+            for start, error in [
+                ("orthogonal", "Only Tensors of floating point and complex dtype can require gradients"),
+                ("pissa", "Please initialize PiSSA under float32, float16, or bfloat16"),
+            ]
+        ),
+        pytest.param(
+            {"adalora": {"tinit": STEPS}}, {}, "schedule values don't allow for a budgeting phase", id="adalora, tinit"
+        ),
+        pytest.param(
+            {"zero3": {}, "zeropp": {**HPZ_ALONE, "zero_hpz_partition_size": 2}}, {"num_gpus": 3},
+            "3 is not divisible by 2", id="zeropp, groups",
         ),
         pytest.param({"tf32": {}}, {}, "--tf32 requires Ampere or a newer GPU arch", id="tf32"),
         pytest.param({"liger": {}}, {}, "needs the package `liger_kernel`|No module named 'triton'", id="liger"),

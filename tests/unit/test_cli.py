@@ -1,4 +1,6 @@
 import html
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,20 @@ def test_plan_counts_runs_by_reason(raw: dict[str, Any], tmp_path: Path) -> None
         "12 runs, 2 measured, 2 to train, 6 unsupported, 2 implied out of memory; "
         "no forecast yet (snakemake --cores all forecast)"
     )
+
+
+def test_a_plan_that_goes_into_a_pipe_has_a_line_for_each_run(raw: dict[str, Any], tmp_path: Path) -> None:
+    raw["recipes"] = {"a-name-that-takes-room-" + "x" * 40: {}, "flash": {"flash_attention_2": {}}}
+    raw["grid"][0]["recipes"] = [*raw["recipes"]]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    command = [sys.executable, "-m", "finetune_study.cli", "plan", "-c", str(tmp_path / "config.yaml")]
+    piped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = piped.stdout.splitlines()
+    planned = open_study(raw, Results(tmp_path / "results")).planned
+    for run_id, one in planned.items():
+        (line,) = [line for line in lines if run_id in line]
+        assert (one.unsupported or "to train") in line
+        assert "+".join(one.run.parsed_techniques) in line
 
 
 def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def planned(raw: Raw, model: Raw, recipe: Raw) -> PlannedRun:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_plan_says_what_peft_says(kind: str, method: str, raw: Raw) -> None:
     architecture = {"model_type": kind, "vocab_size": 64, **ARCHITECTURES[kind]}
-    found = planned(raw, {"weights": "random", "architecture": architecture}, {method: {}})
+    found = planned(raw, {"weights": "random", "architecture": architecture}, {method: {}, "eager": {}})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
     if found.unsupported is None:
         found.run.parsed_techniques[method].wrap(model, found.run)

@@ -40,6 +40,30 @@ def test_numbers_are_over_completed_repeats_alone(tmp_path: Path) -> None:
     assert lora["not_compared"] is None
 
 
+@pytest.mark.parametrize("recipes", [{"full": {}, "packed": {"packing": {}}}, {"packed": {"packing": {}}, "full": {}}])
+def test_packed_steps_hold_more_examples_and_have_no_ratio(tmp_path: Path, recipes: dict[str, object]) -> None:
+    grid = [{"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": 128}]
+    config = handmade.study(recipes=recipes, grid=grid)
+    runs = handmade.runs(config)
+    records = [handmade.completed(runs["full", 1], 2.0), handmade.completed(runs["packed", 1], 2.5)]
+    for step in records[1].ranks[0]["steps"]:
+        step["real_tokens"] = 5000
+    baseline, other = handmade.compared(config, tmp_path, *records).to_dicts()
+    assert (baseline["step_time_ratio"], baseline["not_compared"]) == (1.0, None)
+    assert (other["step_time_ratio"], other["peak_memory_ratio"]) == (None, None)
+    assert "compare real_tokens_per_second_median" in other["not_compared"]
+    found = {row["recipe"]: row["real_tokens_per_second_median"] for row in (baseline, other)}
+    assert found == {"full": 500.0, "packed": 2000.0}
+
+
+def test_recipes_that_are_all_packed_have_ratios(tmp_path: Path) -> None:
+    recipes: dict[str, dict[str, object]] = {"packed": {"packing": {}}, "lora": {"packing": {}, "lora": {}}}
+    grid = [{"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": 128}]
+    config = handmade.study(recipes=recipes, grid=grid)
+    records = [handmade.completed(run, 2.0) for run in handmade.runs(config).values()]
+    assert [row["step_time_ratio"] for row in handmade.compared(config, tmp_path, *records).to_dicts()] == [1.0, 1.0]
+
+
 def test_partial_steps_of_a_timeout_are_no_measurement_to_compare(tmp_path: Path) -> None:
     run = handmade.runs(ONCE)["full", 1]
     record = handmade.completed(run, 2.0)

@@ -147,7 +147,9 @@ def test_loftq_quantises_by_itself() -> None:
 def test_nvme_needs_a_path_and_zero3() -> None:
     nvme = {"device": "nvme", "nvme_path": "/local"}
     assert why_not({"zero3": {}, "offload_param": nvme}, "A100") is None
-    assert "nvme_path" in str(why_not({"zero3": {}, "offload_param": {"device": "nvme"}}, "A100"))
+    for name in ("offload_param", "offload_optimizer"):
+        with pytest.raises(ConfigError, match=f"`{name}`: .*nvme_path"):
+            techniques.parse({"zero3": {}, name: {"device": "nvme"}})
     assert "ZeRO-3 alone" in str(why_not({"zero2": {}, "offload_optimizer": nvme}, "A100"))
     assert "libaio" in str(why_not({"zero3": {}, "offload_param": nvme}, "cpu"))
 
@@ -249,3 +251,37 @@ def test_only_deepspeed_runs_have_its_configuration(raw: Raw) -> None:
     assert sharded["bf16"] is True
     expected = {"enabled": "auto", "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     assert sharded["deepspeed"]["bf16"] == expected
+
+
+def reason_of(raw: Raw, recipe: Raw, num_gpus: int) -> str | None:
+    """Why a run of the tiny study on H100s is not tried."""
+    raw["hardware"] = {"h100": {"memory_gib": 80, "compute_capability": 9.0}}
+    raw["recipes"] = {"it": recipe}
+    raw["grid"] = [{**raw["grid"][0], "hardware": "h100", "recipes": "it", "num_gpus": num_gpus}]
+    raw["training"] = {"effective_batch_size": 24}
+    return next(iter(plan.plan(config.parse(raw)))).unsupported
+
+
+@pytest.mark.parametrize(
+    ("size", "num_gpus", "reason"),
+    [(1, 3, None), (2, 2, None), (2, 4, None), (4, 2, "no more devices"), (2, 3, "3 is not divisible by 2")],
+)
+def test_second_copies_of_weights_are_those_of_whole_groups(
+    raw: Raw, size: int, num_gpus: int, reason: str | None
+) -> None:
+    found = reason_of(raw, {"zero3": {}, "zeropp": {"zero_hpz_partition_size": size}}, num_gpus)
+    assert (found is None) if reason is None else (reason in str(found))
+
+
+@pytest.mark.parametrize(("settings", "fits"), [({}, True), ({"tinit": 3}, False), ({"tinit": 1, "tfinal": 2}, False)])
+def test_adalora_has_steps_to_move_ranks_in(raw: Raw, settings: Raw, fits: bool) -> None:
+    raw["protocol"] = {"num_untimed_steps": 1, "num_timed_steps": 2}
+    found = reason_of(raw, {"adalora": settings}, 1)
+    assert (found is None) if fits else ("budgeting phase" in str(found))
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "orthogonal"])
+def test_starts_that_peft_makes_of_whole_weights_alone(start: str) -> None:
+    assert "peft" in str(why_not({"qlora": {"init_lora_weights": start}}, "A100"))
+    assert why_not({"lora": {"init_lora_weights": start}}, "A100") is None
+    assert why_not({"qlora": {"init_lora_weights": "olora"}}, "A100") is None

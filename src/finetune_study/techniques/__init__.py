@@ -106,7 +106,7 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
 def _explain(problem: Any, settings: list[str]) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg']}"
+        return ": ".join(filter(None, (place, problem["msg"])))
     close = difflib.get_close_matches(place, settings, n=2, cutoff=0.5)
     return f"{place}: unknown setting" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 

@@ -72,6 +72,14 @@ class Adalora(PeftMethod):
             )
         return None
 
+    def why_not_run(self, run: "Run") -> str | None:
+        if self.tinit >= run.num_steps - self.tfinal:
+            return (
+                f"peft: The supplied schedule values don't allow for a budgeting phase: adalora.tinit {self.tinit} and "
+                f"tfinal {self.tfinal} leave none of the run's {run.num_steps} steps: lower them, or train longer"
+            )
+        return super().why_not_run(run)
+
     def is_exported(self) -> bool:
         return False
 

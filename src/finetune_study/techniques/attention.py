@@ -6,13 +6,42 @@ from pydantic import Field
 
 from finetune_study.section import LATER
 from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.peft_method import model_type
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
+
+
+NO_SDPA = frozenset({
+    "big_bird", "bigbird_pegasus", "bloom", "codegen", "cpmant", "deepseek_v4", "falcon_mamba", "flint", "gemma2",
+    "git", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "granitemoe_swa", "hy_v4",
+    "inkling2_text", "mamba", "mamba2", "megatron-bert", "mimo_v2_flash", "mpt", "mvp", "openai-gpt", "prophetnet",
+    "reformer", "rembert", "roformer", "rwkv", "trocr", "vaultgemma", "xglm", "xlm", "xlnet", "xlstm",
+})  # fmt: skip
+"""Model types that transformers does not train with sdpa (`_supports_sdpa` of their classes, transformers 5.x)."""
+NO_FLASH = frozenset({
+    "axk2", "big_bird", "bigbird_pegasus", "bloom", "blt", "codegen", "cpmant", "deepseek_v32", "deepseek_v4",
+    "doge", "dots3_note", "dots3_note_text", "falcon_mamba", "git", "glm_moe_dsa", "got_ocr2", "gpt_neox_japanese",
+    "hy_v4", "inkling2_text", "inkling_text", "llama4", "llama4_text", "mamba", "mamba2", "megatron-bert",
+    "minimax_m3_vl_text", "mllama", "mpt", "mvp", "openai-gpt", "prophetnet", "qwen4_exp", "qwen4_exp_text",
+    "reformer", "rembert", "roformer", "rwkv", "trocr", "xglm", "xlm", "xlnet", "xlstm",
+})  # fmt: skip
+"""The same of FlashAttention (`_supports_flash_attn`)."""
 
 
 class _Attention(Technique):
     kind: ClassVar[Kind] = "attention"
+    refused: ClassVar[frozenset[str]] = frozenset()
+    """Model types that transformers does not run with it."""
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if self.refused and (found := model_type(run)) in self.refused:
+            return (
+                f"transformers: a {found} does not support {self.name} (does not support an attention implementation, "
+                "or Flash Attention): name another in the recipe; eager works for every model"
+            )
+        return None
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"attn_implementation": self.name}
@@ -34,6 +63,7 @@ class Sdpa(_Attention):
     """`torch.nn.functional.scaled_dot_product_attention`: torch chooses the kernel."""
 
     name: ClassVar[str] = "sdpa"
+    refused: ClassVar[frozenset[str]] = NO_SDPA
     effect: ClassVar[str] = (
         "memory: linear in the context where a fused kernel is chosen; "
         "speed: faster than eager where a fused kernel is chosen; "
@@ -45,6 +75,7 @@ class Sdpa(_Attention):
 
 
 class _FlashAttention(_Attention):
+    refused: ClassVar[frozenset[str]] = NO_FLASH
     excludes: ClassVar[dict[str, str]] = {
         precision: f"FlashAttention takes fp16 and bf16 alone, not {precision}: use one of these, or sdpa"
         for precision in ("fp32", "tf32")

@@ -1,8 +1,8 @@
 """Optimizer states outside the device."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune_study.section import LATER
 from finetune_study.techniques.base import Kind, ModelState, Recipe, Technique
@@ -33,6 +33,11 @@ class OffloadOptimizer(Technique):
     nvme_path: str | None = Field(default=None, json_schema_extra=LATER)
     """Folder on a local NVMe drive, for `nvme`."""
 
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
+        check_path(self.device, self.nvme_path)
+        return self
+
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name not in ADAMW), None)
         if hardware.device == "cuda" and other:
@@ -44,7 +49,7 @@ class OffloadOptimizer(Technique):
             return (
                 "DeepSpeed: Master weights feature requires DeepSpeedCPUAdam, an op that a CPU study does not compile"
             )
-        return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
+        return why_not_nvme(self.device, hardware, recipe)
 
     def offloads(self, recipe: Recipe) -> frozenset[ModelState]:
         # Gradients follow the states that they update (deepspeed/runtime/zero/stage_1_and_2.py, stage3.py).
@@ -62,12 +67,19 @@ class OffloadOptimizer(Technique):
         return part
 
 
-def why_not_nvme(name: str, device: str, path: str | None, hardware: "Hardware", recipe: Recipe) -> str | None:
+def check_path(device: str, path: str | None) -> None:
+    """
+    Raises:
+        ValueError: for NVMe without a folder.
+    """
+    if device == "nvme" and path is None:
+        raise ValueError("device: nvme needs nvme_path, a folder on a local drive")
+
+
+def why_not_nvme(device: str, hardware: "Hardware", recipe: Recipe) -> str | None:
     """Why DeepSpeed can't swap to NVMe there; None when it can, or need not."""
     if device != "nvme":
         return None
-    if path is None:
-        return f"{name}.device: nvme needs {name}.nvme_path, a folder on a local drive"
     if "zero3" not in recipe:
         return (
             "DeepSpeed swaps to NVMe under ZeRO-3 alone, else it takes host memory, silently: use zero3, or device: cpu"

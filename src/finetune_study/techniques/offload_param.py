@@ -1,9 +1,11 @@
 """Weights outside the device."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from finetune_study.techniques.base import MODEL_STATES, Kind, ModelState, Recipe, Technique
-from finetune_study.techniques.offload_optimizer import why_not_nvme
+from finetune_study.techniques.offload_optimizer import check_path, why_not_nvme
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -29,8 +31,13 @@ class OffloadParam(Technique):
     nvme_path: str | None = None
     """Folder on a local NVMe drive, for `nvme`."""
 
+    @model_validator(mode="after")
+    def _has_path(self) -> Self:
+        check_path(self.device, self.nvme_path)
+        return self
+
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        return why_not_nvme(self.name, self.device, self.nvme_path, hardware, recipe)
+        return why_not_nvme(self.device, hardware, recipe)
 
     def offloads(self, recipe: Recipe) -> frozenset[ModelState]:
         return MODEL_STATES if "fsdp" in recipe else frozenset({"weights"})

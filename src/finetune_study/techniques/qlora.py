@@ -45,6 +45,16 @@ class Qlora(Lora):
                 "peft: LoftQ quantises the model itself, so it can't begin with one that is (you should not pass a "
                 "quantized model in this case): use lora, or another start"
             )
+        if str(self.init_lora_weights).startswith("pissa"):
+            return (
+                "peft takes singular vectors of whole weights, not of quantised ones (Please initialize PiSSA under "
+                "float32, float16, or bfloat16): use lora, or another start"
+            )
+        if self.init_lora_weights == "orthogonal":
+            return (
+                "peft makes matrices in the format of the weights, and orthogonal ones of bytes can't be trained (Only "
+                "Tensors of floating point and complex dtype can require gradients): use lora, or another start"
+            )
         return None
 
     def number_format(self) -> str | None:

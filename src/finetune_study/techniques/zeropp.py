@@ -8,6 +8,7 @@ from finetune_study.techniques.base import Kind, Recipe, Technique
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
 
 class Zeropp(Technique):
@@ -33,6 +34,17 @@ class Zeropp(Technique):
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
             return "DeepSpeed: This op had not been implemented on CPU backend; only zero_hpz_partition_size works"
+        return None
+
+    def why_not_run(self, run: "Run") -> str | None:
+        size = self.zero_hpz_partition_size
+        if size > run.num_gpus:
+            return (
+                f"DeepSpeed takes zeropp.zero_hpz_partition_size: {size} for {run.num_gpus}, silently, where there are "
+                "no more devices: set it to those of one node, or take zeropp out"
+            )
+        if run.num_gpus % size:
+            return f"DeepSpeed: {run.num_gpus} is not divisible by {size}, zeropp.zero_hpz_partition_size: set another"
         return None
 
     def deepspeed(self, device: str) -> dict[str, Any]:
