@@ -74,6 +74,8 @@ class Evidence(Section):
     """Size of the allocation that failed, where a repeat ran out of memory."""
     oom_held_gib: float | None
     tokens_per_second_per_gpu_median: float | None
+    real_tokens_per_second_median: float | None
+    """Without padding, of all devices."""
     epoch_hours_median: float | None
     cost_usd_per_epoch_median: float | None
     provenance: list[str]
@@ -316,6 +318,8 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
     by_recipe: dict[str, list[Evidence]] = {}
     for row in rows:
         by_recipe.setdefault(row["recipe"], []).append(Evidence(**{name: row[name] for name in Evidence.model_fields}))
+    packed = _packed(by_recipe)
+    told = [_chosen(by_recipe.pop(recipe)) for recipe in packed]
     evidence = [_chosen(options) for options in by_recipe.values()]
     mixed = [one for options in by_recipe.values() for one in options if one.fits]
     verdict, named, reason, versus = _judge(evidence, [] if _one_kind(mixed) else mixed)
@@ -325,11 +329,31 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
         recipe=named[0].recipe if named else None,
         per_device_train_batch_size=named[0].per_device_train_batch_size if named else None,
         tied_with=[other.recipe for other in named[1:]],
-        reason=reason,
+        reason=reason + _beside(told, named[0] if named else None),
         settled_by=_settled_by(verdict, evidence, versus),
         versus=versus,
-        evidence=evidence,
+        evidence=[*evidence, *told],
     )
+
+
+def _packed(by_recipe: dict[str, list[Evidence]]) -> list[str]:
+    """Recipes that pack examples where others pad them: a step holds more then, and its time says nothing."""
+    packed = [
+        name
+        for name, options in by_recipe.items()
+        if any("packing" in (one.techniques or "").split("+") for one in options)
+    ]
+    return packed if len(packed) < len(by_recipe) else []
+
+
+def _beside(packed: list[Evidence], best: Evidence | None) -> str:
+    """What packing is judged by, beside the recipe that is named."""
+    if not packed:
+        return ""
+    ones = [one for one in (*packed, best) if one is not None and one.fits]
+    rates = ", ".join(f"{one.recipe} {show(one.real_tokens_per_second_median)}" for one in ones)
+    numbers = f": {rates} tokens a second that are not padding" if rates else f": {_endings(packed)}"
+    return f" Not ranked by the step, since examples are packed{numbers}."
 
 
 def _one_kind(group: list[Evidence]) -> bool:

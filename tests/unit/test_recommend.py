@@ -222,6 +222,22 @@ def test_runs_that_were_not_in_random_order_rank_nothing(tmp_path: Path) -> None
     assert one.settled_by == ["remeasure lora, full in one call, which mixes their runs"]
 
 
+def test_packing_keeps_no_other_recipe_from_a_ranking(tmp_path: Path) -> None:
+    """A packed step holds more examples, of other data: it is told apart, by tokens that are not padding."""
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "packed"], "sequence_length": 128}
+    study = repeats(3, recipes={"full": [], "lora": ["lora"], "packed": ["packing"]}, grid=[block])
+    records = timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02), packed=(0.5, 0.5, 0.5))
+    for record in records:
+        if record.run.recipe == "packed":
+            record.environment["data"] = {"sha256": "e" * 64}
+    one = the_only(study, tmp_path, *records)
+    assert (one.verdict, one.recipe, [versus.recipe for versus in one.versus]) == ("ranked", "lora", ["full"])
+    assert "Not ranked by the step, since examples are packed: packed " in one.reason
+    assert one.evidence_of("packed") is not None
+    alone = [record for record in records if record.run.recipe == "packed"]
+    assert recommend.recommend(handmade.compared(study, tmp_path / "b", *alone))[0].reason.endswith("not padding.")
+
+
 def test_without_start_times_nothing_is_ranked(tmp_path: Path) -> None:
     study = repeats(3)
     records = timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02))
