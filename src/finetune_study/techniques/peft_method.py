@@ -70,7 +70,7 @@ def in_format_of_training(model: Any, run: "Run") -> Any:
     import torch
 
     if not is_deepspeed(run.parsed_techniques):
-        dtype = torch.bfloat16 if Bf16Pure.name in run.techniques else torch.float32
+        dtype = torch.bfloat16 if Bf16Pure.name in run.parsed_techniques else torch.float32
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
