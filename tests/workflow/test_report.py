@@ -52,8 +52,8 @@ def test_snakemakes_report_has_captions_categories_and_labels(reported: Workplac
     }
     assert names["Report"] == {"index.html", "summary.md"}
     kinds = ("feasibility", "recipes", "pareto", "context")
-    assert {*categories["Figures"]} == {*kinds}
-    assert names["Figures"] == {f"{kind}_tiny_cpu.svg" for kind in kinds}
+    assert {*categories["Figures"]} == {*kinds, "models"}
+    assert names["Figures"] == {*(f"{kind}_tiny_cpu.svg" for kind in kinds), "models_cpu.svg"}
     assert names["Tables"] == {"runs.csv", "comparisons.csv", "recommendations.csv", "costs.csv", "claims.csv"}
     context = found["results/report/figures/context_tiny_cpu.svg"]
     assert context["labels"] == {"figure": "context", "of": "tiny_cpu"}
