@@ -892,7 +892,8 @@ def markdown(document: dict[str, Any]) -> str:
         f"{document['rows']} rows, of which {document['used']} are used, and {document['contradicting']} more are "
         "shown apart, since they contradict their stated conditions. An adapter for each source says which rows "
         "are used and turns them into the question that `finetune-study predict` answers; it states conditions, never "
-        "numbers. No constant was fitted to a row; each stands in `forecast/` with its meaning and source.",
+        "numbers, but for KempnerForge's number format, which its measured peak decided. No constant was fitted to a "
+        "row; each stands in `forecast/` with its meaning and source.",
         "No number that we measured on a GPU ourselves was compared: of our own there are the demo's runs on a CPU "
         "alone.",
         "## Aims and results",

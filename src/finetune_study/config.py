@@ -510,16 +510,17 @@ def read_all(files: Sequence[Path]) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     for file in files:
-        _add(whole, read(file))
+        merge(whole, read(file))
     return whole
 
 
-def _add(whole: dict[str, Any], more: Mapping[str, Any]) -> None:
+def merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Adds to a mapping: mappings in it grow key by key, all else is replaced."""
     for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(whole.get(key), dict):
-            _add(whole[key], value)
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            merge(into[key], value)
         else:
-            whole[key] = value
+            into[key] = value
 
 
 def load(path: Path) -> Config:

@@ -24,6 +24,7 @@ from typing import Any
 
 from finetune_study import oom
 from finetune_study import run as run_module
+from finetune_study.config import merge
 from finetune_study.errors import RunFailedError
 from finetune_study.facts import Facts
 from finetune_study.measure import environment
@@ -341,9 +342,9 @@ def arguments_of(run: Run, output_dir: str) -> dict[str, Any]:
     recipe = run.parsed_techniques
     for technique in recipe.values():
         arguments |= technique.training_arguments(recipe)
-        _merge(deepspeed, technique.deepspeed(run.hardware.device))
+        merge(deepspeed, technique.deepspeed(run.hardware.device))
     if is_deepspeed(recipe):
-        _merge(deepspeed, DEEPSPEED_BASE)
+        merge(deepspeed, DEEPSPEED_BASE)
         arguments["deepspeed"] = deepspeed
     return arguments
 
@@ -357,14 +358,6 @@ DEEPSPEED_BASE: dict[str, Any] = {
     "zero_allow_untested_optimizer": True,
 }
 """What every DeepSpeed run has; `auto` is filled in from `TrainingArguments`."""
-
-
-def _merge(into: dict[str, Any], part: dict[str, Any]) -> None:
-    for key, value in part.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def _leave_out_shared_memory_op() -> None:

@@ -508,6 +508,8 @@ def test_lines_that_are_nested_too_deeply_are_told_so() -> None:
         ("h100-80gb", {"liger": {}}, "its loss alone"),
         ("h100-80gb", {"torch_compile": {"torch_compile_backend": "aot_eager"}}, "aot_eager"),
         ("v100-16gb", {"eager": {}}, None),
+        ("v100-16gb", {}, "no fused kernel may take"),
+        ("a100-80gb", {}, None),
         ("a100-80gb", {"lora": {"r": 300}}, "rank 300"),
     ],
 )
