@@ -82,7 +82,7 @@ def summary(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None
     frame = cells(list(study.planned.values()), study.results, study.config.hardware)
     print(summary_text(frame))
     width = max(MIN_WIDTH, Console().width)
-    print(texts.terminal(gather(study.config, frame, study.options, draw=False), width, colour=sys.stdout.isatty()))
+    print(texts.terminal(gather(study.config, frame, study.options), width, colour=sys.stdout.isatty()))
     if study.results.report.exists():
         print(f"report: {study.results.report.absolute()}")
 

@@ -17,7 +17,7 @@ from finetune_study.record import read_record, write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
 from finetune_study.table import show
-from finetune_study.techniques.peft_method import PeftMethod
+from finetune_study.techniques.peft_method import PeftMethod, format_of_training
 
 MEASURING = (
     "output_dir",
@@ -211,6 +211,7 @@ def _about(run: Run, one: Recommendation) -> dict[str, Any]:
         "nodes": run.nodes,
         "effective_batch_size": run.training.effective_batch_size,
         "load_arguments": load,
+        "format_of_trained_weights": format_of_training(run.parsed_techniques) if _methods(run) else None,
         "step_seconds": best.step_time_seconds_median if best else None,
         "peak_memory_gib": best.peak_memory_gib_median if best else None,
         "epoch_hours_of_the_study": best.epoch_hours_median if best else None,

@@ -1,7 +1,10 @@
 """From the configuration to the runs of the study; pure, so that the DAG and the plan can't differ."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from typing import Any
 
 from finetune_study import mig, techniques
 from finetune_study import run as run_module
@@ -21,14 +24,52 @@ class PlannedRun(Section):
 def plan(config: Config) -> list[PlannedRun]:
     """Every run of the study, once, in the order of the grid; repeats outermost so that they spread over time."""
     planned: dict[str, PlannedRun] = {}
+    shared = _Shared(config)
     for repeat in range(1, config.protocol.repeats + 1):
         for block in config.grid:
-            for one in _block(config, block, repeat):
+            for one in _block(shared, block, repeat):
                 planned.setdefault(one.run.run_id, one)
     return list(planned.values())
 
 
-def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun]:
+@dataclass(frozen=True)
+class _Recipe:
+    """A recipe on some hardware."""
+
+    techniques: techniques.Techniques
+    dumped: dict[str, dict[str, Any]]
+    unsupported: str | None
+
+
+class _Shared:
+    """What many runs have in common, made once."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.parts = run_module.Parts()
+        self.recipe = cache(self._recipe)
+        self.hardware = cache(self._hardware)
+        self.protocol = cache(self._protocol)
+
+    def _recipe(self, name: str, hardware_name: str, num_gpus: int) -> _Recipe:
+        hardware = self.config.hardware[hardware_name]
+        recipe = techniques.complete(self.config.recipes[name], hardware, num_gpus)
+        dumped = {name: technique.model_dump(mode="json") for name, technique in recipe.items()}
+        return _Recipe(recipe, dumped, techniques.why_not(recipe, hardware))
+
+    def _hardware(self, name: str) -> RunHardware:
+        return RunHardware.of(name, self.config.hardware[name])
+
+    def _protocol(self, weights: str) -> RunProtocol:
+        protocol = self.config.protocol
+        return RunProtocol(
+            num_untimed_steps=protocol.num_untimed_steps,
+            num_timed_steps=protocol.num_timed_steps,
+            rouge_samples=protocol.rouge_samples if weights == "pretrained" else 0,
+        )
+
+
+def _block(shared: _Shared, block: GridBlock, repeat: int) -> Iterator[PlannedRun]:
     axes = product(
         block.targets,
         block.hardware,
@@ -38,36 +79,34 @@ def _block(config: Config, block: GridBlock, repeat: int) -> Iterator[PlannedRun
         block.per_device_train_batch_size,
         block.recipes,
     )
+    config = shared.config
     for target, hardware_name, num_gpus, nodes, sequence_length, micro_batch, recipe_name in axes:
         model = config.models[target]
         hardware = config.hardware[hardware_name]
-        recipe = techniques.complete(config.recipes[recipe_name], hardware, num_gpus)
+        recipe = shared.recipe(recipe_name, hardware_name, num_gpus)
         searched = micro_batch == "max"
         sequences_at_once = num_gpus * (1 if micro_batch == "max" else micro_batch)
         accumulation = max(1, config.training.effective_batch_size // sequences_at_once)
         run = run_module.make(
+            shared.parts,
             target=target,
             recipe=recipe_name,
             repeat=repeat,
             model=model,
             tokenizer=config.models[model.tokenizer] if model.tokenizer else model,
-            hardware=RunHardware.of(hardware_name, hardware),
+            hardware=shared.hardware(hardware_name),
             num_gpus=num_gpus,
             nodes=nodes,
             sequence_length=sequence_length,
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=None if searched else accumulation,
-            techniques={name: technique.model_dump(mode="json") for name, technique in recipe.items()},
+            techniques=recipe.dumped,
             data=config.data,
             training=config.training,
-            protocol=RunProtocol(
-                num_untimed_steps=config.protocol.num_untimed_steps,
-                num_timed_steps=config.protocol.num_timed_steps,
-                rouge_samples=config.protocol.rouge_samples if model.weights == "pretrained" else 0,
-            ),
+            protocol=shared.protocol(model.weights),
         )
         reason = _why_not(hardware, num_gpus, nodes, sequences_at_once, config.training.effective_batch_size)
-        reason = reason or techniques.why_not(recipe, hardware) or techniques.why_not_run(run)
+        reason = reason or recipe.unsupported or techniques.why_not_run(recipe.techniques, run)
         yield PlannedRun(run=run, unsupported=reason)
 
 

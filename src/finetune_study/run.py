@@ -19,11 +19,30 @@ LONGEST_ID = 255
 IDENTITY_VERSION = 1
 """Raise it only when old runs must not be taken for new ones of the same settings: every run is measured again then."""
 
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode
+
 
 def digest(value: object, length: int = 6) -> str:
     """Hexadecimal digest of a JSON value, the same everywhere and always."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return _digest(_canonical(value), length)
+
+
+def _digest(canonical: str, length: int) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:length]
+
+
+class Parts:
+    """JSON of what many runs have in common, each written once: it is most of a run, and a study may have 100,000."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, tuple[object, str]] = {}
+
+    def text(self, part: Section | dict[str, Any]) -> str:
+        """Canonical JSON of an object that nobody changes."""
+        if id(part) not in self._texts:
+            value = part.model_dump(mode="json") if isinstance(part, Section) else part
+            self._texts[id(part)] = part, _canonical(value)  # kept, so that no other object gets its id
+        return self._texts[id(part)][1]
 
 
 class RunHardware(Section):
@@ -146,20 +165,24 @@ class Run(Section):
         }
 
 
-def make(**settings: Any) -> Run:
+def make(parts: Parts | None = None, **settings: Any) -> Run:
     """A run from all its fields but the run_id, which follows from them.
+
+    Args:
+        parts: shared by all calls whose runs have sections in common.
+        settings: the fields.
 
     Raises:
         ConfigError: when the run_id is too long for a folder's name.
     """
     run = Run(run_id="", **settings)
-    identity = {"version": IDENTITY_VERSION, **run.model_dump(mode="json", exclude={"run_id"})}
+    identity = _identity(run, settings, parts or Parts())
     nodes = f"n{run.nodes}" if run.nodes > 1 else ""
     head = (
         f"{run.target}_{run.hardware.name}x{run.num_gpus}{nodes}_s{run.sequence_length}"
         f"_b{run.per_device_train_batch_size}_{run.recipe}_r{run.repeat}"
     )
-    run_id = f"{head}-{digest(identity)}"
+    run_id = f"{head}-{_digest(identity, 6)}"
     if len(run_id.encode()) > LONGEST_ID:
         raise ConfigError(
             "The names of model, hardware and recipe are together too long for a folder's name",
@@ -168,6 +191,14 @@ def make(**settings: Any) -> Run:
             do="shorten the names",
         )
     return run.model_copy(update={"run_id": run_id})
+
+
+def _identity(run: Run, settings: dict[str, Any], parts: Parts) -> str:
+    """Canonical JSON of all fields but the run_id, put together from that of each."""
+    texts = {name: parts.text(value) for name, value in settings.items() if isinstance(value, Section | dict)}
+    others = run.model_dump(mode="json", exclude={"run_id", *texts}) | {"version": IDENTITY_VERSION}
+    texts |= {name: _canonical(value) for name, value in others.items()}
+    return "{" + ",".join(f'"{name}":{texts[name]}' for name in sorted(texts)) + "}"
 
 
 def dump(run: Run) -> str:

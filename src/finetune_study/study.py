@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -364,10 +364,10 @@ class Study:
         return f"; predicted: {sum(hours):.1f} GPU-hours{cost}{part}{without}"
 
 
-def open_study(
+def as_planned(
     raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG, files: Sequence[str] = (CONFIG_FILE,)
 ) -> Study:
-    """The study of a configuration, checked as far as it can be before anything runs.
+    """The study of a configuration and its plan; nothing of its results is looked at.
 
     Args:
         raw: the configuration as YAML or Snakemake gives it.
@@ -377,18 +377,29 @@ def open_study(
 
     Raises:
         ConfigError: for a configuration that does not hold together.
-        RecordError: for records that are cut off.
     """
-    settings = dict(raw)
-    patterns = str(settings.pop(REMEASURE, "") or "")
-    earlier = str(settings.pop(EARLIER, "") or "") or None
+    settings = {name: value for name, value in raw.items() if name not in (REMEASURE, EARLIER)}
     config = config_module.parse(settings, where)
     planned = {one.run.run_id: one for one in plan_module.plan(config)}
+    return Study(config, results, planned, compared_with=str(raw.get(EARLIER) or "") or None, files=tuple(files))
+
+
+def open_study(
+    raw: Mapping[str, Any], results: Results, where: str = SNAKEMAKE_CONFIG, files: Sequence[str] = (CONFIG_FILE,)
+) -> Study:
+    """The same, checked as far as it can be before anything runs.
+
+    Raises:
+        ConfigError: for a configuration that does not hold together.
+        RecordError: for records that are cut off.
+    """
+    study = as_planned(raw, results, where, files)
     _check_writable(results)
-    untrained = _check_records(results, planned)
-    _check_files(config)
-    slurm.check(config)
-    study = Study(config, results, planned, _select(patterns, planned), untrained, earlier, tuple(files))
+    untrained = _check_records(results, study.planned)
+    _check_files(study.config)
+    slurm.check(study.config)
+    remeasured = _select(str(raw.get(REMEASURE) or ""), study.planned)
+    study = replace(study, remeasured=remeasured, untrained=untrained)
     _forget_purged(study)
     return study
 
@@ -576,7 +587,7 @@ def answer_since(study: Study, start: float, width: int, *, colour: bool) -> str
     from finetune_study.report import summary
 
     frame = cells.of_outcomes(list(study.planned.values()), study.results)
-    text = summary.terminal(report.gather(study.config, frame, draw=False), width, colour=colour)
+    text = summary.terminal(report.gather(study.config, frame), width, colour=colour)
     return f"{text}\nreport: {page.absolute()}"
 
 

@@ -54,7 +54,7 @@ def test_what_was_said_once_is_kept_when_accounting_forgets(tmp_path: Path) -> N
     from finetune_study import cells, plan, report
 
     frame = cells.of_outcomes(plan.plan(config), Results(tmp_path))
-    (cost,) = report.gather(config, frame, draw=False).costs
+    (cost,) = report.gather(config, frame).costs
     assert cost["hours"] == pytest.approx(0.05)
     assert cost["billing_unit_hours"] == pytest.approx(0.8)
     report.build(config, frame, results)

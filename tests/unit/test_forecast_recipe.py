@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from finetune_study import techniques
-from finetune_study.errors import StudyError
+from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast import predict, recipe, trace
 from finetune_study.forecast.build import Stack
 from finetune_study.forecast.layout import Layout, canonical
@@ -111,16 +112,30 @@ def profile_of(chosen: dict[str, Any]) -> tuple[Profile, recipe.Recipe]:
     return TRACES.get(resolved.layout(LLAMA, 64)), resolved
 
 
-def test_states_of_mixed_methods_have_the_formats_that_peft_gives_their_weights() -> None:
-    """The first method has the format of the weights (peft/mixed_model.py turns none to fp32), the second its own."""
+def test_states_of_mixed_methods_are_those_of_fp32_as_of_one_alone() -> None:
+    """peft makes the first method's weights in the format of the model's; techniques.peft_method turns them to fp32."""
     profile, resolved = profile_of({"lora": {}, "loha": {}})
-    formats = {p.dtype: p.count(resolved.rank) for p in profile.parameters if p.trained}
-    assert set(formats) == {"bfloat16", "float32"}
+    counts = [p.count(resolved.rank) for p in profile.parameters if p.trained]
+    assert {p.dtype for p in profile.parameters if p.trained} == {"float32"}
     states = predict.answer(
         {"model_config": LLAMA, "hardware": "h100-80gb", "sequence_length": 64, "techniques": {"lora": {}, "loha": {}}},
         TRACES,
     )["predicted_memory_gib"]["by_category"]["optimizer"]
-    assert states * 2**30 == 2 * (2 * formats["bfloat16"] + 4 * formats["float32"])
+    assert states * 2**30 == 2 * 4 * sum(counts)
+
+
+@pytest.mark.parametrize(
+    ("techniques", "said"),
+    [
+        ({"lora": {"layers_to_transform": [0, 8]}}, r"techniques\.lora\.layers_to_transform.*\[8\].*0 to 7"),
+        ({"lora": {"layers_to_transform": -1}}, r"techniques\.lora\.layers_to_transform.*\[-1\]"),
+        ({"adaption_prompt": {"adapter_layers": 9}}, r"techniques\.adaption_prompt\.adapter_layers.*at most 8"),
+    ],
+)
+def test_layers_that_the_model_lacks_are_refused(techniques: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError) as error:
+        profile_of(techniques)
+    assert re.search(said, str(error.value), re.DOTALL)
 
 
 def test_methods_that_peft_does_not_mix_exclude_each_other() -> None:

@@ -15,7 +15,7 @@ from finetune_study import report
 from finetune_study.forecast import CATEGORIES
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
-from finetune_study.report import page, summary
+from finetune_study.report import figures, page, summary
 from tests.unit import handmade
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -93,17 +93,23 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
 
 @pytest.mark.parametrize("kind", ["feasibility", "recipes", "parts", "phases", "pareto", "context", "gpus"])
 def test_the_specification_of_a_figure(gathered: page.Contents, kind: str) -> None:
-    (figure,) = (figure for figure, _ in gathered.figures if figure.kind == kind)
+    (figure,) = (figure for figure in figures.draw(gathered.pairs) if figure.kind == kind)
     same(f"{kind}.vl.json", json.dumps(figure.spec, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def test_every_specification_is_valid_vega_lite(gathered: page.Contents) -> None:
     """By the schema that Altair carries; the converter itself is silent about a key that it does not know."""
-    assert {figure.kind for figure, _ in gathered.figures} >= {"feasibility", "recipes", "pareto", "context", "gpus"}
-    for figure, _ in gathered.figures:
+    assert {figure.kind for figure in figures.draw(gathered.pairs)} >= {
+        "feasibility",
+        "recipes",
+        "pareto",
+        "context",
+        "gpus",
+    }
+    for figure in figures.draw(gathered.pairs):
         altair.Chart.from_dict(figure.spec)
     with pytest.raises(Exception, match="colour"):
-        altair.Chart.from_dict(gathered.figures[0][0].spec | {"colour": "red"})
+        altair.Chart.from_dict(figures.draw(gathered.pairs)[0].spec | {"colour": "red"})
 
 
 def test_the_summary_to_paste(gathered: page.Contents) -> None:

@@ -179,13 +179,14 @@ def test_a_figures_file_has_a_title_and_the_notice_and_the_page_has_them_once(
     assert page.count(f">{title}<") == 1  # the caption's
     file = (Results(tmp_path).figures / "recipes_tiny_cpu.svg").read_text(encoding="utf-8")
     root = ElementTree.fromstring(file)
-    inner = root.find("{*}svg")
-    assert inner is not None
+    (inner,) = root.findall("{*}g[@transform]")
+    top = float(inner.attrib["transform"].removeprefix("translate(0,").removesuffix(")"))
     texts = root.findall("{*}g/{*}text")
     said = " ".join(text.text or "" for text in texts)
     assert said == " ".join(filter(None, (title, (notice or "").strip())))
-    assert max(float(text.attrib["y"]) for text in texts) < float(inner.attrib["y"])
-    assert float(root.attrib["height"]) == float(inner.attrib["y"]) + float(inner.attrib["height"])
+    assert max(float(text.attrib["y"]) for text in texts) < top
+    in_the_page = next(svg for svg in re.findall(r"<svg[^>]*>", page) if f'width="{root.attrib["width"]}"' in svg)
+    assert float(root.attrib["height"]) == top + grammar.size_of(in_the_page)[1]
     assert "#run=" not in file
 
 
@@ -462,7 +463,7 @@ def test_texts_show_predictions_with_their_errors_and_the_mean_of_these(tmp_path
         prior.parent.mkdir(parents=True)
         prior.write_text(f'{{"predicted_peak_memory_allocated_gib": {gib}, "predicted_step_time_seconds": 1.1}}')
     frame = handmade.frame(STUDY, tmp_path, *done)
-    contents = report.gather(STUDY, frame, draw=False)
+    contents = report.gather(STUDY, frame)
     mean = (
         "Mean absolute error of what was predicted before the runs: peak memory 20.0 % over 2 runs and step time 27.5 %"
     )
@@ -476,7 +477,7 @@ def test_texts_show_predictions_with_their_errors_and_the_mean_of_these(tmp_path
 
 
 def test_nothing_is_said_of_predictions_where_none_was_made(tmp_path: Path) -> None:
-    contents = report.gather(STUDY, handmade.frame(STUDY, tmp_path, *mixed()), draw=False)
+    contents = report.gather(STUDY, handmade.frame(STUDY, tmp_path, *mixed()))
     assert "predicted" not in summary.markdown(contents) + summary.terminal(contents)
 
 
@@ -502,7 +503,7 @@ def test_nodes_are_named_where_there_are_several(tmp_path: Path) -> None:
     assert "cpu × 2, context 128" in text
     assert "nodes" in [one["name"] for one in embedded_runs(page)["table"]]
     assert embedded_runs(page)["filters"].count("nodes") == 1
-    kinds = {figure.kind: figure for figure, _ in contents.figures}
+    kinds = {figure.kind: figure for figure in figures.draw(contents.pairs)}
     rows = kinds["feasibility"].spec["datasets"]["cells"]
     assert [(one["gpus"], one["second"].partition(",")[0]) for one in rows] == [
         (2, "1.00 s"),
@@ -525,7 +526,7 @@ def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, dige
         handmade.completed(p.run, 1.0, software=("a" if p.run.num_gpus == 2 else digest) * 64)
         for p in handmade.planned(study)
     ]
-    contents = report.gather(study, handmade.frame(study, tmp_path, *documents), draw=False)
+    contents = report.gather(study, handmade.frame(study, tmp_path, *documents))
     assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
 
 
@@ -558,13 +559,13 @@ def test_figures_do_not_choose_between_micro_batches_of_differing_software(tmp_p
             )
             for p in handmade.planned(study)
         ]
-        (one,) = report.gather(study, handmade.frame(study, root, *documents), draw=False).pairs
+        (one,) = report.gather(study, handmade.frame(study, root, *documents)).pairs
         assert {row["micro_batch"] for row in one.best_rows()} == {expected}
 
 
 def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:
     page, contents = over_nodes((1, 1), (2, 1), (4, 2), root=tmp_path)
-    kinds = {figure.kind: figure for figure, _ in contents.figures}
+    kinds = {figure.kind: figure for figure in figures.draw(contents.pairs)}
     assert "cpu × 4 on 2 nodes, context 128" in kinds["recipes"].title
     times = kinds["gpus"].spec["datasets"]["time"]
     assert {(one["recipe"], one["x"]) for one in times} == {
@@ -587,7 +588,7 @@ def test_nothing_speaks_of_nodes_where_each_run_is_on_one(tmp_path: Path) -> Non
     page, contents = over_nodes((1, 1), (2, 1), root=tmp_path)
     assert not re.search(r"on \d+ nodes", page.partition("<script")[0])
     assert "nodes" not in [one["name"] for one in embedded_runs(page)["table"]]
-    assert {one["gpus"] for one in contents.figures[0][0].spec["datasets"]["cells"]} == {1, 2}
+    assert {one["gpus"] for one in figures.draw(contents.pairs)[0].spec["datasets"]["cells"]} == {1, 2}
 
 
 def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
@@ -607,7 +608,8 @@ def test_predictions_stand_beside_what_was_measured(tmp_path: Path) -> None:
     assert column(found, "predicted_step_time_error_percent") == pytest.approx([25.0, 25.0])
     assert "predicted 2.50" in Text(page).text
     assert "predicted 0.600" in Text(page).text
-    (recipes,) = (f for f, _ in report.gather(STUDY, handmade.frame(STUDY, tmp_path)).figures if f.kind == "recipes")
+    pairs = report.gather(STUDY, handmade.frame(STUDY, tmp_path)).pairs
+    (recipes,) = (one for one in figures.draw(pairs) if one.kind == "recipes")
     assert {(m["predicted_memory"], m["predicted_time"]) for m in recipes.spec["datasets"]["marks"]} == {(0.6, 2.5)}
     assert "Predicted: 2.50 s, 0.600 GiB" in recipes.spec["datasets"]["marks"][0]["tip"]
 
@@ -703,7 +705,7 @@ FOUR = {"effective_batch_size": 4}
 
 
 def said(study: Config, root: Path, *documents: Record | Failure) -> tuple[Any, Any]:
-    contents = report.gather(study, handmade.frame(study, root, *documents), draw=False)
+    contents = report.gather(study, handmade.frame(study, root, *documents))
     return contents.recommendations, contents.defaults
 
 

@@ -359,6 +359,24 @@ def adapted_layers(settings: Mapping[str, Any], depth: int) -> Collection[int]:
     return range(depth) if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
 
 
+def check_layers(layout: Layout, depth: int) -> None:
+    """Checks the layers that methods of peft are to adapt.
+
+    Raises:
+        ModelError: for one that a model of this depth does not have.
+    """
+    for settings in json.loads(layout.peft or "[]"):
+        asked = settings.get("adapter_layers") or 0
+        beyond = [number for number in adapted_layers(settings, depth) if not 0 <= number < depth]
+        if beyond or (settings["method"] == "ADAPTION_PROMPT" and asked > depth):
+            raise ModelError(
+                "The model has no such layer to adapt",
+                where=f"techniques.{settings['method'].lower()}.{'layers_to_transform' if beyond else 'adapter_layers'}",
+                given=f"{beyond or asked}",
+                allowed=f"layers 0 to {depth - 1}" if beyond else f"at most {depth} layers",
+            )
+
+
 NAMING = (
     "target_modules",
     "exclude_modules",
@@ -611,6 +629,10 @@ def adapt(model: Any, layout: Layout, rank: int, stack: Stack) -> Any:
             adapted.set_adapter(list(configs))
     except Exception as error:
         raise ModelError("peft refuses these settings", where="techniques", given=one_line(error)) from None
+    for module in adapted.modules():  # peft makes those of the first method in the format of the weights
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                module._parameters[name] = torch.nn.Parameter(parameter.data.to(getattr(torch, layout.adapters)))
     return adapted
 
 

@@ -597,8 +597,8 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         weights = asked if asked in BYTES else "float32"
     autocast = half if mixed and not deepspeed and sharding != "fsdp" else None
     settings = recipe.get(peft or "", {})
-    # peft turns adapters to fp32 unless it is told not to, or mixes methods (peft/mixed_model.py)
-    in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure") and len(methods) < 2
+    # peft turns adapters to fp32 unless it is told not to; those of mixed methods are turned by techniques.peft_method
+    in_fp32 = settings.get("autocast_adapter_dtype", precision != "bf16_pure")
     adapters: Dtype = weights if (deepspeed or sharding == "fsdp" or not in_fp32) and half else "float32"
     rank = _number(settings, "r", 8, f"techniques.{peft}", least=1) if peft in ("lora", "qlora") else 0
     _check_settings(recipe, num_gpus)

@@ -35,6 +35,7 @@ from finetune_study.forecast.build import (
     Stack,
     build,
     check_expressions,
+    check_layers,
     find_stack,
     first_line,
     layer_kinds,
@@ -119,6 +120,7 @@ def _trace(layout: Layout) -> Profile:
     with torch.device("meta"):
         skeleton = build(config, torch.float32, "eager")
     check_expressions(skeleton, layout)
+    check_layers(layout, depth)
     kinds = layer_kinds(skeleton, layout)
     stack = find_stack(kinds)
     short = shorten(config, stack.traced)

@@ -26,21 +26,22 @@ def build(config: Config, cells: pl.DataFrame, results: Results, options: str = 
         options: of the commands that the report shows (`Study.options`).
     """
     contents = gather(config, cells, options)
-    drawn, svgs = [figure for figure, _ in contents.figures], [svg for _, svg in contents.figures]
-    figures.save(drawn, svgs, results.figures, config.report.notice)
-    save_tables(contents, results.tables)
-    write_atomically(results.summary, summary.markdown(contents))
-    write_atomically(results.report, page.render(contents))
+    drawn = figures.draw(contents.pairs)
+    for stale in (*results.figures.glob("*.svg"), *results.figures.glob("*.png")):
+        stale.unlink()
+    with figures.converting(drawn, results.figures, config.report.notice) as svgs:
+        save_tables(contents, results.tables)
+        write_atomically(results.summary, summary.markdown(contents))
+        write_atomically(results.report, page.render(contents, drawn, svgs))
 
 
-def gather(config: Config, cells: pl.DataFrame, options: str = "", *, draw: bool = True) -> page.Contents:
-    """Everything that the report says of a study; without its figures where only text is wanted."""
+def gather(config: Config, cells: pl.DataFrame, options: str = "") -> page.Contents:
+    """Everything that the report says of a study; its figures are drawn from that."""
     comparisons = table.compare(cells, table.baseline_of(config))
     rows = comparisons.to_dicts()
     recommendations = recommend.recommend(comparisons)
     defaults = recommend.defaults(recommendations)
     pairs = pair_module.pairs(config, rows, recommendations)
-    drawn = figures.draw(pairs) if draw else []
     return page.Contents(
         config=config,
         options=options,
@@ -50,7 +51,6 @@ def gather(config: Config, cells: pl.DataFrame, options: str = "", *, draw: bool
         recommendations=recommendations,
         defaults=defaults,
         pairs=pairs,
-        figures=list(zip(drawn, figures.svgs(drawn), strict=True)),
         claims=claims.check(rows),
         walks=_walks(pairs, defaults),
         costs=costs.costs(config, defaults, rows),
@@ -100,7 +100,9 @@ def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, f
     if (target, hardware) not in every:
         raise recommend.no_such_pair(target, hardware, every)
     drawn = figures.of_pair(every[target, hardware])
-    return figures.write(drawn, figures.svgs(drawn), folder, config.report.notice)
+    with figures.converting(drawn, folder, config.report.notice) as svgs:
+        list(svgs)
+    return figures.files_of(drawn, folder)
 
 
 def _earlier(config: Config, rows: list[Row]) -> Earlier | None:

@@ -4,10 +4,11 @@ import multiprocessing
 import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 from xml.sax.saxutils import escape
 
 import vl_convert
@@ -29,8 +30,6 @@ TITLE_SIZE, LINE_HEIGHT, MARGIN = 13, 18, 6
 WORTH_PROCESSES = 40
 """So many figures take longer to convert, a third of a second each, than other processes take to start."""
 
-T = TypeVar("T")
-U = TypeVar("U")
 OF_A_PAIR = (feasibility, recipes, parts, phases, pareto, context, gpus, long_context)
 
 
@@ -44,50 +43,49 @@ def of_pair(pair: Pair) -> list[Figure]:
     return [figure for maker in OF_A_PAIR for figure in maker(pair)]
 
 
-def svgs(figures: Sequence[Figure]) -> list[str]:
-    """Each as SVG."""
-    return _each(Figure.svg, figures)
+@contextmanager
+def converting(figures: Sequence[Figure], folder: Path, notice: str | None) -> Iterator[Iterator[str]]:
+    """Files of figures, .svg and .png, and the SVG of each for the page in turn, when all of them were taken.
 
+    Many are at work in other processes from the start, since the converter holds the interpreter's lock; those files
+    and texts are there at the end of the block at the latest.
 
-def _each(convert: Callable[[T], U], given: Sequence[T]) -> list[U]:
-    """The converter holds the interpreter's lock, so that threads would take turns."""
-    if len(given) < WORTH_PROCESSES:
-        return list(map(convert, given))
+    Args:
+        figures: in the order of the page.
+        folder: of the files.
+        notice: of the study; it stands below each title.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    convert = partial(_convert, folder=folder, notice=notice)
+    if len(figures) < WORTH_PROCESSES:
+        yield map(convert, figures)
+        return
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(convert, given, chunksize=4))
+        yield pool.map(convert, figures, chunksize=4)
 
 
-def _png(svg: str) -> bytes:
-    return bytes(vl_convert.svg_to_png(svg, scale=PNG_SCALE))
+def files_of(figures: Sequence[Figure], folder: Path) -> list[Path]:
+    """Where `converting` writes them."""
+    return [folder / f"{figure.name}{suffix}" for figure in figures for suffix in (".svg", ".png")]
 
 
-def save(figures: Sequence[Figure], drawn: Sequence[str], folder: Path, notice: str | None) -> None:
-    """Writes each figure as .svg and .png, and removes those of an earlier study."""
-    for stale in (*folder.glob("*.svg"), *folder.glob("*.png")):
-        stale.unlink()
-    write(figures, drawn, folder, notice)
-
-
-def write(figures: Sequence[Figure], drawn: Sequence[str], folder: Path, notice: str | None) -> list[Path]:
-    """Writes each figure as .svg and .png, with its title and below that the study's notice; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    alone = [_alone(svg, figure.title, notice) for figure, svg in zip(figures, drawn, strict=True)]
-    files = []
-    for figure, svg, png in zip(figures, alone, _each(_png, alone), strict=True):
-        svg_file, png_file = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
-        svg_file.write_text(svg, encoding="utf-8")
-        png_file.write_bytes(png)
-        files += [svg_file, png_file]
-    return files
+def _convert(figure: Figure, folder: Path, notice: str | None) -> str:
+    svg = figure.svg()
+    alone = _alone(svg, figure.title, notice)
+    svg_file, png_file = files_of([figure], folder)
+    svg_file.write_text(alone, encoding="utf-8")
+    png_file.write_bytes(vl_convert.svg_to_png(alone, scale=PNG_SCALE))
+    return svg
 
 
 def _alone(svg: str, title: str, notice: str | None) -> str:
     """A figure for a file of its own: no page to link into, and no caption around it, so that it has its title.
 
-    It is put around what is drawn already, since a conversion with the title would take as long again.
+    It is put around what is drawn already, since a conversion with the title would take as long again; as a group: an
+    <svg> within another makes the PNG take twice as long.
     """
-    inner = re.sub(r"^<\?xml[^>]*>\s*|</?a\b[^>]*>", "", svg)
+    marks = re.sub(r"^.*?<svg\b[^>]*>|</?a\b[^>]*>|</svg>\s*$", "", svg, flags=re.DOTALL)
     width, height = size_of(svg)
     lines = _lines(title, width, bold=True, fill=INK) + _lines(notice or "", width, bold=False, fill=MEMORY)
     top = LINE_HEIGHT * len(lines) + LINE_HEIGHT // 2
@@ -99,7 +97,7 @@ def _alone(svg: str, title: str, notice: str | None) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height + top}" '
         f'viewBox="0 0 {width} {height + top}"><rect width="100%" height="100%" fill="{PAPER}"/>'
         f'<g font-family="{FONT}" font-size="{TITLE_SIZE}">{texts}</g>'
-        f'{inner.replace("<svg ", f"""<svg y="{top}" """, 1)}</svg>'
+        f'<g transform="translate(0,{top})">{marks}</g></svg>'
     )
 
 

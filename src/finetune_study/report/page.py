@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -79,8 +80,6 @@ class Contents:
     recommendations: list[Recommendation]
     defaults: list[Default]
     pairs: list[Pair]
-    figures: list[tuple[Figure, str]]
-    """Each with its SVG."""
     claims: list[Claim]
     walks: list[Walk]
     costs: list[Row]
@@ -114,8 +113,14 @@ class Beyond:
         return [(*key, contexts) for key, contexts in found.items()]
 
 
-def render(contents: Contents) -> str:
-    """The page as HTML; every text that comes from a run, a name or a log is escaped."""
+def render(contents: Contents, figures: Sequence[Figure], svgs: Iterable[str]) -> str:
+    """The page as HTML; every text that comes from a run, a name or a log is escaped.
+
+    Args:
+        contents: what it says.
+        figures: in its order.
+        svgs: of each figure; asked for last, since they may still be drawn.
+    """
     package = resources.files(__package__)
     template = _templates().from_string((package / TEMPLATE).read_text(encoding="utf-8"))
     script = (package / SCRIPT).read_text(encoding="utf-8")
@@ -140,8 +145,6 @@ def render(contents: Contents) -> str:
         max_rows=MAX_ROWS,
         paper_rows=PAPER_ROWS,
         open_walks=OPEN_WALKS,
-        # Vega escapes what it writes.
-        figures=[(figure, Markup(for_page(svg)), grammar.size_of(svg)) for figure, svg in contents.figures],
         num_pairs=len(contents.pairs),
         num_drawn=len(pair_module.drawn(contents.pairs)),
         targets=[*dict.fromkeys(pair.target for pair in contents.pairs)],
@@ -171,6 +174,10 @@ def render(contents: Contents) -> str:
         comparison_definitions={name: meaning for name, (_, meaning) in table.COLUMNS.items()},
         script=Markup(script),  # a file of this package
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        # Vega escapes what it writes.
+        figures=[
+            (figure, Markup(for_page(svg)), grammar.size_of(svg)) for figure, svg in zip(figures, svgs, strict=True)
+        ],
     )
 
 

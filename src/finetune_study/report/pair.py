@@ -8,7 +8,7 @@ from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.table import Row, completed_everywhere, micro_batch_order, one_kind
 
-MAX_PAIRS = 24
+MAX_PAIRS = 12
 """Pairs of target and hardware that are drawn, those with most runs first; `finetune-study figures` draws any other."""
 
 Devices = tuple[int, int]

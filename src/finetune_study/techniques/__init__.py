@@ -163,7 +163,7 @@ def number_format(recipe: Techniques) -> str | None:
     return next((found for found in formats if found), None)
 
 
-def why_not_run(run: "Run") -> str | None:
+def why_not_run(recipe: Techniques, run: "Run") -> str | None:
     """Why a run's techniques can't do this very run, whatever the hardware; None when nothing speaks against it."""
-    reasons = (technique.why_not_run(run) for technique in run.parsed_techniques.values())
+    reasons = (technique.why_not_run(run) for technique in recipe.values())
     return next((reason for reason in reasons if reason), None)

@@ -8,6 +8,7 @@ from finetune_study.techniques.precision import Bf16Pure, is_deepspeed
 
 if TYPE_CHECKING:
     from finetune_study.run import Run
+    from finetune_study.techniques.base import Recipe
 
 MIXED = frozenset({"lora", "loha", "lokr", "oft"})
 """Those that peft trains together on one model (peft.tuners.mixed.COMPATIBLE_TUNER_TYPES; AdaLoRA stands there too, but
@@ -61,19 +62,23 @@ class PeftMethod(Technique):
         return in_format_of_training(model, run)
 
 
+def format_of_training(recipe: "Recipe") -> str | None:
+    """torch's name for the format of trained weights beside peft; None where DeepSpeed steps copies of its own."""
+    if is_deepspeed(recipe):
+        return None
+    return "bfloat16" if Bf16Pure.name in recipe else "float32"
+
+
 def in_format_of_training(model: Any, run: "Run") -> Any:
     """The model with what is trained in fp32, or in bf16 where that is pure: peft makes some of it one way, some the
     other, and torch scales no losses of weights in fp16 (Attempting to unscale FP16 gradients).
-
-    DeepSpeed keeps copies of its own in the format that it steps.
     """
     import torch
 
-    if not is_deepspeed(run.parsed_techniques):
-        dtype = torch.bfloat16 if Bf16Pure.name in run.parsed_techniques else torch.float32
+    if asked := format_of_training(run.parsed_techniques):
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+                parameter.data = parameter.data.to(getattr(torch, asked))
     return model
 
 
