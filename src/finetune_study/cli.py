@@ -92,7 +92,8 @@ def status(
     config: ConfigFile = None,
     results: ResultsFolder = RESULTS,
     ledger: Annotated[Path | None, typer.Option(help="The executor's ledger.jsonl.")] = None,
-    watch: Annotated[float | None, typer.Option(help="Look again every so many seconds, until Ctrl-C.", min=1)] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="Seconds between two looks of `--watch`.", min=1)] = 30,
 ) -> None:
     """Say how the study stands: runs by status, jobs and why they wait, GPU-hours, the last failures."""
     from rich.live import Live
@@ -107,8 +108,8 @@ def status(
     console.print(look(), soft_wrap=True)
     try:
         with Live(console=console, auto_refresh=False) as live:
-            while watch is not None:
-                time.sleep(watch)
+            while watch:
+                time.sleep(every)
                 if console.is_terminal:
                     live.update(look(), refresh=True)
                 else:  # a log: one look after the other

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from finetune_study import record
+from finetune_study import facts, record
 from finetune_study.errors import RecordError
 from finetune_study.run import Run
 from finetune_study.states import STATES
@@ -33,7 +33,7 @@ SQUEUE_SECONDS = 20
 """A controller that does not answer by then is left out."""
 LAST_FAILURES = 5
 LISTED = 20
-"""Works that are listed of those whose reason may clear; all are counted."""
+"""Works that are listed of those whose reason may clear, and runs that began; all are counted."""
 
 NEVER_CLEARS = {
     "PartitionTimeLimit": "the job asks for more time than the partition allows: lower protocol.time_limit_minutes",
@@ -102,6 +102,18 @@ class InQueue:
     elapsed: str
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A run whose supervisor left notes of a try and no end of it: it goes on, or was killed with all its processes."""
+
+    run_id: str
+    about: record.About
+    num_steps: int
+    """That its first rank has told."""
+    last_written: float
+    """When anything of it was, seconds since 1970."""
+
+
 Work = tuple[Submitted, InQueue | None]
 """A work, and what SLURM says of its job; None where it says nothing."""
 
@@ -112,6 +124,8 @@ class Status:
 
     counts: list[tuple[str, int]]
     open: list[Work]
+    begun: list[Begun]
+    """Beside the works above, of whose jobs SLURM speaks."""
     failures: list[record.Failure]
     """The last of them, the newest first."""
     num_failures: int
@@ -121,6 +135,7 @@ class Status:
     """Of the runs without an outcome; None where nothing is known that they could be compared with."""
     num_left: int
     driver: str
+    """Of the executor; empty where none has been at work."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -139,10 +154,12 @@ def look(
     runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
     states = [_state(document) for document in runs.values()]
     used, expected = _gpu_hours(study, runs)
+    submitted = {job.name for job in jobs}
     failures = sorted((d for d in runs.values() if isinstance(d, record.Failure)), key=lambda one: one.started_at or "")
     return Status(
         counts=[(state, Counter(states)[state]) for state in STATES if state in states],
         open=[(job, seen.get(job.slurm_id or "")) for job in jobs],
+        begun=[one for one in _begun(study, runs) if one.run_id not in submitted],
         failures=failures[-LAST_FAILURES:][::-1],
         num_failures=len(failures),
         used_gpu_hours=used,
@@ -167,6 +184,17 @@ def _read(study: Study, run_id: str, problems: list[str]) -> Document:
     except RecordError as error:
         problems.append(str(error).replace("\n", " "))
     return None
+
+
+def _begun(study: Study, runs: Mapping[str, Document]) -> Iterator[Begun]:
+    for run_id, document in runs.items():
+        paths = study.results.run(run_id)
+        about = None if isinstance(document, record.Record) else record.read_about(paths)
+        if about is None or (document is not None and (document.started_at or "") >= (about.started_at or "")):
+            continue
+        steps = facts.read(paths.rank_facts(0)).get("steps", [])
+        written = [path.stat().st_mtime for path in (paths.log, *paths.scratch.glob("*")) if path.exists()]
+        yield Begun(run_id, about, len(steps), max(written, default=0.0))
 
 
 def _state(document: Document) -> str:
@@ -266,11 +294,14 @@ def _number(value: object) -> float | None:
 
 
 def _driver(lock: Path) -> str:
-    """Who is at work: the executor writes it into its lock, which outlives it; a process of this host is looked for."""
+    """Who submits jobs: the executor writes it into its lock, which outlives it; a process of this host is looked for.
+
+    Empty where none ever did, as in a study that runs without SLURM.
+    """
     try:
         said = lock.read_text(encoding="utf-8").strip()
     except OSError:
-        return "no driver has been at work here"
+        return ""
     words = said.split()
     if len(words) != 4 or words[3] != os.uname().nodename:
         return f"last driver: {said}" if said else "no driver is at work"
@@ -350,7 +381,10 @@ def render(status: Status, now: float | None = None) -> Group:
             f"of {runs(status.num_left)} still to come: {expected}"
         )
     )
-    parts.append(Text(status.driver))
+    if status.driver:
+        parts.append(Text(status.driver))
+    if status.begun:
+        parts += _tries(status.begun, now)
     if status.open:
         parts += _works(status.open, now)
     if status.num_failures > len(status.failures):
@@ -361,6 +395,22 @@ def render(status: Status, now: float | None = None) -> Group:
         parts += [Text(f"    {line}", style="dim") for line in tail]
     parts += [Text(problem, style="yellow") for problem in status.problems]
     return Group(*parts)
+
+
+def _tries(begun: list[Begun], now: float) -> Iterator[Text]:
+    yield Text(f"{runs(len(begun))} begun and not ended; what has written nothing for long was killed:")
+    for one in sorted(begun, key=lambda one: -one.last_written)[:LISTED]:
+        parts = [f"try {one.about.attempt}", f"on {one.about.environment.get('host', 'an unknown host')}"]
+        if one.about.started_at is not None:
+            parts.append(f"for {_ago(datetime.datetime.fromisoformat(one.about.started_at).timestamp(), now)}")
+        parts += [f"{one.num_steps} steps", f"wrote {_ago(one.last_written, now)} ago"]
+        yield Text(f"  {one.run_id}\n    {', '.join(parts)}")
+    if len(begun) > LISTED:
+        yield Text(f"  and {len(begun) - LISTED:,} more")
+
+
+def _ago(at: float, now: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=max(0, int(now - at)))
 
 
 def _works(works: list[Work], now: float) -> Iterator[Any]:
@@ -391,7 +441,7 @@ def _told(job: Submitted, seen: InQueue | None, now: float) -> Text:
     if seen:
         parts += [f"({seen.reason})"] if _pending_reason(seen) else [seen.reason, seen.elapsed]
     if job.submitted_at is not None:
-        parts.append(f"submitted {datetime.timedelta(seconds=max(0, int(now - job.submitted_at)))} ago")
+        parts.append(f"submitted {_ago(job.submitted_at, now)} ago")
     return Text(f"  {job.name}\n    {', '.join(filter(None, parts))}")
 
 

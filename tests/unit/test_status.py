@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from finetune_study import status
+from finetune_study import facts, record, status
 from finetune_study.record import Failure, Record
 from finetune_study.status import InQueue, Status
 from finetune_study.study import Study
@@ -72,7 +72,7 @@ def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> 
     seen = status.look(study(tmp_path, handmade.completed(LORA, 1.0)), tmp_path / "none.jsonl", no_slurm)
     assert seen.counts == [("completed", 1), ("not_run", 1)]
     assert (seen.used_gpu_hours, seen.expected_gpu_hours, seen.num_left) == (0.01, 0.01, 1)
-    assert seen.driver == "no driver has been at work here"
+    assert seen.driver == ""
     assert "2 runs: 1 completed, 1 not run" in shown(seen)
     assert "GPU-hours: 0.0100 used by the last try of each run; of 1 run still to come: about 0.0100" in shown(seen)
 
@@ -272,7 +272,7 @@ def test_watch_looks_again_until_it_is_stopped(tmp_path: Path) -> None:
         "protocol": {"num_untimed_steps": 1, "num_timed_steps": 3},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "finetune_study.cli", "status", "-c", "config.yaml", "--watch", "1"]
+    command = [sys.executable, "-m", "finetune_study.cli", "status", "-c", "config.yaml", "--watch", "--every", "1"]
     variables = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=variables) as watching:
         assert watching.stdout is not None
@@ -282,3 +282,40 @@ def test_watch_looks_again_until_it_is_stopped(tmp_path: Path) -> None:
         watching.send_signal(signal.SIGINT)
         watching.stdout.read()
     assert watching.returncode == 0
+
+
+def begin(one: Study, run_id: str, started_at: str) -> None:
+    """What a supervisor and its first rank leave while a run goes on."""
+    paths = one.results.run(run_id)
+    paths.scratch.mkdir(parents=True)
+    record.write_about(paths, record.About(2, started_at, environment={"host": "a100-1"}))
+    told = facts.Facts(paths.rank_facts(0))
+    for step in range(3):
+        told.append("steps", {"step": step, "seconds": 0.5})
+    for path in paths.scratch.iterdir():
+        os.utime(path, (NOW - 5, NOW - 5))
+
+
+def test_a_run_that_goes_on_is_seen_without_a_ledger_and_whether_it_still_writes(tmp_path: Path) -> None:
+    one = study(tmp_path, handmade.failure(FULL).model_copy(update={"started_at": "1970-01-12T13:00:00+00:00"}))
+    begin(one, FULL.run_id, "1970-01-12T13:45:40+00:00")
+    text = shown(status.look(one, tmp_path / "none.jsonl", no_slurm))
+    assert "1 run begun and not ended" in text
+    assert f"  {FULL.run_id}\n    try 2, on a100-1, for 0:01:00, 3 steps, wrote 0:00:05 ago\n" in text
+    assert "driver" not in text
+
+
+def test_notes_of_a_try_that_ended_or_that_slurm_speaks_of_are_no_run_that_goes_on(tmp_path: Path) -> None:
+    at = "1970-01-12T13:45:40+00:00"
+    failed = handmade.failure(FULL).model_copy(update={"started_at": at})
+    one = study(tmp_path, failed, handmade.completed(LORA, 1.0))
+    begin(one, FULL.run_id, at)  # what the ranks told stays beside a failure
+    begin(one, LORA.run_id, at)
+    assert status.look(one, tmp_path / "none.jsonl", no_slurm).begun == []
+
+    again = study(tmp_path / "again")
+    begin(again, FULL.run_id, at)
+    jobs = ledger(tmp_path, intent(FULL.run_id, "t1"), submitted("t1", "41"))
+    seen = status.look(again, jobs, no_slurm)
+    assert (len(seen.open), seen.begun) == (1, [])
+    assert [run.run_id for run in status.look(again, tmp_path / "none.jsonl", no_slurm).begun] == [FULL.run_id]
