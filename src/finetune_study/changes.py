@@ -46,14 +46,15 @@ def read(path: Path) -> pl.DataFrame:
         StudyError: when the file can't be read, or is no table of outcomes.
     """
     try:
-        found = pl.read_parquet(path)
+        with path.open("rb") as stream:  # of a folder polars would read all that it holds
+            found = pl.read_parquet(stream)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise StudyError(
             "The earlier study's outcomes can't be read",
             where=str(path),
-            given=str(error).splitlines()[0],
+            given=getattr(error, "strerror", None) or str(error).splitlines()[0],
             allowed="an outcomes.parquet that finetune-study wrote",
-            do="name it in report.earlier_outcomes",
+            do="name it in report.earlier_outcomes, or give it to `compare`",
         ) from None
     if "nodes" not in found.columns:  # of a version whose runs were on one node
         found = found.with_columns(nodes=pl.lit(1))
@@ -85,8 +86,17 @@ def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:
     words = ", ".join(f"{counts[name]} {name}" for name in ORDER if counts[name])
     if unknown := Counter(one["why"] for one in changed if one["change"] == "not known"):
         words += f" ({'; '.join(f'{why}: {number}' for why, number in unknown.most_common())})"
+    words = words or _why_none(now, [*then.values()])
     summary = f"{len(changed)} of {len(now)} configurations are in both" + (f": {words}" if words else "")
     return Earlier(path, summary, changed)
+
+
+def _why_none(now: list[Row], then: list[Row]) -> str:
+    """In what two studies that have no configuration in common have none: as with another study's file."""
+    if not now or not then:
+        return f"{'the earlier one' if now else 'this one'} has no runs"
+    apart = [name for name in CONFIGURATION if not {row[name] for row in now} & {row[name] for row in then}]
+    return f"they have no {table.joined(apart)} in common" if apart else ""
 
 
 def of_files(now: Path, earlier: Path) -> Earlier:

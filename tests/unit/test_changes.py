@@ -137,3 +137,20 @@ def test_outcomes_from_before_there_were_nodes_are_of_one(tmp_path: Path) -> Non
 def test_a_forecast_is_not_an_earlier_answer(tmp_path: Path) -> None:
     skipped = [Record(run=RUNS["full", n], ending=Ending(status="predicted_oom")) for n in (1, 2, 3)]
     assert compared(tmp_path, timed("full", 1.0, 1.0, 1.0), skipped)["full"][0] == "not known"
+
+
+def test_a_file_of_another_study_is_told_by_what_they_do_not_share(tmp_path: Path) -> None:
+    now = outcomes(tmp_path / "now", *timed("full", 1.0))
+    assert changes.of_files(now, outcomes(tmp_path / "then", *timed("lora", 1.0))).summary == (
+        "0 of 1 configurations are in both: they have no recipe in common"
+    )
+    (tmp_path / "empty").mkdir()
+    empty = outcomes(tmp_path / "empty")
+    assert changes.of_files(now, empty).summary.endswith("in both: the earlier one has no runs")
+    assert changes.of_files(empty, now).summary.endswith("in both: this one has no runs")
+
+
+def test_a_folder_is_no_file_of_outcomes(tmp_path: Path) -> None:
+    outcomes(tmp_path / "now", *timed("full", 1.0))
+    with pytest.raises(StudyError, match="Is a directory"):
+        changes.read(tmp_path / "now")

@@ -131,7 +131,7 @@ def test_a_click_anywhere_in_a_row_opens_its_run(opened: Opened) -> None:
     page.locator("#panel").wait_for()
     assert page.locator("#panel-title").inner_text() == opened.column("Run")[2]
     page.keyboard.press("Escape")
-    assert page.evaluate("location.hash") == "#runs"
+    page.wait_for_function("location.hash === '#runs'")
 
 
 def test_the_script_writes_numbers_as_the_rest_of_the_report_does(opened: Opened) -> None:

@@ -17,7 +17,7 @@ from finetune_study.errors import StudyError
 from finetune_study.paths import Results
 from finetune_study.record import Failure, Record
 from finetune_study.report import costs, figures, grammar, page, pair, scaling, summary, tables, tradeoff
-from finetune_study.report.answer import answer
+from finetune_study.report.answer import answer, longest
 from finetune_study.states import STATES
 from tests.unit import handmade
 
@@ -688,17 +688,51 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
             or (run.sequence_length == 256 and run.num_gpus > 1 and run.recipe == "lora" and run.target != names[0])
         )
         documents.append(handmade.completed(run, 1.0) if fits else handmade.out_of_memory(run))
-    (_, beyond, cost) = answer(*said(study, tmp_path, *documents))
+    recommendations, defaults = said(study, tmp_path, *documents)
+    (_, beyond, cost) = answer(recommendations, defaults)
     assert beyond.endswith(
+        " The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
+        "on cpu."
+    )
+    found = {target: (at.num_gpus, recipe) for (target, _), (at, recipe) in longest(recommendations).items()}
+    assert found == {"tiny-1": (1, "full"), **dict.fromkeys(names[1:-1], (2, "lora"))}
+    two = [one for one in recommendations if one.target in names[:2]]
+    assert answer(two, defaults[:2])[1].endswith(
         " The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
-        "(lora); 256 for tiny-3 on cpu × 2 (lora); 256 for tiny-4 on cpu × 2 (lora); and 1 more pair of model and "
-        "hardware."
+        "(lora)."
     )
     assert cost.startswith("An epoch, one pass over the training data, costs ")
     (_, beyond, _) = answer(
         *said(study, tmp_path / "none", *(handmade.out_of_memory(d.run) for d in handmade.planned(study)))
     )
     assert "longest context" not in beyond
+
+
+def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is(tmp_path: Path) -> None:
+    """Whatever the answer leaves out, the table below it says of each pair."""
+    entry = {"device": "cpu", "memory_gib": 1.0}
+    block = {"targets": ["tiny", "small"], "hardware": ["old", "new"], "recipes": ["full", "lora"]}
+    study = handmade.study(
+        models={"tiny": handmade.LLAMA, "small": handmade.LLAMA},
+        hardware={"old": entry, "new": entry},
+        grid=[block | {"sequence_length": 128}],
+    )
+    seconds = {("small", "new"): {"full": 1.0, "lora": 2.0}}
+    documents = [
+        handmade.out_of_memory(run)
+        if (run.target, run.hardware.name) == ("small", "old")
+        else handmade.completed(
+            run, seconds.get((run.target, run.hardware.name), {"full": 2.0, "lora": 1.0})[run.recipe]
+        )
+        for run in (one.run for one in handmade.planned(study))
+    ]
+    (first, _, _) = answer(*said(study, tmp_path, *documents))
+    assert first == (
+        "The fastest recipe that fits is lora for tiny on old and new; full for small on new; none can be named for "
+        "small on old (nothing that was tried fits). Of these 3 defaults: 3 with too few data for a ranking."
+    )
+    text = " ".join(Text(built(study, tmp_path, *documents)).text.split())
+    assert "tiny on old × 1 context 128 lora too few data" in text
 
 
 FOUR = {"effective_batch_size": 4}

@@ -1,15 +1,29 @@
 """The question, and its answer in three parts, each of a sentence or two."""
 
 from collections import Counter
+from collections.abc import Iterable
 
-from finetune_study.recommend import Default, Recommendation
+from finetune_study.recommend import Default, Recommendation, Verdict
 from finetune_study.table import devices, joined, show
 
 QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
 MAX_NAMED = 4
 """Recipes that a sentence names with their targets; of a tie, so many others."""
+MAX_DETAILED = 3
+"""Pairs of model and hardware of which the answer says all; of more the table below it does."""
 MAX_STEPS = 3
 """Missing runs, and other things to do, that a sentence names."""
+
+
+TIED = "in a tie by median, unless one nearly as fast takes much less memory"
+_HOW_SURE: dict[Verdict, str] = {
+    "ranked": "ranked above every other that fits",
+    "only_one_fits": "the only one that fits",
+    "too_few_data": "with too few data for a ranking",
+    "contradictory": "beside others whose repeats contradict each other",
+    "tie": TIED,
+}
+"""Of defaults that are counted, by verdict."""
 
 
 def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
@@ -31,21 +45,39 @@ def _default(defaults: list[Default]) -> str:
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
+    detailed = len(defaults) <= MAX_DETAILED
     parts = [
-        f"{recipe} for {joined(_where_and_how_sure(one) for one in some[:3])}{_more(some[3:])}"
+        f"{recipe} for {joined(map(_where_and_how_sure, some)) if detailed else _places(map(_pair, some))}"
         for recipe, some in ranked[:MAX_NAMED]
     ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
-    verdicts = {one.recommendation.verdict for one in named}
-    doubt = " (in a tie by median, unless one nearly as fast takes much less memory)" if "tie" in verdicts else ""
+    verdicts = Counter(one.recommendation.verdict for one in named)
+    doubt = f" ({TIED})" if detailed and verdicts["tie"] else ""
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
-    return f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}."
+    sure = ", ".join(f"{verdicts[name]} {words}" for name, words in _HOW_SURE.items() if verdicts[name])
+    how_sure = "" if detailed else f" Of these {len(named)} defaults: {sure}."
+    return f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}.{how_sure}"
 
 
 def _where(one: Default) -> str:
     return f"{one.target} on {one.hardware}"
+
+
+def _pair(one: Default | Recommendation) -> tuple[str, str]:
+    return one.target, one.hardware
+
+
+def _places(pairs: Iterable[tuple[str, str]]) -> str:
+    """Models and hardware, those on the same hardware named together."""
+    hardware: dict[str, list[str]] = {}
+    for target, name in pairs:
+        hardware.setdefault(target, []).append(name)
+    targets: dict[tuple[str, ...], list[str]] = {}
+    for target, names in hardware.items():
+        targets.setdefault(tuple(names), []).append(target)
+    return ", ".join(f"{_named(some)} on {_named([*names])}" for names, some in targets.items())
 
 
 def _where_and_how_sure(one: Default) -> str:
@@ -103,28 +135,39 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> s
     what = joined(f"{name} ({n} times)" for name, n in added.most_common(3))
     text = f"Where a default does not fit ({len(beyond)} of {settings}), "
     text += f"another recipe does in {saved}, mostly by adding {what}" if added else "no other recipe is known to"
-    all_told = f". In {nothing} of all {settings} nothing that was tried fits." if nothing else "."
+    all_told = f". In {nothing} of all {len(recommendations)} nothing that was tried fits." if nothing else "."
     return text + all_told
 
 
-def _longest(recommendations: list[Recommendation]) -> str:
-    """The longest context that fits each model on each hardware, on the fewest GPUs that it does on."""
+def longest(recommendations: list[Recommendation]) -> dict[tuple[str, str], tuple[Recommendation, str]]:
+    """The longest context that fits each model on each hardware, on the fewest GPUs that it does on, and a recipe."""
     found: dict[tuple[str, str], Recommendation] = {}
     for one in recommendations:
         if any(evidence.fits for evidence in one.evidence):
-            pair = one.target, one.hardware
-            found[pair] = min(found.get(pair, one), one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
+            best = found.get(_pair(one), one)
+            found[_pair(one)] = min(best, one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
+    # Where none can be named, as of runs that are not compared, the first that fits shows that one does.
+    return {
+        pair: (at, at.recipe or next(evidence.recipe for evidence in at.evidence if evidence.fits))
+        for pair, at in found.items()
+    }
+
+
+def _longest(recommendations: list[Recommendation]) -> str:
+    found = longest(recommendations)
     if not found:
         return ""
-    # Where none can be named, as of runs that are not compared, the first that fits shows that one does.
-    named = [
-        f"{at.sequence_length} for {target} on {devices(hardware, at.num_gpus, at.nodes)} "
-        f"({at.recipe or next(evidence.recipe for evidence in at.evidence if evidence.fits)})"
-        for (target, hardware), at in [*found.items()][:MAX_NAMED]
-    ]
-    rest = len(found) - len(named)
-    beside = f"; and {rest} more {'pair' if rest == 1 else 'pairs'} of model and hardware" if rest else ""
-    return f" The longest context that is known to fit is {'; '.join(named)}{beside}."
+    if len(found) <= MAX_DETAILED:
+        named = [
+            f"{at.sequence_length} for {target} on {devices(hardware, at.num_gpus, at.nodes)} ({recipe})"
+            for (target, hardware), (at, recipe) in found.items()
+        ]
+    else:
+        contexts: dict[int, list[tuple[str, str]]] = {}
+        for pair, (at, _) in found.items():
+            contexts.setdefault(at.sequence_length, []).append(pair)
+        named = [f"{length} for {_places(pairs)}" for length, pairs in sorted(contexts.items(), reverse=True)]
+    return f" The longest context that is known to fit is {'; '.join(named)}."
 
 
 def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
@@ -147,14 +190,14 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
         "that nothing fits": verdicts["nothing_fits"],
     }
     found = ", ".join(f"{number} {words}" for words, number in counts.items() if number)
-    sure = f"{len(recommendations)} {'verdict' if len(recommendations) == 1 else 'verdicts'}: {found}"
+    sure = f"{len(recommendations)} {'verdict' if len(recommendations) == 1 else 'verdicts'}: {found}."
     if dollars:
         cost = _range([(f"{show(value)} US dollars", place) for value, place in dollars])
     elif hours:
         cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
     else:
-        return f"What an epoch costs is not known yet. {sure}{_settled_by(defaults)}."
-    return f"An epoch, one pass over the training data, costs {cost}. {sure}{_settled_by(defaults)}."
+        return f"What an epoch costs is not known yet. {sure}{_settled_by(defaults)}"
+    return f"An epoch, one pass over the training data, costs {cost}. {sure}{_settled_by(defaults)}"
 
 
 _OPEN = frozenset({"too_few_data", "no_data", "contradictory", "not_comparable"})
@@ -176,7 +219,7 @@ def _settled_by(defaults: list[Default]) -> str:
     if not steps:
         return ""
     rest = f"; and {len(steps) - MAX_STEPS} more" if len(steps) > MAX_STEPS else ""
-    return f"; what would settle the defaults that are open: {'; '.join(steps[:MAX_STEPS])}{rest}"
+    return f" What would settle the defaults that are open: {'; '.join(steps[:MAX_STEPS])}{rest}."
 
 
 def _range(values: list[tuple[str, str]]) -> str:

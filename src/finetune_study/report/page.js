@@ -128,8 +128,8 @@ function start(study) {
   const anchor = (run) => `#run=${encodeURIComponent(run)}`;
   const badge = (state) => {
     const known = study.states[state] ?? { words: state, symbol: "", tone: "none" };
-    const made = element("span", ` ${known.words}`, { class: `badge ${known.tone}` });
-    made.prepend(element("span", known.symbol, { "aria-hidden": "true" }));
+    const made = element("span", undefined, { class: `badge ${known.tone}` });
+    made.append(element("span", known.symbol, { "aria-hidden": "true" }), element("span", ` ${known.words}`, { class: "words" }));
     return made;
   };
 

@@ -21,7 +21,7 @@ from finetune_study.config import Config
 from finetune_study.recommend import MIN_NODES, MIN_REPEATS, VERDICTS, Default, Elsewhere, Recommendation
 from finetune_study.report import costs, embedded, grammar, tables
 from finetune_study.report import pair as pair_module
-from finetune_study.report.answer import QUESTION, answer
+from finetune_study.report.answer import QUESTION, answer, longest
 from finetune_study.report.grammar import Figure
 from finetune_study.report.pair import Pair
 from finetune_study.table import SETTING, Row, show
@@ -62,6 +62,14 @@ _ENVIRONMENT = [
     "lock_sha256",
     "commit",
 ]
+
+_VERSIONS = {
+    "gpu_name": "",
+    "torch_version": "torch",
+    "transformers_version": "transformers",
+    "deepspeed_version": "DeepSpeed",
+}
+"""Columns that are named at the top of the page, and the words before them."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,7 @@ def render(contents: Contents, figures: Sequence[Figure], svgs: Iterable[str]) -
         states=states.STATES,
         counts=states.counts(cells["state"]),
         defaults=contents.defaults,
+        longest=longest(contents.recommendations),
         beyond=[Beyond(one) for one in contents.defaults if one.elsewhere],
         recommendations=contents.recommendations,
         verdicts=VERDICTS,
@@ -169,6 +178,7 @@ def render(contents: Contents, figures: Sequence[Figure], svgs: Iterable[str]) -
         environments=_environments(cells),
         mixed_provenance=mixed_provenance(cells),
         stacks=stacks(cells),
+        versions=versions(cells),
         sources=_sources(cells),
         definitions={name: meaning for name, (_, meaning) in COLUMNS.items()},
         comparison_definitions={name: meaning for name, (_, meaning) in table.COLUMNS.items()},
@@ -216,6 +226,15 @@ def stacks(cells: pl.DataFrame) -> list[dict[str, Any]]:
         .agg(pl.col("hardware").unique(maintain_order=True), num_runs=pl.len())
         .to_dicts()
     )
+
+
+def versions(cells: pl.DataFrame) -> list[str]:
+    """Kinds of device and versions of the libraries that completed runs were measured with."""
+    completed = cells.filter(pl.col("state") == "completed")
+    seen = {
+        words: completed[name].drop_nulls().unique(maintain_order=True).to_list() for name, words in _VERSIONS.items()
+    }
+    return [f"{words} {' and '.join(values)}".strip() for words, values in seen.items() if values]
 
 
 def _environments(cells: pl.DataFrame) -> list[dict[str, Any]]:
