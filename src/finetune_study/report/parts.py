@@ -117,7 +117,8 @@ def _phase(phase: str, order: list[str], largest: float, *, first: bool) -> Spec
 def _peaks(row: Row) -> dict[str, Any]:
     values = {phase: row[_measured(phase)] for phase in PHASES}
     labels = {f"{phase}_label": show(value) for phase, value in values.items()}
-    return values | labels | {"peak": max(PHASES, key=lambda phase: values[phase] or 0.0)}
+    said = tip(row, *((phase.capitalize(), show(value, "GiB")) for phase, value in values.items() if value is not None))
+    return values | labels | {"tip": said, "peak": max(PHASES, key=lambda phase: values[phase] or 0.0)}
 
 
 def _mark(row: Row, most: float) -> dict[str, Any]:
