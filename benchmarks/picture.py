@@ -25,7 +25,7 @@ def main() -> None:
         report.build(config, cells.of_outcomes(planned, results), results)
         with sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1280, "height": 2150})
+            page = browser.new_page(viewport={"width": 1280, "height": 2290})
             page.goto(f"file://{results.report}")
             page.wait_for_selector("html[data-ready]")
             page.select_option("#pick-target", SHOWN)

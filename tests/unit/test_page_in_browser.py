@@ -279,6 +279,12 @@ def test_a_narrow_window_scrolls_in_one_direction_alone(browser: Any, page_file:
     phone = Opened(browser, page_file, viewport=PHONE)
     assert phone.page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     phone.screenshot("phone")
+    rows = phone.page.locator("#table .scroll")
+    rows.evaluate("(it) => { it.scrollLeft = 500; }")
+    status = phone.page.locator("#rows td").first.bounding_box()
+    assert status["x"] == rows.bounding_box()["x"], "it stays in sight"
+    assert status["width"] < 80, "a symbol, which leaves room for the others"
+    assert phone.page.locator("#rows a").first.get_attribute("aria-label").startswith("out of memory: llama2-7b")
     assert phone.complaints == []
     phone.page.close()
 
@@ -301,7 +307,12 @@ def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     assert "Every column of the comparisons" in text
     assert "Not on paper: all of them are in tables/recommendations.csv" in text
     assert re.search(r"Setting\s+Recommended\s+Verdict\s+Why", text) is None
-    assert "a step (3 runs" in text  # the reasons of the defaults
+    assert "torch 2.13.0" in " ".join(pages[0]), "versions are on the first page"
+    # The defaults can be read at one look: their reasons stand below the table.
+    defaults, _, reasons = text.partition("Why, and what would settle it, and how to use it")
+    assert "falcon-180b on v100-32gb × 8" in " ".join(defaults.split())
+    assert "a step (3 runs" not in defaults
+    assert "a step (3 runs" in reasons.partition("What fits where")[0]
     assert table.COLUMNS["step_time_ratio"][1] in " ".join(text.split())
     assert len(pages) < 60
     # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.
