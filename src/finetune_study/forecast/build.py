@@ -369,9 +369,10 @@ def check_layers(layout: Layout, depth: int) -> None:
         asked = settings.get("adapter_layers") or 0
         beyond = [number for number in adapted_layers(settings, depth) if not 0 <= number < depth]
         if beyond or (settings["method"] == "ADAPTION_PROMPT" and asked > depth):
+            setting = "layers_to_transform" if beyond else "adapter_layers"
             raise ModelError(
                 "The model has no such layer to adapt",
-                where=f"techniques.{settings['method'].lower()}.{'layers_to_transform' if beyond else 'adapter_layers'}",
+                where=f"techniques.{settings['method'].lower()}.{setting}",
                 given=f"{beyond or asked}",
                 allowed=f"layers 0 to {depth - 1}" if beyond else f"at most {depth} layers",
             )
