@@ -981,10 +981,10 @@ LIMITS = """## What is not modelled, and where it is wrong
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism and GPTQ are not known.
 - **Kernels' own scratch memory** is counted for FlashAttention-2 and cuBLAS alone.
 - **On a CPU** peak memory is that of the process. Where the C library keeps freed blocks in its heap, what it holds
-  back is counted once more than what lies in it; with checkpointing it is more, since saved inputs of layers lie between the
-  freed blocks: a step of LoRA with checkpointing at 384 positions peaked at 1.73 GiB with glibc 2.36, and 1.15 GiB were
-  predicted. The demo's hardware therefore has `MALLOC_MMAP_THRESHOLD_=131072` in its `environment`, which maps every
-  tensor by itself; steps took 1.3 to 1.8 times as long.
+  back is counted once more than what lies in it; with checkpointing it is more, since saved inputs of layers lie
+  between the freed blocks: a step of LoRA with checkpointing at 384 positions peaked at 1.73 GiB with glibc 2.36, and
+  1.15 GiB were predicted. The demo's hardware therefore has `MALLOC_MMAP_THRESHOLD_=131072` in its `environment`, which
+  maps every tensor by itself; steps took 1.3 to 1.8 times as long.
 - Interconnects are taken at the data sheet's bandwidth times 0.7; topology, congestion and stragglers are not seen.
 """
 
