@@ -1,4 +1,4 @@
-"""ZeRO-3 loads models that no process could hold: each rank's peak resident memory against the model's size."""
+"""Models load that no process could hold: each rank's peak resident memory against the model's size."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ CHUNK = 2**28 / (4 * 300_319_232)
 """What rank 0 reads at once, as a share of this model; of the real one it is a five-hundredth."""
 
 
-def shares_of_the_model(lab: Lab, ended: Ended) -> list[float]:
+def shares_of_the_model(lab: Lab, ended: Ended, recipe: dict[str, Any] = RECIPE) -> list[float]:
     """How much of the model each rank had in memory while it was loaded, beside what libraries take for any model."""
-    tiny = lab.train(RECIPE, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
+    tiny = lab.train(recipe, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
     for one in (tiny, ended):
         assert one.record.ending.status == "completed", one.output
     libraries = min(rank["load_peak_rss_growth_bytes"] for rank in tiny.record.ranks)
@@ -48,6 +48,13 @@ def test_random_weights_are_sharded_as_they_are_drawn(lab: Lab) -> None:
     assert max(shares_of_the_model(lab, ended)) < 0.75
     plain = lab.train({"lora": RECIPE["lora"]}, architecture=LLAMA2_70B, data={"num_eval_samples": 0}, **ONE_STEP)
     assert min(shares_of_the_model(lab, plain)) > 0.9, "the measure sees a whole model where there is one"
+
+
+def test_random_weights_are_quantised_as_they_are_drawn(lab: Lab) -> None:
+    """4 bits for each weight of the layers, an eighth of fp32; embeddings and output layer, a ninth of all, stay in it."""
+    quantised = {"zero3": {}, "qlora": RECIPE["lora"]}
+    ended = lab.train(quantised, architecture=LLAMA2_70B, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
+    assert max(shares_of_the_model(lab, ended, quantised)) < 0.4
 
 
 def test_pretrained_weights_are_sharded_as_they_are_read(lab: Lab) -> None:
