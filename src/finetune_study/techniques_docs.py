@@ -11,7 +11,7 @@ from typing import Any
 from finetune_study import generated, techniques
 from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError, StudyError
-from finetune_study.techniques.base import Technique
+from finetune_study.techniques.base import WHY_ONE, Technique
 
 REPAIR = "finetune-study techniques-docs"
 
@@ -185,7 +185,11 @@ def page(results: Path) -> str:
         "",
         "Two of one kind are alternatives: a recipe holds one of them, but for "
         + ", ".join(f"`{name}`" for name, t in techniques.ALL.items() if t.beside)
-        + ", which peft trains together. Some need another one:",
+        + ", which peft trains together:",
+        "",
+        *(f"- {kind}: {why}" for kind, why in WHY_ONE.items()),
+        "",
+        "Some need another one:",
         "",
         *(
             f"- `{name}` needs one of {', '.join(f'`{other}`' for other in sorted(t.needs))}"

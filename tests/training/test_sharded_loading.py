@@ -51,7 +51,7 @@ def test_random_weights_are_sharded_as_they_are_drawn(lab: Lab) -> None:
 
 
 def test_random_weights_are_quantised_as_they_are_drawn(lab: Lab) -> None:
-    """4 bits for each weight of the layers, an eighth of fp32; embeddings and output layer, a ninth of all, stay in it."""
+    """4 bits for each weight of the layers, an eighth of fp32; embeddings and output layer, a ninth of all, stay."""
     quantised = {"zero3": {}, "qlora": RECIPE["lora"]}
     ended = lab.train(quantised, architecture=LLAMA2_70B, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
     assert max(shares_of_the_model(lab, ended, quantised)) < 0.4
