@@ -8,7 +8,17 @@ from typing import Any, Literal
 from finetune_study import techniques as registry
 from finetune_study.ratio import Repeat, ratio
 from finetune_study.states import OPEN
-from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, one_kind, padded, repeats, show
+from finetune_study.table import (
+    SETTING,
+    Row,
+    completed_everywhere,
+    devices,
+    micro_batch_order,
+    one_kind,
+    padded,
+    repeats,
+    show,
+)
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 

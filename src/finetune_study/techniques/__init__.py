@@ -149,6 +149,12 @@ def reasons(recipe: Techniques, hardware: "Hardware") -> Iterator[str]:
             yield reason
 
 
+def chosen_settings(recipe: Techniques) -> dict[str, dict[str, Any]]:
+    """Of each technique the settings that are not at their defaults, as JSON holds them; most have none."""
+    chosen = {name: technique.model_dump(mode="json", exclude_defaults=True) for name, technique in recipe.items()}
+    return {name: settings for name, settings in chosen.items() if settings}
+
+
 def shards(recipe: Techniques) -> bool:
     """Whether each device holds less of the model's states the more devices there are.
 
