@@ -141,8 +141,11 @@ def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> N
 def test_a_packed_recipe_is_not_compared_with_padded_ones_and_hides_none(tmp_path: Path) -> None:
     """Its step holds more examples: its time is no match for theirs, and theirs are still one of a kind."""
     recipes: dict[str, Any] = {
-        "full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}, "packed": {"lora": {}, "packing": {}},
-    }  # fmt: skip
+        "full": {},
+        "lora": {"lora": {}},
+        "zero2-lora": {"zero2": {}, "lora": {}},
+        "packed": {"lora": {}, "packing": {}},
+    }
     config = study(recipes, [256])
     numbers = {"full": (1.0, 40.0), "lora": (0.9, 20.0), "zero2-lora": (0.9, 10.0), "packed": (0.1, 9.0)}
     found = checked(config, tmp_path / "claims", {(name, 256): value for name, value in numbers.items()})
