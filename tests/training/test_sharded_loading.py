@@ -16,6 +16,13 @@ LLAMA2_70B = {
 }  # fmt: skip
 """Llama 2 70B in depth, heads and vocabulary, with a sixteenth of its width: 0.3 billion weights, 1.1 GiB."""
 
+FALCON_180B = {
+    "model_type": "falcon", "num_hidden_layers": 80, "num_attention_heads": 72, "num_kv_heads": 8, "vocab_size": 2500,
+    "hidden_size": 576, "new_decoder_architecture": True, "multi_query": True, "parallel_attn": True, "bias": False,
+    "alibi": False,
+}  # fmt: skip
+"""Falcon 180B in depth and groups of heads, with a 26th of its width and vocabulary: 0.3 billion weights."""
+
 RECIPE: dict[str, Any] = {"zero3": {}, "lora": {"r": 1, "target_modules": ["q_proj"]}}
 ONE_STEP: dict[str, Any] = {
     "micro_batch": 1,
@@ -48,6 +55,12 @@ def test_random_weights_are_sharded_as_they_are_drawn(lab: Lab) -> None:
     assert max(shares_of_the_model(lab, ended)) < 0.75
     plain = lab.train({"lora": RECIPE["lora"]}, architecture=LLAMA2_70B, data={"num_eval_samples": 0}, **ONE_STEP)
     assert min(shares_of_the_model(lab, plain)) > 0.9, "the measure sees a whole model where there is one"
+
+
+def test_random_weights_of_another_architecture_are_sharded_too(lab: Lab) -> None:
+    recipe: dict[str, Any] = {"zero3": {}, "lora": {"r": 1, "target_modules": ["query_key_value"]}}
+    falcon = {"models": {"tiny": {"weights": "random", "architecture": FALCON_180B}}, "data": {"num_eval_samples": 0}}
+    assert max(shares_of_the_model(lab, lab.train(recipe, num_gpus=2, **falcon, **ONE_STEP))) < 0.75
 
 
 def test_random_weights_are_quantised_as_they_are_drawn(lab: Lab) -> None:
