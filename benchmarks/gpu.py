@@ -1,13 +1,14 @@
-"""A small measured matrix on one GPU: Llama-2-7B's shape with random weights, in benchmarks/results/gpu/<gpu>.json.
+"""A small measured matrix on one GPU: Llama-2-7B's shape, random weights, in benchmarks/results/gpu/<gpu>-<date>.json.
 
     python benchmarks/gpu.py --write benchmarks/results/gpu [--minutes 20] [--ran techniques.json]
 
 It needs Python, PyTorch with CUDA, and the packages of this project's extra `training`; nothing is fetched. The file is
-written anew after every run, so that one that is stopped keeps what it measured.
+written anew after every run, so that one that is stopped keeps what it measured; that of an earlier call stays.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import re
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune_study import config, data, model_source, outcome, plan, record
+from finetune_study import config, data, model_source, outcome, plan, record, techniques
 from finetune_study import run as run_module
 from finetune_study.paths import Results
 from finetune_study.plan import PlannedRun
@@ -85,6 +86,7 @@ def measure(planned: PlannedRun, results: Results) -> dict[str, Any]:
         "run_id": run.run_id,
         "techniques": list(run.parsed_techniques),
         "recipe": run.recipe,
+        "settings": techniques.chosen_settings(run.parsed_techniques),
         "num_gpus": run.num_gpus,
         "sequence_length": run.sequence_length,
     }
@@ -101,21 +103,23 @@ def measure(planned: PlannedRun, results: Results) -> dict[str, Any]:
     return row | {"ended": measured["status"], **{name: measured.get(name) for name in KEPT}}
 
 
-def nvidia_smi() -> list[str]:
-    """Driver, clocks and power limit, as the driver's own tool says them; nothing where it is missing."""
+def nvidia_smi(fields: str, form: str) -> list[str]:
+    """What the driver's own tool says of each GPU; nothing where it is missing."""
     if shutil.which("nvidia-smi") is None:
         return []
-    asked = "--query-gpu=name,driver_version,clocks.max.sm,clocks.sm,power.limit"
-    answer = subprocess.run(["nvidia-smi", asked, "--format=csv"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip().splitlines()
+    command = ["nvidia-smi", f"--query-gpu={fields}", f"--format={form}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+
+
+def driver() -> str | None:
+    """Its version."""
+    return next(iter(nvidia_smi("driver_version", "csv,noheader")), None)
 
 
 def about(hardware: dict[str, Any]) -> dict[str, Any]:
     """Where and with what it is measured, as benchmarks/README.md asks."""
-    import accelerate
-    import peft
     import torch
-    import transformers
+    from tests.gpu.hardware import versions
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
@@ -124,17 +128,24 @@ def about(hardware: dict[str, Any]) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": commit or None,
         "hardware": hardware,
-        "nvidia_smi": nvidia_smi(),
+        "nvidia_smi": nvidia_smi("name,driver_version,clocks.max.sm,clocks.sm,power.limit", "csv"),
         "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version()},
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, accelerate)},
-        "cuda": torch.version.cuda,
+        "versions": versions()
+        | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "driver": driver()},
         "what": "one GPU, micro-batch 1, no accumulation; 2 untimed, 5 timed steps; memory of torch's allocator, GiB",
     }
 
 
+def new_file(folder: Path, gpu: str, date: str) -> Path:
+    """Where a result goes: never where an earlier one is."""
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    names = itertools.chain([f"{name}-{date}"], (f"{name}-{date}-{number}" for number in itertools.count(2)))
+    return next(path for path in (folder / f"{one}.json" for one in names) if not path.exists())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, required=True, help="folder for <gpu>.json")
+    parser.add_argument("--write", type=Path, required=True, help="folder for <gpu>-<date>.json")
     parser.add_argument("--minutes", type=float, default=60, help="no run is started after so many")
     parser.add_argument("--ran", type=Path, help="what the tests of tests/gpu wrote (TECHNIQUES_RAN)")
     given = parser.parse_args()
@@ -149,7 +160,7 @@ def main() -> None:
         json.loads(given.ran.read_text(encoding="utf-8"))["technique_runs"] if given.ran and given.ran.exists() else []
     )
     result = about(hardware) | {"technique_runs": runs, "matrix": []}
-    path = given.write / (re.sub(r"[^a-z0-9]+", "-", hardware["gpu"].lower()).strip("-") + ".json")
+    path = new_file(given.write, hardware["gpu"], result["date"])
     with tempfile.TemporaryDirectory() as folder:
         for planned in study(hardware):
             if time.monotonic() > until:

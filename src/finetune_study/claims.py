@@ -8,7 +8,17 @@ from typing import Any, Literal
 from finetune_study import techniques as registry
 from finetune_study.ratio import Repeat, ratio
 from finetune_study.states import OPEN
-from finetune_study.table import SETTING, Row, completed_everywhere, devices, micro_batch_order, one_kind, repeats, show
+from finetune_study.table import (
+    SETTING,
+    Row,
+    completed_everywhere,
+    devices,
+    micro_batch_order,
+    one_kind,
+    padded,
+    repeats,
+    show,
+)
 
 Answer = Literal["holds", "does not hold", "not enough data"]
 
@@ -174,7 +184,7 @@ def _best_balance(rows: list[Row]) -> Claim:
     for group in _settings(rows):
         fitting = [
             r
-            for r in group
+            for r in padded(group)
             if completed_everywhere(r)
             and r["step_time_seconds_median"]
             and r["peak_memory_gib_median"]
@@ -602,7 +612,7 @@ def _finished(steps: list[Step], rows: list[Row], limit: float, named: tuple[str
 
 def _fastest(rows: list[Row]) -> Row | None:
     """None where nothing fits, or where those that fit may not be compared."""
-    fitting = [row for row in rows if completed_everywhere(row)]
+    fitting = [row for row in padded(rows) if completed_everywhere(row)]
     timed = [row for row in fitting if row["step_time_seconds_median"] is not None]
     return min(timed, key=lambda row: row["step_time_seconds_median"], default=None) if one_kind(fitting) else None
 

@@ -1,13 +1,15 @@
 """Model of a run: loaded or drawn at random, in its dtype, with its attention."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from finetune_study import sharded_loading
 from finetune_study.run import Run
@@ -28,15 +30,11 @@ def load(run: Run, folder: Path) -> Any:
         arguments |= technique.load_arguments(run.parsed_techniques)
     if run.model.weights == "random":
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        quantisation = arguments.pop("quantization_config", None)
-        with _seeded_initialisation(run.seed), _whole() if quantisation else nullcontext():
-            model = AutoModelForCausalLM.from_config(config, **arguments)
-        if quantisation is not None:
-            # Weights are quantised while they are loaded, so random ones are loaded as well.
-            arguments |= {"config": config, "state_dict": model.state_dict(), "quantization_config": quantisation}
-            kind = type(model)
-            del model
-            model = kind.from_pretrained(None, **arguments)
+        if "quantization_config" in arguments:
+            model = _quantised_as_drawn(config, arguments, run.seed)
+        else:
+            with _seeded_initialisation(run.seed):
+                model = AutoModelForCausalLM.from_config(config, **arguments)
     else:
         with sharded_loading.in_chunks(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
@@ -44,18 +42,53 @@ def load(run: Run, folder: Path) -> Any:
     return model
 
 
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Weights are made whole on every rank, under ZeRO-3 too: what is quantised is read from there, and transformers
-    shards no quantised weights while it reads them (modeling_utils.py, get_init_context); DeepSpeed does so later."""
-    from transformers.integrations import deepspeed
+def _quantised_as_drawn(config: Any, arguments: Mapping[str, Any], seed: int) -> Any:
+    """A model of quantised random weights, of which no process ever holds more than one module's unquantised.
 
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
+    transformers quantises weights while it reads them, one after the other (core_model_loading.py). So random ones are
+    read as well, from a state dict that draws what it is asked for: the same as `_seeded_initialisation` draws.
+    """
+    plain = {name: value for name, value in arguments.items() if name != "quantization_config"}
+    # transformers' own word for a model that ZeRO-3 is not to shard while it is made; DeepSpeed does so later.
+    with torch.device("meta"), modeling_utils.set_quantized_state():
+        model = AutoModelForCausalLM.from_config(config, **plain)
+    order: dict[torch.nn.Module, tuple[PreTrainedModel, int]] = {}
+
+    def note(self: PreTrainedModel, module: torch.nn.Module, *_: Any) -> None:
+        order.setdefault(module, (self, len(order) + 1))
+
+    with mock.patch.object(PreTrainedModel, "_initialize_weights", note):
+        model.initialize_weights()
+    paths = {module: path for path, module in model.named_modules()}
+    weights = {
+        key: _Drawn(module, attribute, of_model, _seed_of_module(seed, number))
+        for module, (of_model, number) in order.items()
+        for attribute, _ in module.named_parameters(recurse=False)
+        if (key := f"{paths[module]}.{attribute}".lstrip(".")) not in model.all_tied_weights_keys
+    }
+    quantised = type(model).from_pretrained(None, config=config, state_dict=weights, **arguments)
+    transformers.set_seed(seed)
+    return quantised
+
+
+class _Drawn:
+    """A random weight that is drawn whenever it is read; transformers reads it as it does a safetensors slice."""
+
+    def __init__(self, module: torch.nn.Module, attribute: str, of_model: PreTrainedModel, seed: int) -> None:
+        self.module, self.attribute, self.of_model, self.seed = module, attribute, of_model, seed
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        module = copy.deepcopy(self.module).to_empty(device="cpu", recurse=False)
+        torch.manual_seed(self.seed)
+        with torch.no_grad():
+            self.of_model._init_weights(module)
+        drawn: torch.Tensor = getattr(module, self.attribute).detach()
+        return drawn
+
+
+def _seed_of_module(seed: int, number: int) -> int:
+    """Of the module whose turn it is as the `number`-th."""
+    return seed * 1_000_003 + number
 
 
 @contextmanager
@@ -73,7 +106,7 @@ def _seeded_initialisation(seed: int) -> Iterator[None]:
         nonlocal count
         if not getattr(module, "_is_hf_initialized", False):
             count += 1
-            torch.manual_seed(seed * 1_000_003 + count)
+            torch.manual_seed(_seed_of_module(seed, count))
         original(self, module, *rest, **keywords)
 
     PreTrainedModel._initialize_weights = initialise

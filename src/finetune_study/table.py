@@ -121,6 +121,12 @@ def one_kind(rows: Iterable[Row]) -> bool:
     return len({kind for row in rows for kind in row["provenance"]}) <= 1
 
 
+def padded(rows: Iterable[Row]) -> list[Row]:
+    """Those that pad examples, or all where none does: a packed step holds more, and its time says nothing beside."""
+    rows = list(rows)
+    return [row for row in rows if "packing" not in (row["techniques"] or "").split("+")] or rows
+
+
 def repeats(row: Row, column: str) -> list[Repeat]:
     """The completed repeats of a configuration, each with its node.
 

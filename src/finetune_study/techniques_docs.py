@@ -11,7 +11,7 @@ from typing import Any
 from finetune_study import generated, techniques
 from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError, StudyError
-from finetune_study.techniques.base import Technique
+from finetune_study.techniques.base import WHY_ONE, Technique
 
 REPAIR = "finetune-study techniques-docs"
 
@@ -44,6 +44,8 @@ class Ran:
     source: str
     completed: frozenset[tuple[frozenset[str], int]]
     """Recipes, each as the set of its techniques, and on how many devices."""
+    settings: frozenset[str] | None
+    """Techniques with the settings they had, where these were not the defaults; None where they were not stored."""
 
     @property
     def number_of_recipes(self) -> int:
@@ -74,18 +76,29 @@ def read(folder: Path) -> list[Ran]:
             completed = frozenset(
                 (frozenset(one["techniques"]), int(one["num_gpus"])) for one in runs if one["ended"] == "completed"
             )
-            found.append(Ran(stored["device"], path.relative_to(folder).as_posix(), completed))
+            settings = _settings([one for one in runs if one["ended"] == "completed"])
+            found.append(Ran(stored["device"], path.relative_to(folder).as_posix(), completed, settings))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError("Stored results can't be read", where=str(path), given=repr(error)) from None
     return found
+
+
+def _settings(completed: list[dict[str, Any]]) -> frozenset[str] | None:
+    if not all("settings" in one for one in completed):
+        return None
+    return frozenset(
+        f"`{name}` with " + ", ".join(f"`{setting}: {json.dumps(value)}`" for setting, value in chosen.items())
+        for one in completed
+        for name, chosen in one["settings"].items()
+    )
 
 
 def _by_device(ran: list[Ran]) -> list[Ran]:
     """All that was run on each device, whatever file says it."""
     merged: dict[str, Ran] = {}
     for one in ran:
-        before = merged.get(one.device, Ran(one.device, "", frozenset()))
-        merged[one.device] = Ran(one.device, "", before.completed | one.completed)
+        before = merged.get(one.device, Ran(one.device, "", frozenset(), None))
+        merged[one.device] = Ran(one.device, "", before.completed | one.completed, None)
     return list(merged.values())
 
 
@@ -172,12 +185,13 @@ def page(results: Path) -> str:
     lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in notes.items()), ""]
     lines += ["## Where this was run", ""]
     lines += [
-        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {one.number_of_recipes} recipes"
+        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {one.number_of_recipes} recipes, "
+        + _with_what(one.settings)
         for one in ran
     ]
     if not on_gpus:
         lines += [
-            "- GPUs: none yet; `make gpu-check` on a machine with one writes `benchmarks/results/gpu/<gpu>.json`."
+            "- GPUs: none yet; `make gpu-check` where there is one writes `benchmarks/results/gpu/<gpu>-<date>.json`."
         ]
     lines += [
         "",
@@ -185,7 +199,11 @@ def page(results: Path) -> str:
         "",
         "Two of one kind are alternatives: a recipe holds one of them, but for "
         + ", ".join(f"`{name}`" for name, t in techniques.ALL.items() if t.beside)
-        + ", which peft trains together. Some need another one:",
+        + ", which peft trains together:",
+        "",
+        *(f"- {kind}: {why}" for kind, why in WHY_ONE.items()),
+        "",
+        "Some need another one:",
         "",
         *(
             f"- `{name}` needs one of {', '.join(f'`{other}`' for other in sorted(t.needs))}"
@@ -216,6 +234,12 @@ def page(results: Path) -> str:
         *(f"- {what}: {why}." for what, why in NOT_OFFERED.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _with_what(settings: frozenset[str] | None) -> str:
+    if settings is None:
+        return "whose settings were not stored"
+    return f"at default settings, but for {'; '.join(sorted(settings))}" if settings else "all at default settings"
 
 
 def _can(reason: str | None, notes: dict[str, int]) -> str:

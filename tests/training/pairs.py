@@ -1,7 +1,6 @@
 """Every pair of techniques on a CPU: how it would be run there, or why it is not."""
 
 import datetime
-import importlib.metadata
 import itertools
 import json
 import os
@@ -16,11 +15,11 @@ from finetune_study import techniques
 from finetune_study.errors import ConfigError
 from finetune_study.run import Run
 from finetune_study.techniques.precision import is_deepspeed
+from tests.gpu.hardware import versions
 from tests.training.lab import EFFECTIVE_BATCH, Lab
 from tests.training.pool import Answer, Pool
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fp8": {"emulate": True},  # there are no fp8 units
     "lora": {"r": 4, "lora_alpha": 16},
     "zeropp": {"zero_quantized_weights": False, "zero_quantized_gradients": False, "zero_hpz_partition_size": 2},
     "galore_adamw": {"rank": 8},  # the tiny model's matrices are 64 wide
@@ -102,12 +101,6 @@ def pairs() -> list[Case]:
     return [Case(names) for names in itertools.combinations(techniques.ALL, 2)]
 
 
-VERSIONS = (
-    "torch", "transformers", "peft", "deepspeed", "accelerate", "bitsandbytes", "torchao", "liger-kernel", "flash-attn",
-)  # fmt: skip
-"""Packages whose versions are stored with what ran."""
-
-
 class Trained:
     """Answers of the pools, each run trained once."""
 
@@ -149,6 +142,7 @@ class Trained:
         facts = answer.ranks[0]
         self._ran[case] = {
             "techniques": list(case.recipe),
+            "settings": techniques.chosen_settings(techniques.parse(case.recipe)),
             "num_gpus": num_gpus,
             "ended": "completed" if answer.error is None else answer.error,
             "losses": [step["loss"] for step in facts.get("steps", [])],
@@ -161,8 +155,6 @@ class Trained:
 
     def write(self, path: Path, **about: str) -> None:
         """What ran here, in the form of benchmarks/README.md."""
-        packages = importlib.metadata.distributions()
-        installed = {one.metadata["Name"].lower().replace("_", "-"): one.version for one in packages}
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip()
@@ -170,7 +162,7 @@ class Trained:
             "date": datetime.date.today().isoformat(),
             "commit": commit,
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "versions": {name: installed.get(name) for name in VERSIONS},
+            "versions": versions(),
             "shows": "that these run, and their losses; no times, no memory",
             "technique_runs": list(self._ran.values()),
         }

@@ -4,15 +4,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from finetune_study import model, techniques, variables
 from finetune_study.ranks import free_port
 from finetune_study.run import Run
+from finetune_study.techniques.base import WHY_ONE, Kind
 from finetune_study.techniques.optimizer_in_backward import in_backward, step_in_backward
 from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, STEPS, Lab, in_spite_of_the_reason
 from tests.training.pairs import SETTINGS
@@ -58,9 +60,9 @@ ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
             id="bf16_pure+offload_optimizer",
         ),
         pytest.param(
-            {"fp8": SETTINGS["fp8"], "qlora": {}}, {}, "mat1 and mat2 shapes cannot be multiplied", id="fp8+qlora"
+            {"fp8": {}, "qlora": {}}, {}, "mat_a and mat_b shapes cannot be multiplied", id="fp8+qlora"
         ),
-        pytest.param({"fp8": SETTINGS["fp8"], "adalora": {}}, {}, "is being modified inplace", id="fp8+adalora"),
+        pytest.param({"fp8": {}, "adalora": {}}, {}, "is being modified inplace", id="fp8+adalora"),
         pytest.param(
             {"adalora": {}, "zero3": {}}, {"num_gpus": 2}, r"The size of tensor a \(0\) must match", id="adalora+zero3"
         ),
@@ -320,3 +322,40 @@ def test_peft_does_not_mix_other_methods_with_lora(name: str, bare: tuple[Run, A
     )
     with pytest.raises(ValueError, match="is not compatible with the `PeftMixedModel`"):
         mixed.add_adapter("other", config)
+
+
+def two_precisions(_: Any) -> None:
+    transformers.TrainingArguments("unused", fp16=True, bf16=True, use_cpu=True)
+
+
+def two_optimizers(_: Any) -> None:
+    transformers.TrainingArguments("unused", optim="adafactor,adamw_torch", use_cpu=True)
+
+
+def two_attentions(net: Any) -> None:
+    transformers.AutoModelForCausalLM.from_config(net.config, attn_implementation="eager,sdpa")
+
+
+def two_stages(_: Any) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    DeepSpeedZeroConfig(stage=[2, 3])
+
+
+def two_methods(net: Any) -> None:
+    import peft
+
+    peft.get_peft_model(net, peft.LoraConfig()).add_adapter("other", peft.IA3Config())
+
+
+@pytest.mark.parametrize(
+    ("kind", "two"),
+    [
+        ("precision", two_precisions), ("optimizer", two_optimizers), ("attention", two_attentions),
+        ("sharding", two_stages), ("peft", two_methods),
+    ],
+)  # fmt: skip
+def test_of_one_kind_the_libraries_take_one(kind: Kind, two: Callable[[Any], None], bare: tuple[Run, Any]) -> None:
+    words = re.findall(r"\((.*?)\)", WHY_ONE[kind])[0]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        two(bare[1])

@@ -80,6 +80,27 @@ def test_quantised_weights_are_small_and_close(settings: dict[str, Any], lab: La
     assert 0 < float(error) < (0.05 if bits == 8 else 0.3)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_random_weights_are_those_of_the_plain_model(is_tied: bool, lab: Lab) -> None:
+    """Drawn one module at a time: what is not quantised is equal to the bit, what is comes as close as NF4 does."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    architecture = {"tie_word_embeddings": is_tied}
+    run, plain = lab.run({"qlora": {}}, architecture=architecture), lab.run(architecture=architecture)
+    lab.prepare(run)
+    quantised, whole = (
+        dict(model.load(one, lab.results.model(run.model_key)).named_parameters()) for one in (run, plain)
+    )
+    assert quantised.keys() == whole.keys()
+    assert ("lm_head.weight" in whole) is not is_tied
+    for name, weight in whole.items():
+        if hasattr(found := quantised[name], "quant_state"):
+            error = (dequantize_4bit(found.data, found.quant_state) - weight).norm() / weight.norm()
+            assert 0 < float(error) < 0.15, name
+        else:
+            assert found.equal(weight), name
+
+
 def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:
     lora = trained.run({"lora": {"r": 4, "lora_alpha": 16}})
     for settings, tolerance in (({"load_in_8bit": True}, 5e-3), ({}, 2e-2)):

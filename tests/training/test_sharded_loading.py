@@ -1,4 +1,4 @@
-"""ZeRO-3 loads models that no process could hold: each rank's peak resident memory against the model's size."""
+"""Models load that no process could hold: each rank's peak resident memory against the model's size."""
 
 from typing import Any
 
@@ -16,6 +16,13 @@ LLAMA2_70B = {
 }  # fmt: skip
 """Llama 2 70B in depth, heads and vocabulary, with a sixteenth of its width: 0.3 billion weights, 1.1 GiB."""
 
+FALCON_180B = {
+    "model_type": "falcon", "num_hidden_layers": 80, "num_attention_heads": 72, "num_kv_heads": 8, "vocab_size": 2500,
+    "hidden_size": 576, "new_decoder_architecture": True, "multi_query": True, "parallel_attn": True, "bias": False,
+    "alibi": False,
+}  # fmt: skip
+"""Falcon 180B in depth and groups of heads, with a 26th of its width and vocabulary: 0.3 billion weights."""
+
 RECIPE: dict[str, Any] = {"zero3": {}, "lora": {"r": 1, "target_modules": ["q_proj"]}}
 ONE_STEP: dict[str, Any] = {
     "micro_batch": 1,
@@ -32,9 +39,9 @@ CHUNK = 2**28 / (4 * 300_319_232)
 """What rank 0 reads at once, as a share of this model; of the real one it is a five-hundredth."""
 
 
-def shares_of_the_model(lab: Lab, ended: Ended) -> list[float]:
+def shares_of_the_model(lab: Lab, ended: Ended, recipe: dict[str, Any] = RECIPE) -> list[float]:
     """How much of the model each rank had in memory while it was loaded, beside what libraries take for any model."""
-    tiny = lab.train(RECIPE, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
+    tiny = lab.train(recipe, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
     for one in (tiny, ended):
         assert one.record.ending.status == "completed", one.output
     libraries = min(rank["load_peak_rss_growth_bytes"] for rank in tiny.record.ranks)
@@ -48,6 +55,19 @@ def test_random_weights_are_sharded_as_they_are_drawn(lab: Lab) -> None:
     assert max(shares_of_the_model(lab, ended)) < 0.75
     plain = lab.train({"lora": RECIPE["lora"]}, architecture=LLAMA2_70B, data={"num_eval_samples": 0}, **ONE_STEP)
     assert min(shares_of_the_model(lab, plain)) > 0.9, "the measure sees a whole model where there is one"
+
+
+def test_random_weights_of_another_architecture_are_sharded_too(lab: Lab) -> None:
+    recipe: dict[str, Any] = {"zero3": {}, "lora": {"r": 1, "target_modules": ["query_key_value"]}}
+    falcon = {"models": {"tiny": {"weights": "random", "architecture": FALCON_180B}}, "data": {"num_eval_samples": 0}}
+    assert max(shares_of_the_model(lab, lab.train(recipe, num_gpus=2, **falcon, **ONE_STEP))) < 0.75
+
+
+def test_random_weights_are_quantised_as_they_are_drawn(lab: Lab) -> None:
+    """4 bits for each weight of the layers, an eighth of fp32; embeddings and output layer, a ninth of all, stay."""
+    quantised = {"zero3": {}, "qlora": RECIPE["lora"]}
+    ended = lab.train(quantised, architecture=LLAMA2_70B, num_gpus=2, data={"num_eval_samples": 0}, **ONE_STEP)
+    assert max(shares_of_the_model(lab, ended, quantised)) < 0.4
 
 
 def test_pretrained_weights_are_sharded_as_they_are_read(lab: Lab) -> None:

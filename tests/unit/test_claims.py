@@ -138,6 +138,27 @@ def test_the_best_balance_by_the_product_of_time_and_memory(tmp_path: Path) -> N
     assert found["lora-memory"].answer == "does not hold"
 
 
+def test_a_packed_recipe_is_not_compared_with_padded_ones_and_hides_none(tmp_path: Path) -> None:
+    """Its step holds more examples: its time is no match for theirs, and theirs are still one of a kind."""
+    recipes: dict[str, Any] = {
+        "full": {},
+        "lora": {"lora": {}},
+        "zero2-lora": {"zero2": {}, "lora": {}},
+        "packed": {"lora": {}, "packing": {}},
+    }
+    config = study(recipes, [256])
+    numbers = {"full": (1.0, 40.0), "lora": (0.9, 20.0), "zero2-lora": (0.9, 10.0), "packed": (0.1, 9.0)}
+    found = checked(config, tmp_path / "claims", {(name, 256): value for name, value in numbers.items()})
+    (balance,) = found["balance"].comparisons
+    assert balance.what.startswith("zero2-lora against lora: ")
+    records = [
+        handmade.completed(one.run, numbers[one.run.recipe][0], host=f"node-{one.run.repeat}")
+        for one in handmade.planned(config)
+    ]
+    walk = claims.walk(handmade.compared(config, tmp_path / "walk", *records).to_dicts(), 2, 1, 80.0)
+    assert [step.row["recipe"] for step in walk.first if step.row and step.taken] == ["lora"]
+
+
 def test_balance_and_saving_are_undecided_without_an_interval(tmp_path: Path) -> None:
     """One run of each: the numbers are shown, and decide nothing."""
     recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "zero2-lora": {"zero2": {}, "lora": {}}}

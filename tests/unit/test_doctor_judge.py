@@ -15,6 +15,8 @@ from finetune_study.doctor.judge import judge, judge_draft
 from finetune_study.doctor.probe import Probe, parse_gpus
 from finetune_study.doctor.rank import PACKAGES
 
+Raw = dict[str, Any]
+
 GPU = {"name": "NVIDIA A100-SXM4-80GB", "memory_bytes": 85_029_158_912, "compute_capability": "8.0", "sum": 1000.0}
 ALLOCATION = {"entry": "a100", "asked": {}, "found": {"nodes": 1, "gpus": [GPU]}, "by": "nvml"}
 NODE: dict[str, Any] = {
@@ -46,12 +48,13 @@ RANK: dict[str, Any] = {
 }
 
 
-def entry(*, offload: bool = False) -> Entry:
+def entry(techniques: Raw | None = None) -> Entry:
+    """A hardware entry, on which the study runs these techniques."""
     found = Entry("a100", Hardware(gpu=GPU["name"], memory_gib=80, compute_capability=8.0))  # type: ignore[arg-type]
-    if not offload:
+    if techniques is None:
         return found
-    run = pretended(found, 2)
-    return Entry(found.name, found.hardware, (run.model_copy(update={"techniques": {"offload_optimizer": {}}}),))
+    run = pretended(found, 2).model_copy(update={"techniques": techniques})
+    return Entry(found.name, found.hardware, (run,))
 
 
 def probe(rank: dict[str, Any] | None = None, tmp_path: Path = Path("/nowhere"), **facts: Any) -> Probe:
@@ -61,9 +64,9 @@ def probe(rank: dict[str, Any] | None = None, tmp_path: Path = Path("/nowhere"),
     return Probe([entry()], 2, tmp_path, {}, "7", facts=said, ranks=ranks)
 
 
-def judged(one: Probe, *, offload: bool = False) -> dict[str, Finding]:
+def judged(one: Probe, techniques: Raw | None = None) -> dict[str, Finding]:
     findings = Findings("a100")
-    judge(one, entry(offload=offload), findings)
+    judge(one, entry(techniques), findings)
     assert all(found.mend for found in findings.all if found.verdict != "ok")
     return {found.check: found for found in findings.all}
 
@@ -150,9 +153,24 @@ def test_compiled_ops_are_needed_for_offload_alone() -> None:
     assert (found.verdict, "not on PATH: nvcc" in found.found) == ("warning", True)
     failed = probe({"ops": None, "ops_error": "RuntimeError: ninja is required"})
     assert judged(failed)["compiled ops"].verdict == "warning"
-    assert judged(failed, offload=True)["compiled ops"].verdict == "wrong"
+    offload: Raw = {"zero2": {}, "offload_optimizer": {}}
+    assert judged(failed, offload)["compiled ops"].verdict == "wrong"
     loaded = probe({"ops": NO_COMPILER | {"load_seconds": 40.0}})
-    assert judged(loaded, offload=True)["compiled ops"].verdict == "ok"
+    assert judged(loaded, offload)["compiled ops"].verdict == "ok"
+
+
+def test_packages_of_the_studys_techniques() -> None:
+    recipe: Raw = {"flash_attention_2": {}, "qlora": {}, "galore_adamw": {}}
+    assert sorted(entry(recipe).packages_needed) == ["bitsandbytes", "flash_attn", "galore_torch"]
+    there = {"bitsandbytes": {"version": "0.50.2", "import_seconds": 1.0}, "galore_torch": {"version": None}}
+    lacking = judged(probe(there | {"flash_attn_error": "ImportError: undefined symbol: _ZN3c105"}), recipe)
+    found = lacking["packages of techniques"]
+    assert found.verdict == "wrong"
+    assert found.found == "`flash_attention_2` needs `flash_attn`: ImportError: undefined symbol: _ZN3c105"
+    well = judged(probe(there | {"flash_attn": {"version": "2.8.3"}}), recipe)["packages of techniques"]
+    assert well.verdict == "ok"
+    assert set(well.found.split(", ")) == {"bitsandbytes 0.50.2", "galore_torch", "flash_attn 2.8.3"}
+    assert "packages of techniques" not in judged(probe(), {"lora": {}}), "nothing is needed, nothing is said"
 
 
 def test_a_job_without_an_answer_says_why(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from finetune_study import config, plan, techniques
 from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError
+from finetune_study.techniques import base
 from finetune_study.techniques.base import Technique
 
 Raw = dict[str, Any]
@@ -48,6 +50,18 @@ def alone(name: str, settings: Raw | None = None) -> dict[str, Raw]:
 def why_not(recipe: Raw, where: str, num_gpus: int = 2) -> str | None:
     on = hardware(where)
     return techniques.why_not(techniques.complete(recipe, on, num_gpus), on)
+
+
+def test_each_kind_that_has_several_says_why_a_recipe_holds_one() -> None:
+    counts = Counter(technique.kind for technique in techniques.ALL.values())
+    assert {kind for kind, count in counts.items() if count > 1} == base.WHY_ONE.keys()
+    for kind, why in base.WHY_ONE.items():
+        first, second = [name for name, one in techniques.ALL.items() if one.kind == kind and name != "lora"][:2]
+        with pytest.raises(
+            ConfigError, match=re.escape(f"`{first}` and `{second}` contradict each other: both are")
+        ) as raised:
+            techniques.parse({first: {}, second: {}})
+        assert why in str(raised.value)
 
 
 @pytest.mark.parametrize("technique", techniques.ALL.values(), ids=lambda technique: technique.name)

@@ -99,6 +99,22 @@ def test_what_each_changes_is_said_by_its_module(tmp_path: Path) -> None:
     assert "| `lora` | Freezes the weights and trains a low-rank update of chosen linear layers. | memory: " in page
 
 
+def test_settings_are_said_where_they_were_stored(tmp_path: Path) -> None:
+    rows = [
+        {"techniques": ["lora"], "num_gpus": 1, "ended": "completed", "settings": {"lora": {"r": 4}}},
+        {"techniques": ["fp8"], "num_gpus": 1, "ended": "completed", "settings": {}},
+        {"techniques": ["muon"], "num_gpus": 1, "ended": "ValueError", "settings": {"muon": {"nesterov": False}}},
+    ]
+    for name, runs in (("new", rows), ("defaults", rows[1:2])):
+        path = tmp_path / f"techniques-{name}.json"
+        path.write_text(json.dumps({"device": "CPU", "technique_runs": runs}), encoding="utf-8")
+    store(tmp_path, "techniques-old.json", "CPU", [(["lora"], 1, "completed")])
+    page = techniques_docs.page(tmp_path)
+    assert "techniques-new.json), 2 recipes, at default settings, but for `lora` with `r: 4`\n" in page
+    assert "techniques-defaults.json), 1 recipes, all at default settings\n" in page
+    assert "techniques-old.json), 1 recipes, whose settings were not stored\n" in page
+
+
 NO_NUMBER = '{"device": "x", "technique_runs": [{"techniques": ["lora"], "ended": "completed"}]}'
 
 

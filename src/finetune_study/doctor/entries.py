@@ -57,6 +57,12 @@ class Entry:
         """Whether a run of the study needs DeepSpeed's compiled optimizer."""
         return self.hardware.device == "cuda" and any("offload_optimizer" in run.techniques for run in self.runs)
 
+    @property
+    def packages_needed(self) -> dict[str, str]:
+        """What the study's techniques import there beside what all training uses, and one that does."""
+        techniques = {name: each for run in self.runs for name, each in run.parsed_techniques.items()}
+        return {package: name for name, each in techniques.items() for package in each.packages_needed()}
+
 
 def pretended(entry: Entry, num_gpus: int) -> Run:
     """A run on a hardware entry that is no part of any study."""

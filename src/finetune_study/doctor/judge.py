@@ -44,6 +44,7 @@ def judge(probe: Probe, entry: Entry, findings: Findings) -> None:
     _allocation(probe, entry, findings)
     if not _ran_out_of_memory(probe, entry, findings):
         _packages(probe, entry, findings)
+        _packages_of_techniques(probe, entry, findings)
         _gpu(probe, entry, findings)
         _ranks(probe, entry, findings)
         _ops(probe, entry, findings)
@@ -225,6 +226,22 @@ def _packages(probe: Probe, entry: Entry, findings: Findings) -> None:
     else:
         names = ", ".join(f"{name} {first[name]['version']}" for name in PACKAGES)
         findings.ok("packages", f"{found}; {names}")
+
+
+def _packages_of_techniques(probe: Probe, entry: Entry, findings: Findings) -> None:
+    first = probe.ranks[0]
+    told = [name for name in entry.packages_needed if name in first]
+    lacking = {name: first[f"{name}_error"] for name in entry.packages_needed if f"{name}_error" in first}
+    if lacking:
+        findings.wrong(
+            "packages of techniques",
+            "; ".join(f"`{entry.packages_needed[name]}` needs `{name}`: {error}" for name, error in lacking.items()),
+            f"install it in {_software_key(entry)}, or take the technique out of the recipes; docs/techniques.md says "
+            "which package each needs",
+        )
+    elif told:
+        found = (f"{name} {first[name]['version'] or ''}".rstrip() for name in told)
+        findings.ok("packages of techniques", ", ".join(found))
 
 
 def _other_versions(first: dict[str, Any]) -> list[str]:

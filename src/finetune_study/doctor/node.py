@@ -57,6 +57,8 @@ class Request(Section):
     asked: dict[str, Asked]
     uses_offload: bool
     """Whether the study needs DeepSpeed's compiled optimizer, which is then built and loaded."""
+    packages: list[str] = []
+    """What the study's techniques import beside what all training uses."""
     places: Places = Places()
     """Where caches and temporary files go."""
 
@@ -94,7 +96,7 @@ def look(folder: Path) -> None:
     some_run = next(iter(request.runs.values()))
     kills_before = cgroup.oom_kills()
     with places.opened(request.places, some_run, Results(folder.parents[1])) as where:
-        facts.tell(ranks=_ranks(some_run, folder, where, request.uses_offload))
+        facts.tell(ranks=_ranks(some_run, folder, where, request))
     kills = cgroup.oom_kills()
     facts.tell(oom_kills=None if kills is None or kills_before is None else kills - kills_before)
     facts.tell(network=_network())
@@ -161,7 +163,7 @@ def _network() -> dict[str, Any]:
     return {"host": host}
 
 
-def _ranks(run: Run, folder: Path, where: dict[str, str], uses_offload: bool) -> list[str]:
+def _ranks(run: Run, folder: Path, where: dict[str, str], request: Request) -> list[str]:
     """Starts the ranks as `launch` does, each with its own environment; how each ended."""
     master = ("127.0.0.1", ranks.free_port())
     chosen = where | variables.set_for(run, variables.threads_of_rank(run.num_gpus, os.environ), os.environ)
@@ -178,7 +180,7 @@ def _ranks(run: Run, folder: Path, where: dict[str, str], uses_offload: bool) ->
             variables.passed_on(os.environ) | chosen | variables.for_rank(rank, run.num_gpus, run.num_gpus, master)
         )
         process = subprocess.Popen(
-            [*command, *(["--build"] if uses_offload else [])],
+            [*command, *request.packages, *(["--build"] if request.uses_offload else [])],
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -147,6 +147,7 @@ def prepare(group: list[Entry], cluster: Cluster, results: Results) -> Probe:
         runs=runs,
         asked={one.name: Asked.of(one.hardware) for one in group},
         uses_offload=any(one.uses_offload for one in group),
+        packages=sorted({package for one in group for package in one.packages_needed}),
         places=entry.places,
     )
     write_atomically(folder / REQUEST, request.model_dump_json())

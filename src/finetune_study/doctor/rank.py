@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ MESSAGE_BYTES = 64 * 2**20
 REPETITIONS = 5
 
 
-def examine(path: Path, device: str, build: bool) -> None:
+def examine(path: Path, device: str, packages: Sequence[str], build: bool) -> None:
     """Tells what this rank finds.
 
     Args:
         path: of its facts.
         device: `cuda` or `cpu`.
+        packages: what the study's techniques import beside PACKAGES.
         build: build and load DeepSpeed's optimizer for offloaded states.
     """
     facts = Facts(path)
@@ -55,7 +56,7 @@ def examine(path: Path, device: str, build: bool) -> None:
             attempt("gpu", _gpu)
         attempt("all_reduce", lambda: _all_reduce(device))
     if os.environ["RANK"] == "0":
-        for name in PACKAGES:
+        for name in (*PACKAGES, *packages):
             attempt(name, functools.partial(_version, name))
         attempt("ops", lambda: _ops(build))
     facts.ended("completed")
@@ -77,7 +78,8 @@ def _version(name: str) -> dict[str, Any]:
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks
         module = importlib.import_module(name)
-    return {"version": str(module.__version__), "import_seconds": round(time.monotonic() - began, 1)}
+    version = getattr(module, "__version__", None)
+    return {"version": version and str(version), "import_seconds": round(time.monotonic() - began, 1)}
 
 
 def _gpu() -> dict[str, Any]:
@@ -150,6 +152,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("facts", type=Path)
     parser.add_argument("device", choices=("cuda", "cpu"))
+    parser.add_argument("packages", nargs="*")
     parser.add_argument("--build", action="store_true")
     arguments = parser.parse_args()
-    examine(arguments.facts, arguments.device, arguments.build)
+    examine(arguments.facts, arguments.device, arguments.packages, arguments.build)

@@ -10,7 +10,7 @@ from finetune_study.errors import ConfigError
 from finetune_study.techniques.activation_offload import ActivationOffload
 from finetune_study.techniques.adapters import Adalora, AdaptionPrompt, Ia3, Loha, Lokr, Oft
 from finetune_study.techniques.attention import Eager, FlashAttention2, FlashAttention3, FlashAttention4, Sdpa
-from finetune_study.techniques.base import Kind, Technique
+from finetune_study.techniques.base import WHY_ONE, Kind, Technique
 from finetune_study.techniques.compilation import TorchCompile
 from finetune_study.techniques.fp8 import Fp8
 from finetune_study.techniques.fsdp import Fsdp
@@ -97,7 +97,10 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
     for name, technique in parsed.items():
         other = by_kind.setdefault(technique.kind, name)
         if other != name and other not in technique.beside:
-            raise ConfigError(f"`{other}` and `{name}` contradict each other: both are {technique.kind}; choose one")
+            why = WHY_ONE[technique.kind]
+            raise ConfigError(
+                f"`{other}` and `{name}` contradict each other: both are {technique.kind}, and {why}; choose one"
+            )
         if technique.needs and not technique.needs & parsed.keys():
             raise ConfigError(f"`{name}` means nothing without one of {', '.join(sorted(technique.needs))}")
     return dict(sorted(parsed.items(), key=lambda item: ORDER.index(item[1].kind)))
@@ -144,6 +147,12 @@ def reasons(recipe: Techniques, hardware: "Hardware") -> Iterator[str]:
         )
         if reason:
             yield reason
+
+
+def chosen_settings(recipe: Techniques) -> dict[str, dict[str, Any]]:
+    """Of each technique the settings that are not at their defaults, as JSON holds them; most have none."""
+    chosen = {name: technique.model_dump(mode="json", exclude_defaults=True) for name, technique in recipe.items()}
+    return {name: settings for name, settings in chosen.items() if settings}
 
 
 def shards(recipe: Techniques) -> bool:

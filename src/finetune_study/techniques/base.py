@@ -30,6 +30,20 @@ activations are told to the wrapped model, everything from sharding to compilati
 on when training starts, sequences is how the data was laid out. A recipe holds at most one technique of a kind, but for
 methods that the library itself puts side by side (`beside`)."""
 
+WHY_ONE: Mapping[Kind, str] = {
+    "precision": "weights are held in one number format, and transformers takes one of mixed precision "
+    "(At most one of fp16 and bf16 can be True, but not both)",
+    "attention": "a model has one `attn_implementation`, and transformers takes one name for it "
+    "(is not supported. The only possible arguments are)",
+    "peft": "peft puts one method on a model (Cannot combine adapters with different peft types), and together only "
+    "what its mixed model takes and trains (is not compatible with the `PeftMixedModel`)",
+    "sharding": "DDP, FSDP2 or DeepSpeed holds the model, and the `stage` of DeepSpeed's ZeRO is one number "
+    "(Input should be 0, 1, 2, 3)",
+    "optimizer": "a weight is stepped by one optimizer, and transformers' `optim` takes one name "
+    "(is not a valid OptimizerNames)",
+}
+"""Why a recipe holds one technique of a kind, of each kind that has several; in brackets the library's own words."""
+
 
 ModelState = Literal["weights", "gradients", "optimizer states"]
 

@@ -22,8 +22,8 @@ class Fp8(Technique):
     packages: ClassVar[tuple[str, ...]] = ("torchao",)
     excludes: ClassVar[dict[str, str]] = {
         "qlora": (
-            "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape (mat1 and "
-            "mat2 shapes cannot be multiplied)"
+            "torchao's fp8 layers take dense weights, and those that bitsandbytes packs have another shape (shapes "
+            "cannot be multiplied)"
         ),
         "adalora": (
             "peft's AdaLoRA changes the output of a layer in place, which torch forbids for torchao's layers (is a "
