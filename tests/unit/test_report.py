@@ -854,6 +854,15 @@ def test_points_of_the_front_are_drawn_above_the_others(tmp_path: Path) -> None:
     assert [one["recipe"] for one in datasets["names"]][:3] == ["lora-1", "lora-2", "lora-4"]
 
 
+def test_packed_recipes_hide_no_trade_off(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {"full": {}, "lora": {"lora": {}}, "packed": {"lora": {}, "packing": {}}}
+    study = handmade.study(recipes=recipes, grid=[BLOCK | {"recipes": [*recipes]}])
+    documents = [handmade.completed(one.run, 1.0) for one in handmade.planned(study)]
+    figure = drawn(study, tmp_path, *documents)["pareto"]
+    assert {one["recipe"] for one in figure.spec["datasets"]["points"]} == {"full", "lora"}
+    assert figure.caption.endswith("Packed recipes are left out: their steps hold more of the examples.")
+
+
 def test_names_in_the_trade_off_never_lie_on_each_other() -> None:
     times, memories = (1.0, 10.0), (1.0, 10.0)
     points = [{"time": 2 + 0.01 * n, "memory": 5.0, "recipe": f"recipe-{n}", "front": n == 0} for n in range(30)]

@@ -23,7 +23,7 @@ from finetune_study.report.grammar import (
     width_of,
 )
 from finetune_study.report.pair import Pair
-from finetune_study.table import TIMES, Row, count, one_kind
+from finetune_study.table import TIMES, Row, count, one_kind, padded
 
 WIDTH, HEIGHT, DOT = 500, 280, 6
 """Of the panel and of half a point, pixels."""
@@ -48,7 +48,8 @@ def pareto_front(rows: list[Row]) -> list[Row]:
 
 def pareto(pair: Pair) -> list[Figure]:
     """Memory against step time; the recipes that nothing beats in both are labelled and joined."""
-    rows = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
+    every = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
+    rows = padded(every)
     front = {row["recipe"] for row in pareto_front(rows)}
     points = [
         {
@@ -93,9 +94,11 @@ def pareto(pair: Pair) -> list[Figure]:
     }
     title = f"Memory against time: {pair.where} {TIMES} {count(*pair.most_devices)}, context {pair.shortest}"
     caption = "" if front else "No front: software, weights or data differ among these runs, see the environment."
+    if len(rows) < len(every):
+        caption += " Packed recipes are left out: their steps hold more of the examples."
     above = sorted(points, key=lambda point: (point["front"], point["time"]))  # what is drawn last covers the others
     datasets = {"points": above, "names": names(points, times, memories)}
-    return [figure("pareto", pair, chart, title, datasets, caption)]
+    return [figure("pareto", pair, chart, title, datasets, caption.strip())]
 
 
 _TEXT = field("recipe", "N")
