@@ -193,8 +193,15 @@ def _begun(study: Study, runs: Mapping[str, Document]) -> Iterator[Begun]:
         if about is None or (document is not None and (document.started_at or "") >= (about.started_at or "")):
             continue
         steps = facts.read(paths.rank_facts(0)).get("steps", [])
-        written = [path.stat().st_mtime for path in (paths.log, *paths.scratch.glob("*")) if path.exists()]
-        yield Begun(run_id, about, len(steps), max(written, default=0.0))
+        yield Begun(run_id, about, len(steps), max(map(_written, (paths.log, *paths.scratch.glob("*")))))
+
+
+def _written(path: Path) -> float:
+    """When, seconds since 1970; 0 for what is not there, or no longer."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _state(document: Document) -> str:
