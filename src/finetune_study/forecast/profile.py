@@ -68,7 +68,7 @@ class Work:
     """`forward`, `recompute` or `backward`."""
     kind: str
     """`matmul_<format>` and `attention_<format>` (fused kernels) in operations; `bytes_matmul` and `bytes_pointwise` in
-    bytes read and written."""
+    bytes read and written; `kernels`, that are launched."""
     amount: dict[Monomial, float]
 
 
@@ -98,8 +98,6 @@ class Profile:
     alive: npt.NDArray[np.float64]
     """Bytes that are alive: moments × columns."""
     work: list[Work]
-    kernels: dict[str, int]
-    """Operations on the device in each phase."""
 
     @cached_property
     def _columns_of(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -160,7 +158,6 @@ class Profile:
             "monomials": self.monomials.tolist(),
             "alive": self.alive.tolist(),
             "work": [{"phase": w.phase, "kind": w.kind, "amount": _dump(w.amount)} for w in self.work],
-            "kernels": self.kernels,
         }
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,16 @@ MOST_OPERATIONS = 20_000
 layer of a transformer has some hundred."""
 MANY_LAYERS = 50
 """More are traced where few layers are alike."""
+OPERATIONS_WITHOUT_LOOPS = 1000
+"""Of a layer; where there are more, it is taken to loop over positions, and is traced over few of them."""
+MOST_BESIDE_A_LOOP = 4
+"""Tensors, or operations, of the same sort and size as those of a loop's turns, before and after it."""
+PADDINGS = (1, 2, 3)
+"""Positions that are added to a context: labels are shifted by one, convolutions padded by their width less one."""
+
+
+class TooManyOperations(ModelError):
+    """A forward pass takes more operations than are traced."""
 
 
 @dataclass
@@ -41,24 +51,46 @@ class Sizes:
     rank: int
     virtual: int = 0
     """Virtual tokens that a PEFT method puts before the context; both lengths count as the context's."""
-    _known: dict[int, tuple[float, Monomial]] = field(default_factory=dict)
+    chunk: int = 1
+    """The context is a prime number of chunks of this length, so that none of them is padded."""
+    _known: dict[tuple[int, int], tuple[float, Monomial]] = field(default_factory=dict)
 
-    def factor(self, number: int) -> tuple[float, Monomial]:
-        """Coefficient and exponents of batch, context and rank."""
-        found = self._known.get(number)
+    def factor(self, number: int, shape: Iterable[int] = ()) -> tuple[float, Monomial]:
+        """Coefficient and exponents of batch, context and rank.
+
+        Args:
+            number: of bytes, or of elements.
+            shape: of the tensor that has them, where it may be padded.
+        """
+        padding = self._padding(shape)
+        found = self._known.get((number, padding))
         if found is None:
-            found = self._known[number] = self._factor(number)
+            found = self._known[number, padding] = self._factor(number, padding)
         return found
 
-    def _factor(self, number: int) -> tuple[float, Monomial]:
+    def _padding(self, shape: Iterable[int]) -> int:
+        padded = {self.context + padding: padding for padding in PADDINGS}
+        padded |= {length * self.batch: padding for length, padding in padded.items()}
+        return next((padded[length] for length in shape if length in padded), 0)
+
+    @property
+    def chunks(self) -> int:
+        """How many of them the context has; with chunks of one position, the context."""
+        return self.context // self.chunk
+
+    def _factor(self, number: int, padding: int) -> tuple[float, Monomial]:
         rest, in_batch = _divide(number, self.batch)
-        rest, in_context = _divide(rest, self.context)
+        rest, in_context = _divide(rest, self.chunks)
+        per_position = float(self.chunk**in_context)
         if self.virtual and not in_context:
             rest, in_context = _divide(rest, self.context + self.virtual)
-        if in_batch and not in_context and rest % (self.context + 1) == 0:
-            rest, in_context = rest // (self.context + 1), 1  # labels, shifted by one
+        if padding and not in_context:
+            rest, in_context = _divide(rest, self.context + padding)
+        if in_batch and not in_context and self.chunk > 1:  # states before each chunk, and after the last
+            rest, in_context = _divide(rest, self.chunks + 1)
+            per_position = float(self.chunk**in_context)
         rest, in_rank = _divide(rest, self.rank)
-        return float(rest), (in_batch, in_context, in_rank)
+        return rest / per_position, (in_batch, in_context, in_rank)
 
 
 def _divide(number: int, prime: int) -> tuple[int, int]:
@@ -75,6 +107,7 @@ class Storage:
     """One piece of memory of the trace."""
 
     size: int
+    shape: tuple[int, ...]
     born: int
     layer: int
     in_forward: bool
@@ -88,13 +121,27 @@ class Storage:
     """When it became, or was added to, the gradient of a parameter."""
 
 
+@dataclass
+class Operations:
+    """Operations of one sort, on tensors of the same sizes, in one layer."""
+
+    amounts: list[tuple[str, float, Monomial]]
+    """What each of them does: kind of work, coefficient and exponents."""
+    count: int = 0
+
+
 class Tape(TorchDispatchMode):
     """Sees every operation below autograd, and every storage from its birth to its death."""
 
-    def __init__(self, sizes: Sizes, layers: int) -> None:
+    def __init__(self, sizes: Sizes, layers: int, most: int) -> None:
+        """
+        Args:
+            sizes: that are factored.
+            layers: that are traced.
+            most: operations of a forward pass.
+        """
         super().__init__()
-        self.sizes, self.layers = sizes, layers
-        self.most = MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
+        self.sizes, self.layers, self.most = sizes, layers, most
         self.now = 0
         self.layer = OWN_OF_NO_LAYER
         self.forward, self.after_layers, self.recomputing = True, False, False
@@ -102,8 +149,8 @@ class Tape(TorchDispatchMode):
         self.layer_of_time: list[int] = []
         self.turn_of_time: list[bool] = []
         self._alive: dict[int, int] = {}
-        self.work: dict[tuple[str, str, int], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
-        self.kernels: dict[tuple[str, int], int] = defaultdict(int)
+        self.work: dict[tuple[Any, ...], Operations] = {}
+        """By phase, layer, operation and sizes."""
         self.end_of_forward = 0
 
     def know(self, tensor: torch.Tensor) -> None:
@@ -116,7 +163,7 @@ class Tape(TorchDispatchMode):
             storage.left = storage.died is None
             storage.born, storage.died, storage.accumulated = 0, None if storage.left else 0, None
         self.now, self.layer, self.forward, self.after_layers = 0, OWN_OF_NO_LAYER, True, False
-        for log in (self.layer_of_time, self.turn_of_time, self.work, self.kernels):
+        for log in (self.layer_of_time, self.turn_of_time, self.work):
             log.clear()
 
     def tick(self) -> None:
@@ -131,13 +178,13 @@ class Tape(TorchDispatchMode):
             ModelError: where a forward pass takes too many of them.
         """
         if self.forward and self.now > self.most:
-            raise ModelError(
+            raise TooManyOperations(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
                 given=f"more than {self.most:,} in a forward pass of {self.layers} layers over {self.sizes.context:,} "
                 "positions: layers that loop over positions, as recurrent ones do without a kernel of their own",
                 allowed=f"at most {self.most:,}; layers of attention take some hundred each, at any length",
-                do="measure this model; its loop takes other memory at each length, and a GPU's kernel another still",
+                do="measure this model, or ask for fewer layers that differ from each other",
             )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,7 +193,8 @@ class Tape(TorchDispatchMode):
             return True  # a draw, such as "keep this module" in peft's LoHa and LoKr; fake tensors have no values
         if packet in ATTENTION_BACKWARD:
             self._scratch(attention_scratch(args))
-        out = func(*args, **(kwargs or {}))
+        call = _grouped_products if packet is aten._grouped_mm else func
+        out = call(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         product = packet in MATMULS or packet in ATTENTION_FORWARD
         if product and self.forward:
@@ -165,7 +213,7 @@ class Tape(TorchDispatchMode):
         """
         for tensor in operands:
             number = self._alive.get(tensor.untyped_storage()._cdata, -1)
-            if number >= 0 and self.sizes.factor(self.storages[number].size)[1][1]:
+            if number >= 0 and self.sizes.factor(self.storages[number].size, self.storages[number].shape)[1][1]:
                 self.storages[number].kept = True
 
     def _see(self, tensor: torch.Tensor, kept: bool) -> None:
@@ -174,7 +222,7 @@ class Tape(TorchDispatchMode):
         if key in self._alive:
             return
         self._alive[key] = number = len(self.storages)
-        self.storages.append(Storage(storage.nbytes(), self.now, self.layer, self.forward, kept, self.after_layers))
+        self.storages.append(Storage(storage.nbytes(), tuple(tensor.shape), self.now, self.layer, self.forward, kept, self.after_layers))
         weakref.finalize(storage, self._die, key, number)
 
     def _die(self, key: int, number: int) -> None:
@@ -183,7 +231,7 @@ class Tape(TorchDispatchMode):
 
     def _scratch(self, size: int) -> None:
         """Memory that a CUDA kernel takes for itself."""
-        self.storages.append(Storage(size, self.now, self.layer, False, False, False, died=self.now + 1))
+        self.storages.append(Storage(size, (), self.now, self.layer, False, False, False, died=self.now + 1))
 
     def accumulate(self, gradient: torch.Tensor) -> None:
         """A parameter's gradient is complete."""
@@ -193,8 +241,8 @@ class Tape(TorchDispatchMode):
 
     def _count(self, packet: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> None:
         phase = "forward" if self.forward else "recompute" if self.recomputing else "backward"
-        self.kernels[phase, self.layer] += 1
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        touched = [(t.numel() * t.element_size(), tuple(t.shape)) for t in (*inputs, *outputs)]
         if packet in MATMULS:
             kind, operations = f"matmul_{_precision(outputs[0])}", 2 * _products(packet, args, outputs)
         elif packet in ATTENTION_FORWARD or packet in ATTENTION_BACKWARD:
@@ -205,13 +253,68 @@ class Tape(TorchDispatchMode):
             kind = f"attention_{_precision(query)}"
         else:
             kind, operations = "", 0
-        if operations:
-            coefficient, monomial = self.sizes.factor(operations)
-            self.work[phase, kind, self.layer][monomial] += coefficient
-        group = "bytes_matmul" if kind else "bytes_pointwise"
-        for tensor in (*inputs, *outputs):
-            coefficient, monomial = self.sizes.factor(tensor.numel() * tensor.element_size())
-            self.work[phase, group, self.layer][monomial] += coefficient
+        sort = (phase, self.layer, packet, kind, operations, *touched)
+        found = self.work.get(sort)
+        if found is None:
+            amounts: list[tuple[str, float, Monomial]] = [("kernels", 1.0, (0, 0, 0))]
+            if operations:
+                amounts.append((kind, *self.sizes.factor(operations, outputs[0].shape)))
+            group = "bytes_matmul" if kind else "bytes_pointwise"
+            amounts += [(group, *self.sizes.factor(*one)) for one in touched]
+            found = self.work[sort] = Operations(amounts)
+        found.count += 1
+
+    def _alike(self) -> Iterator[tuple[list[int], float, Monomial]]:
+        """Storages of one size in one layer, forward or backward, with coefficient and exponents of that size."""
+        alike: dict[tuple[int, bool, tuple[float, Monomial]], list[int]] = defaultdict(list)
+        for number, storage in enumerate(self.storages):
+            factors = self.sizes.factor(storage.size, storage.shape)
+            alike[storage.layer, storage.in_forward, factors].append(number)
+        for (_, _, (coefficient, monomial)), numbers in alike.items():
+            yield numbers, coefficient, monomial
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether something grows with the batch, is as large as the context, and is neither a multiple of it nor made
+        in a loop over it."""
+        return any(
+            i and not j and coefficient >= self.sizes.context and not self.is_loop(len(numbers))
+            for numbers, coefficient, (i, j, _) in self._alike()
+        )
+
+    def looped(self) -> set[int]:
+        """Numbers of the storages of which there is one for each position, or for each chunk of positions.
+
+        A loop over the context leaves them: as many of one size as it has turns, most of them there at once. What a turn
+        leaves to the next one alone is not among them, nor what is larger for a longer context.
+        """
+        return {
+            number
+            for numbers, _, (_, in_context, _) in self._alike()
+            if not in_context and self.is_loop(len(numbers)) and self._pile_up(numbers)
+            for number in numbers
+        }
+
+    def is_loop(self, count: int) -> bool:
+        """Whether so many of one sort are those of a loop over the context.
+
+        Of each one of a turn the first turn, or the last, may lack its own; some beside the loop may be of the same sort.
+        """
+        turns = self.sizes.chunks
+        each = round(count / turns)
+        return each > 0 and abs(count - each * turns) <= max(each, MOST_BESIDE_A_LOOP)
+
+    def _pile_up(self, numbers: list[int]) -> bool:
+        changes = sorted(
+            change
+            for storage in (self.storages[number] for number in numbers)
+            for change in ((storage.born, 1), (self.now + 1 if storage.died is None else storage.died, -1))
+        )
+        alive = most = 0
+        for _, change in changes:
+            alive += change
+            most = max(most, alive)
+        return most >= self.sizes.chunks // 2
 
 
 def _precision(tensor: torch.Tensor) -> str:
@@ -221,6 +324,17 @@ def _precision(tensor: torch.Tensor) -> str:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _grouped_products(left: torch.Tensor, right: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """torch's product of groups: its rule for fake tensors takes bf16 alone, its kernels other formats as well.
+
+    In another format CUDA multiplies group by group, into the same output (aten/src/ATen/native/GroupedMMUtils.h,
+    _grouped_mm_fallback).
+    """
+    operands = (one.to(torch.bfloat16) for one in (left, right))
+    out: torch.Tensor = aten._grouped_mm(*operands, *args, **kwargs)
+    return out.to(left.dtype)
 
 
 def _products(packet: Any, args: Any, outputs: list[torch.Tensor]) -> int:
@@ -280,10 +394,6 @@ class CudaManners(TorchFunctionMode):
             query, key, value = (*args, *kwargs.values())[:3]
             args = (query, key, value)
             kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
-        if self._autocast is not None and "grouped_mm" in getattr(func, "__name__", ""):
-            args = tuple(
-                _to(a, self._autocast) for a in args
-            )  # on a CPU autocast leaves it out, and it takes bf16 alone
         if func in self._in_fp32:
             args = tuple(_to_fp32(a) for a in args)
             kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}
@@ -300,10 +410,6 @@ class CudaManners(TorchFunctionMode):
         if not training or p == 0:
             return input
         return torch.native_dropout(input, p, True)[0]
-
-
-def _to(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def _to_fp32(value: Any) -> Any:

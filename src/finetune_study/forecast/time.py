@@ -148,7 +148,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
             given = f"no rate is known for {recipe.precision} on this hardware: no step time"
             return StepTime(None, None, warnings=(given,))
         memory = _memory_seconds(profile, recipe, at, rates, phases)
-        launch = _launch_seconds(profile, recipe, rates, phases)
+        launch = _launch_seconds(profile, recipe, at, rates, phases)
         link = _shard_seconds(profile, recipe, at, rates, "backward" in phases)
         pcie = _offload_seconds(profile, recipe, at, rates)
         busy = max(compute + memory, launch, pcie)
@@ -213,8 +213,10 @@ def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rate
     return traffic * (COMPILED_BYTES if recipe.fuses else 1.0) / rates.memory
 
 
-def _launch_seconds(profile: Profile, recipe: Recipe, rates: Rates, phases: tuple[str, ...]) -> float:
-    kernels = sum(profile.kernels.get(phase, 0) for phase in phases)
+def _launch_seconds(
+    profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]
+) -> float:
+    kernels = profile.amount(phases, "kernels", at.batch, at.context, max(recipe.rank, 1))
     return kernels * (COMPILED_KERNELS if recipe.fuses else 1.0) * rates.launch
 
 

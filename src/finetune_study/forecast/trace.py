@@ -1,11 +1,14 @@
 """One training step of the real model class on fake tensors: what is alive when, and what is computed.
 
-Fake tensors have shapes and no storage, so that a step of a 70B model costs a second and no memory. Two properties
+Fake tensors have shapes and no storage, so that a step of a 70B model costs a second and no memory. Three properties
 make the answer exact and quick:
 
 - **Sizes are monomials.** Batch, context and LoRA rank of the trace are primes that divide nothing else in the model,
   so the number of elements of a tensor factors into coefficient × batch^i × context^j × rank^k. One trace then answers
   for every batch, context and rank.
+- **Contexts repeat.** Where layers work on chunks of the context, and pad the last, a second trace takes a prime number
+  of whole chunks; where they loop over positions, it takes few positions. What each turn of a loop leaves behind counts
+  as often as the context has turns.
 - **Stacks repeat.** Only three periods of equal layers are traced. What the middle one leaves behind counts as often as
   the model has it; layers before the period begins (dense layers of a mixture) and after it are traced as they are. A
   stack that never repeats is traced in full.
@@ -59,7 +62,18 @@ from finetune_study.forecast.profile import (
     Profile,
     Work,
 )
-from finetune_study.forecast.tape import OWN_OF_NO_LAYER, CudaManners, Sizes, Storage, Tape
+from finetune_study.forecast.tape import (
+    MANY_LAYERS,
+    MOST_OPERATIONS,
+    OPERATIONS_WITHOUT_LOOPS,
+    OWN_OF_NO_LAYER,
+    PADDINGS,
+    CudaManners,
+    Sizes,
+    Storage,
+    Tape,
+    TooManyOperations,
+)
 
 
 def primes_above(start: int, avoid: set[int]) -> Iterator[int]:
@@ -130,7 +144,22 @@ def _trace(layout: Layout) -> Profile:
         stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
     if names_single_layers(layout):
         stack, short = Stack(len(kinds), 0, 0, 0), config  # the numbers are those of the whole model
-    return _Tracer(short, stack, layout, skeleton).run()
+    return _traced(short, stack, layout, skeleton)
+
+
+def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
+    """The trace over a prime number of positions, or, where layers do not take these at once, of chunks."""
+    layers = len(stack.traced)
+    most = MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
+    tracer = _Tracer(short, stack, layout, skeleton, _context(short, layout))
+    try:
+        profile = tracer.run(min(most, OPERATIONS_WITHOUT_LOOPS * (layers + 1)))
+    except TooManyOperations:
+        tracer = _Tracer(short, stack, layout, skeleton, _few_positions(short, skeleton))
+        profile = tracer.run(most)
+    if layout.virtual_tokens or not tracer.tape.is_padded:
+        return profile
+    return _Tracer(short, stack, layout, skeleton, _whole_chunks(short, skeleton)).run(most)
 
 
 @contextlib.contextmanager
@@ -170,28 +199,86 @@ def _positions(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
-class _Tracer:
-    def __init__(self, config: Any, stack: Stack, layout: Layout, skeleton: Any) -> None:
-        self.config, self.stack, self.layout, self.skeleton = config, stack, layout, skeleton
-        window = getattr(config.get_text_config(), "sliding_window", None)
-        avoid = set(integers(config.to_dict())) | {2 * n for n in integers(config.to_dict())}
-        candidates = primes_above(1009, avoid)
-        self.rank_prime, batch = next(candidates), next(candidates)
-        positions = _positions(config.get_text_config()) or 1 << 20
-        start = max(2048, window + 1) if window and layout.windowed else 2048
-        context = next(primes_above(start, avoid))
-        most = min(window or positions, positions) if not layout.windowed else positions
-        if context >= most:  # learned positions end there, and a window begins to mask
-            context = next(primes_above(max(most // 2, 3), avoid))
-        self.sizes = Sizes(batch, context, self.rank_prime, layout.virtual_tokens)
+def _avoided(config: Any) -> set[int]:
+    return {times * n for n in integers(config.to_dict()) for times in (1, 2)}
 
-    def run(self) -> Profile:
+
+def _context(config: Any, layout: Layout) -> tuple[int, int]:
+    """Positions of a trace, a prime, and the length of a chunk: 1."""
+    text, avoid = config.get_text_config(), _avoided(config)
+    window, positions = getattr(text, "sliding_window", None), _positions(text) or 1 << 20
+    start = max(2048, window + 1) if window and layout.windowed else 2048
+    context = next(primes_above(start, avoid))
+    most = min(window or positions, positions) if not layout.windowed else positions
+    if context >= most:  # learned positions end there, and a window begins to mask
+        context = next(primes_above(max(most // 2, 3), avoid))
+    return context, 1
+
+
+USUAL_CHUNK = 64
+"""Positions of a chunk in the gated delta rule (transformers, torch_chunk_gated_delta_rule); where a configuration has a
+length of its own, as that of state spaces does, chunks are a multiple of both."""
+FEWEST_TURNS = 31
+"""Of the loops of a trace: its positions, or chunks of them."""
+
+
+def _whole_chunks(config: Any, skeleton: Any) -> tuple[int, int]:
+    """Positions of a trace, a prime number of chunks, and the length of one."""
+    settings = config.get_text_config().to_dict()
+    own = [n for name, n in settings.items() if name.endswith(("chunk_size", "block_size")) and isinstance(n, int)]
+    chunk = math.lcm(USUAL_CHUNK, *(n for n in own if 0 < n <= LARGEST_CHUNK))
+    return chunk * _turns(config, skeleton, chunk), chunk
+
+
+LARGEST_CHUNK = 1024
+"""Positions; a larger one is traced like a context that is not a multiple of it."""
+
+
+def _few_positions(config: Any, skeleton: Any) -> tuple[int, int]:
+    return _turns(config, skeleton, 1), 1
+
+
+def _turns(config: Any, skeleton: Any, chunk: int) -> int:
+    """A small prime that divides no length of the model, nor is near one of them, padded or not.
+
+    Else a loop over experts, for example, would be taken for one over the context.
+    """
+    lengths = {length for parameter in skeleton.parameters() for length in parameter.shape} | _avoided(config)
+    for turns in primes_above(FEWEST_TURNS, lengths):
+        near = {turns - 1, turns + 1, *(turns * chunk + padding for padding in PADDINGS)}
+        if not near & lengths and (turns + 1) & turns:
+            return turns
+    raise AssertionError("there are endless primes")
+
+
+LOOPS = (
+    "layers work through the context in chunks, or position by position, in transformers' own code: that is what is "
+    "predicted; with kernels made for them (mamba_ssm, causal_conv1d, fla) a step takes less memory and time"
+)
+
+
+class _Tracer:
+    def __init__(self, config: Any, stack: Stack, layout: Layout, skeleton: Any, context: tuple[int, int]) -> None:
+        self.config, self.stack, self.layout, self.skeleton = config, stack, layout, skeleton
+        positions, chunk = context
+        candidates = primes_above(1009, _avoided(config))
+        self.rank_prime, batch = next(candidates), next(candidates)
+        self.sizes = Sizes(batch, positions, self.rank_prime, layout.virtual_tokens, chunk)
+
+    def run(self, most: int) -> Profile:
+        """
+        Args:
+            most: operations of a forward pass.
+
+        Raises:
+            TooManyOperations: where it takes more.
+        """
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime, self.stack)
-            tape = Tape(self.sizes, len(self.stack.traced))
-            self._step(model, tape)
-            return self._profile(model, tape)
+            self.tape = Tape(self.sizes, len(self.stack.traced), most)
+            self._step(model, self.tape)
+            return self._profile(model, self.tape)
 
     def _step(self, model: Any, tape: Tape) -> None:
         for tensor in (*model.parameters(), *model.buffers()):
@@ -292,13 +379,13 @@ class _Tracer:
 
     def _profile(self, model: Any, tape: Tape) -> Profile:
         kinds, monomials, phases, alive = self._moments(tape)
+        loops = self.sizes.chunk > 1 or any(tape.is_loop(operations.count) for operations in tape.work.values())
         work: dict[tuple[str, str], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
-        for (phase, kind, layer), amounts in tape.work.items():
-            for monomial, amount in amounts.items():
-                work[phase, kind][monomial] += amount * self._times(layer)
-        kernels: dict[str, int] = defaultdict(int)
-        for (phase, layer), count in tape.kernels.items():
-            kernels[phase] += count * self._times(layer)
+        for (phase, layer, *_), operations in tape.work.items():
+            looped = tape.is_loop(operations.count)
+            for kind, coefficient, (i, j, k) in operations.amounts:
+                amount = coefficient * operations.count * self._times(layer)
+                work[phase, kind][i, j + looped, k] += amount / (self.sizes.context if looped else 1)
         parameters = self._parameters(model)
         _, layers = layer_stack(self.skeleton)
         text = self.config.get_text_config()
@@ -308,7 +395,7 @@ class _Tracer:
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
             positions=_positions(text),
-            warnings=warnings_of(self.skeleton, self.layout),
+            warnings=warnings_of(self.skeleton, self.layout) + ([LOOPS] if loops else []),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),
             largest_trained=self._largest_trained(model),
@@ -317,15 +404,17 @@ class _Tracer:
             monomials=monomials,
             alive=alive,
             work=[Work(phase, kind, dict(amounts)) for (phase, kind), amounts in work.items()],
-            kernels=dict(kernels),
         )
 
     def _moments(self, tape: Tape) -> tuple[list[str], Any, Any, Any]:
         """The moments that can be a peak, with what is alive then."""
         columns: dict[tuple[str, Monomial], int] = {}
         changes: list[tuple[int, int, int, float]] = []  # born, died, column, bytes
-        for storage in tape.storages:
-            coefficient, monomial = self.sizes.factor(storage.size)
+        looped = tape.looped()
+        for number, storage in enumerate(tape.storages):
+            coefficient, monomial = self.sizes.factor(storage.size, storage.shape)
+            if number in looped:
+                coefficient, monomial = coefficient / self.sizes.context, (monomial[0], 1, monomial[2])
             if _stays(storage, tape.end_of_forward):
                 coefficient *= self._times(storage.layer)
             died = tape.now + 1 if storage.died is None else storage.died
