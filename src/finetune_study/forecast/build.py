@@ -682,6 +682,13 @@ def traced_model(config: Any, layout: Layout, rank: int, stack: Stack) -> Any:
     if layout.upcast:
         upcast(model)
     if layout.checkpoint_every:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(
+                "transformers can't checkpoint the layers of this model",
+                where="techniques.gradient_checkpointing",
+                given=model.config.model_type,
+                do="leave gradient_checkpointing out",
+            )
         model.gradient_checkpointing_enable({"use_reentrant": layout.use_reentrant})
         layers, size = layer_stack(model)[1], group_size(layout.checkpoint_every, stack.depth)
         if layout.checkpoint_every == "sqrt":

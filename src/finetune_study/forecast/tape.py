@@ -25,8 +25,8 @@ NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empt
 
 OWN_OF_NO_LAYER = -1
 
-MOST_OPERATIONS = 20_000
-"""Of a forward pass of up to `MANY_LAYERS`, of more layers in proportion; with backward they take about ten seconds. A
+MOST_OPERATIONS = 30_000
+"""Of a forward pass of up to `MANY_LAYERS`, of more layers in proportion; with backward they take about 15 seconds. A
 layer of a transformer has some hundred."""
 MANY_LAYERS = 50
 """More are traced where few layers are alike."""
@@ -35,7 +35,8 @@ OPERATIONS_WITHOUT_LOOPS = 1000
 MOST_BESIDE_A_LOOP = 4
 """Tensors, or operations, of the same sort and size as those of a loop's turns, before and after it."""
 PADDINGS = (1, 2, 3)
-"""Positions that are added to a context: labels are shifted by one, convolutions padded by their width less one."""
+"""Positions that are added to a context: labels are shifted by one, attention to a sink takes one, and convolutions are
+padded by their width less one."""
 
 
 class TooManyOperations(ModelError):
@@ -84,8 +85,9 @@ class Sizes:
         per_position = float(self.chunk**in_context)
         if self.virtual and not in_context:
             rest, in_context = _divide(rest, self.context + self.virtual)
-        if padding and not in_context:
-            rest, in_context = _divide(rest, self.context + padding)
+        if padding:
+            rest, padded = _divide(rest, self.context + padding)
+            in_context += padded
         if in_batch and not in_context and self.chunk > 1:  # states before each chunk, and after the last
             rest, in_context = _divide(rest, self.chunks + 1)
             per_position = float(self.chunk**in_context)
@@ -292,7 +294,7 @@ class Tape(TorchDispatchMode):
             number
             for numbers, _, (_, in_context, _) in self._alike()
             if not in_context and self.is_loop(len(numbers)) and self._pile_up(numbers)
-            for number in numbers
+            for number in numbers[-self.sizes.chunks * round(len(numbers) / self.sizes.chunks) :]  # without a first state
         }
 
     def is_loop(self, count: int) -> bool:

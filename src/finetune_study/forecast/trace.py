@@ -29,7 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast.build import (
@@ -111,6 +115,14 @@ def trace(layout: Layout) -> Profile:
             return _trace(layout)
         except StudyError:
             raise
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ModelError(
+                "The model's sizes depend on the values that it computes, so that no step can be traced without them",
+                where="model_config.model_type",
+                given=f"{json.loads(layout.config).get('model_type')}, which runs {error}",
+                allowed="layers whose sizes follow from the batch and the context",
+                do="measure this model",
+            ) from None
         except RecursionError:
             raise ModelError("The model's configuration is nested too deeply", where="model_config") from None
         except Exception as error:  # whatever the model's own code raises about a configuration that makes no sense
