@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune_study.errors import ModelError
-from finetune_study.forecast import predict
+from finetune_study.forecast import predict, trace
 from finetune_study.forecast.build import build, make_config
 from finetune_study.forecast.layout import Layout, canonical
 
@@ -85,11 +85,19 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "seed_oss": {**SIZES, "head_dim": 32},
     "smollm3": SIZES,
     "stablelm": SIZES,
+    "gemma3n_text": {**SIZES, "head_dim": 32, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32,
+                     "vocab_size_per_layer_input": 1000, "laurel_rank": 16},
+    "gemma4_text": {**SIZES, "head_dim": 32, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 32,
+                    "vocab_size_per_layer_input": 1000},
+    "gptj": {"n_embd": 128, "n_head": 4, "n_layer": 4, "rotary_dim": 32, "vocab_size": 1000},
+    "minimax": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_text": {**SIZES, **LINEAR},
     "xglm": {"d_model": 128, "ffn_dim": 256, "attention_heads": 4, "num_layers": 4, "vocab_size": 1000},
 }  # fmt: skip
 """Answered, with memory that grows with the context."""
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "bart": ({}, "encoder beside its decoder"),
     "bert": (SIZES, "is an encoder"),
     "dbrx": ({"d_model": 128, "n_heads": 4, "n_layers": 4, "vocab_size": 1000,
               "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500000.0},
@@ -173,6 +181,12 @@ def test_refusal_says_why(name: str) -> None:
     row = {"model_config": {"model_type": name, **settings}, "hardware": "a100-80gb", "sequence_length": 256}
     with pytest.raises(ModelError, match=words):
         predict.answer(row, TRACES)
+
+
+def test_too_many_operations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", 500)
+    with pytest.raises(ModelError, match=r"(?s)operations.*given: .*more than 500 .*loop.*allowed: at most 500.*do: "):
+        trace.trace(Layout(canonical(config("starcoder2"))))
 
 
 def test_layers_that_loop_are_warned_of() -> None:

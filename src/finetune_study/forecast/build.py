@@ -133,6 +133,14 @@ def make_config(settings: dict[str, Any]) -> Any:
             given=model_type,
             allowed="a causal language model; or the same with is_decoder: true, if its layers are to be a decoder's",
         )
+    sequence_to_sequence = transformers.models.auto.modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    if model_type in sequence_to_sequence and config.is_encoder_decoder:
+        raise ModelError(
+            "The model has an encoder beside its decoder: it is no causal language model",
+            where="model_config.model_type",
+            given=model_type,
+            allowed="a model of a decoder alone, for example llama, falcon or gpt_neox",
+        )
     config.use_cache = False
     return config
 
@@ -504,7 +512,9 @@ def shorten(config: Any, layers: list[int]) -> Any:
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == depth and name != "architectures":
             setattr(text, name, [value[i] for i in layers])
-    text.num_hidden_layers = len(layers)
+    for name in ("num_hidden_layers", "num_blocks"):  # xLSTM's own name
+        if getattr(text, name, None) == depth:
+            setattr(text, name, len(layers))
     return config
 
 

@@ -39,6 +39,11 @@ PADDINGS = (1, 2, 3)
 padded by their width less one."""
 
 
+def most_operations(layers: int) -> int:
+    """Of a forward pass of so many layers."""
+    return MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
+
+
 class TooManyOperations(ModelError):
     """A forward pass takes more operations than are traced."""
 

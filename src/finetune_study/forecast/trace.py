@@ -67,8 +67,6 @@ from finetune_study.forecast.profile import (
     Work,
 )
 from finetune_study.forecast.tape import (
-    MANY_LAYERS,
-    MOST_OPERATIONS,
     OPERATIONS_WITHOUT_LOOPS,
     OWN_OF_NO_LAYER,
     PADDINGS,
@@ -77,6 +75,7 @@ from finetune_study.forecast.tape import (
     Storage,
     Tape,
     TooManyOperations,
+    most_operations,
 )
 
 
@@ -130,6 +129,7 @@ def trace(layout: Layout) -> Profile:
                 "A training step of this model can't be traced",
                 where="model_config",
                 given=f"{type(error).__name__}: {first_line(error)}",
+                do="see that the sizes fit each other, and the recipe the model: a real step runs the same code",
             ) from error
 
 
@@ -162,7 +162,7 @@ def _trace(layout: Layout) -> Profile:
 def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
     """The trace over a prime number of positions, or, where layers do not take these at once, of chunks."""
     layers = len(stack.traced)
-    most = MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
+    most = most_operations(layers)
     tracer = _Tracer(short, stack, layout, skeleton, _context(short, layout))
     try:
         profile = tracer.run(min(most, OPERATIONS_WITHOUT_LOOPS * (layers + 1)))
