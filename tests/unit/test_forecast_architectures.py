@@ -42,7 +42,6 @@ MEASURED: dict[str, dict[str, Any]] = {
 
 MEASURED_LONG: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, **LINEAR},
-    "recurrent_gemma": {**SIZES, "lru_width": 128, "head_dim": 32},
     "rwkv": {**SIZES, "num_hidden_layers": 3},
 }
 """The same, of layers whose traces take many operations."""
@@ -72,7 +71,8 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "helium": {**SIZES, "head_dim": 32},
     "hunyuan_v1_dense": {**SIZES, "head_dim": 32},
     "jamba": {**EXPERTS, "num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1},
+    "lfm2_moe": {**EXPERTS, "num_dense_layers": 1,
+                 "layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {**SIZES, "num_heads": 8, "head_dim": 32},
     "minimax_m2": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 32},
     "nemotron": {**SIZES, "head_dim": 32},
@@ -82,6 +82,7 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "phimoe": {**EXPERTS, "num_local_experts": 4},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3": {**SIZES, "head_dim": 32},
+    "recurrent_gemma": {**SIZES, "lru_width": 128, "head_dim": 32},
     "seed_oss": {**SIZES, "head_dim": 32},
     "smollm3": SIZES,
     "stablelm": SIZES,
@@ -92,6 +93,7 @@ ANSWERED: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 128, "n_head": 4, "n_layer": 4, "rotary_dim": 32, "vocab_size": 1000},
     "minimax": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_5_text": {**SIZES, **LINEAR},
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": 4, "num_heads": 4, "vocab_size": 1000},
     "xglm": {"d_model": 128, "ffn_dim": 256, "attention_heads": 4, "num_layers": 4, "vocab_size": 1000},
 }  # fmt: skip
 """Answered, with memory that grows with the context."""
@@ -169,8 +171,8 @@ def test_architecture_is_answered(name: str) -> None:
     short, long = peaks(name, {"fp32": {}}, 1024, 4096)
     assert short < long
     adapted = {"bf16": {}, "lora": {"target_modules": "all-linear"}}
-    if "mamba" in name or name in ("jamba", "granitemoehybrid", "rwkv"):
-        return  # peft refuses the names of these layers
+    if "mamba" in name or name in ("jamba", "granitemoehybrid", "rwkv", "phimoe"):
+        return  # peft refuses the names of these layers; in a real step, too, it fails at phimoe's router
     short, long = peaks(name, adapted, 1024, 4096)
     assert short < long
 
