@@ -31,7 +31,7 @@ MEASURED: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "gpt_oss": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096},
     "lfm2": SIZES,
-    "mamba": {**SIZES, "num_hidden_layers": 3},
+    "mamba": {**SIZES, "num_hidden_layers": 2},
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 4, "vocab_size": 1000},
     "olmoe": EXPERTS,
     "opt": {**SIZES, "dropout": 0.0, "ffn_dim": 256, "word_embed_proj_dim": 128},

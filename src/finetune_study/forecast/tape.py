@@ -44,7 +44,7 @@ def most_operations(layers: int) -> int:
     return MOST_OPERATIONS * max(MANY_LAYERS, layers) // MANY_LAYERS
 
 
-class TooManyOperations(ModelError):
+class TooManyOperationsError(ModelError):
     """A forward pass takes more operations than are traced."""
 
 
@@ -185,7 +185,7 @@ class Tape(TorchDispatchMode):
             ModelError: where a forward pass takes too many of them.
         """
         if self.forward and self.now > self.most:
-            raise TooManyOperations(
+            raise TooManyOperationsError(
                 "A training step of this model has too many operations to be traced",
                 where="model_config",
                 given=f"more than {self.most:,} in a forward pass of {self.layers} layers over {self.sizes.context:,} "
@@ -229,7 +229,9 @@ class Tape(TorchDispatchMode):
         if key in self._alive:
             return
         self._alive[key] = number = len(self.storages)
-        self.storages.append(Storage(storage.nbytes(), tuple(tensor.shape), self.now, self.layer, self.forward, kept, self.after_layers))
+        self.storages.append(
+            Storage(storage.nbytes(), tuple(tensor.shape), self.now, self.layer, self.forward, kept, self.after_layers)
+        )
         weakref.finalize(storage, self._die, key, number)
 
     def _die(self, key: int, number: int) -> None:
@@ -292,20 +294,22 @@ class Tape(TorchDispatchMode):
     def looped(self) -> set[int]:
         """Numbers of the storages of which there is one for each position, or for each chunk of positions.
 
-        A loop over the context leaves them: as many of one size as it has turns, most of them there at once. What a turn
-        leaves to the next one alone is not among them, nor what is larger for a longer context.
+        A loop over the context leaves them: as many of one size as it has turns, most of them there at once. What a
+        turn leaves to the next one alone is not among them, nor what is larger for a longer context.
         """
         return {
             number
             for numbers, _, (_, in_context, _) in self._alike()
             if not in_context and self.is_loop(len(numbers)) and self._pile_up(numbers)
-            for number in numbers[-self.sizes.chunks * round(len(numbers) / self.sizes.chunks) :]  # without a first state
+            for number in numbers[
+                -self.sizes.chunks * round(len(numbers) / self.sizes.chunks) :
+            ]  # without a first state
         }
 
     def is_loop(self, count: int) -> bool:
         """Whether so many of one sort are those of a loop over the context.
 
-        Of each one of a turn the first turn, or the last, may lack its own; some beside the loop may be of the same sort.
+        The first turn, or the last, may lack some of its own; some beside the loop may be of the same sort.
         """
         turns = self.sizes.chunks
         each = round(count / turns)

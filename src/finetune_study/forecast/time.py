@@ -213,9 +213,7 @@ def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rate
     return traffic * (COMPILED_BYTES if recipe.fuses else 1.0) / rates.memory
 
 
-def _launch_seconds(
-    profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]
-) -> float:
+def _launch_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
     kernels = profile.amount(phases, "kernels", at.batch, at.context, max(recipe.rank, 1))
     return kernels * (COMPILED_KERNELS if recipe.fuses else 1.0) * rates.launch
 

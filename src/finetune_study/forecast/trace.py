@@ -74,7 +74,7 @@ from finetune_study.forecast.tape import (
     Sizes,
     Storage,
     Tape,
-    TooManyOperations,
+    TooManyOperationsError,
     most_operations,
 )
 
@@ -166,7 +166,7 @@ def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
     tracer = _Tracer(short, stack, layout, skeleton, _context(short, layout))
     try:
         profile = tracer.run(min(most, OPERATIONS_WITHOUT_LOOPS * (layers + 1)))
-    except TooManyOperations:
+    except TooManyOperationsError:
         tracer = _Tracer(short, stack, layout, skeleton, _few_positions(short, skeleton))
         profile = tracer.run(most)
     if layout.virtual_tokens or not tracer.tape.is_padded:
@@ -228,8 +228,8 @@ def _context(config: Any, layout: Layout) -> tuple[int, int]:
 
 
 USUAL_CHUNK = 64
-"""Positions of a chunk in the gated delta rule (transformers, torch_chunk_gated_delta_rule); where a configuration has a
-length of its own, as that of state spaces does, chunks are a multiple of both."""
+"""Positions of a chunk in the gated delta rule (transformers, torch_chunk_gated_delta_rule). Where a configuration has
+a length of its own, as that of state spaces does, chunks are a multiple of both."""
 FEWEST_TURNS = 31
 """Of the loops of a trace: its positions, or chunks of them."""
 
@@ -283,7 +283,7 @@ class _Tracer:
             most: operations of a forward pass.
 
         Raises:
-            TooManyOperations: where it takes more.
+            TooManyOperationsError: where it takes more.
         """
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
