@@ -155,7 +155,7 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
     write_atomically(written[0], _resource("train.py.txt").replace("{torchrun}", _torchrun(run)))
-    write_atomically(written[1], _job(study, run, best.epoch_hours_median))
+    write_atomically(written[1], _job(study, run, best.epoch_hours_median, is_deepspeed=deepspeed is not None))
     write_atomically(written[2], _readme(run, one, [name for name, value in files.items() if value is not None]))
     for name, value in files.items():
         (folder / name).unlink(missing_ok=True)  # of an earlier export
@@ -230,13 +230,14 @@ def _save_steps(step_seconds: float | None) -> int:
     return max(1, min(MAX_SAVE_STEPS, int(CHECKPOINT_SECONDS / step_seconds))) if step_seconds else MAX_SAVE_STEPS
 
 
-def _job(study: Study, run: Run, epoch_hours: float | None) -> str:
+def _job(study: Study, run: Run, epoch_hours: float | None, *, is_deepspeed: bool) -> str:
     asked = study.slurm_resources(run.run_id)
     minutes = max(MIN_MINUTES, math.ceil(60 * MARGIN * (epoch_hours or 0)))
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     return template.from_string(_resource("job.sbatch.j2")).render(
         name=slurm.job_name(f"{run.target}-{run.recipe}"),
         own_model=_own_model(run),
+        deepspeed=is_deepspeed,
         nodes=run.nodes,
         gres=asked["gres"],
         cpus_per_task=asked["cpus_per_task"],

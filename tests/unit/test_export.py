@@ -87,6 +87,28 @@ def test_on_several_nodes_each_has_a_launcher(tmp_path: Path) -> None:
     assert "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d" in readme
 
 
+def test_each_turn_of_a_job_compiles_deepspeeds_operations_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """The lock of a compilation that was killed would hold up the next turn for ever."""
+    block = BLOCK | {"recipes": ["zero2"], "num_gpus": 4}
+    asked = handmade.study(hardware={"a100": GPU}, recipes={"zero2": {"zero2": {}}}, grid=[block])
+    planned = {one.run.run_id: one for one in handmade.planned(asked)}
+    results = handmade.write(tmp_path, *(handmade.completed(one.run, 1.0) for one in planned.values()))
+    study = Study(asked, results, planned)
+    one = exporter.choose(study, handmade.frame(asked, tmp_path), "tiny", "a100", 4, None)
+    exporter.export(study, one, tmp_path / "export")
+    (named,) = [
+        line
+        for line in (tmp_path / "export" / "job.sbatch").read_text(encoding="utf-8").splitlines()
+        if line.startswith("export TORCH_EXTENSIONS_DIR=")
+    ]
+    for turn in ("0", "1"):
+        variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": turn, "TMPDIR": "/scratch"}
+        said = ["bash", "-c", f'{named}; echo "$TORCH_EXTENSIONS_DIR"']
+        found = subprocess.run(said, env=variables, capture_output=True, text=True, check=True).stdout
+        assert found == f"/scratch/torch_extensions-7-{turn}\n"
+    assert "TORCH_EXTENSIONS_DIR" not in job(tmp_path / "without", 4)
+
+
 def test_the_job_finds_its_python_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert f'run_python() {{ {tmp_path}/.venv-gpu/bin/python "$@"; }}' in job(
