@@ -1,11 +1,10 @@
 """Model of a run: loaded or drawn at random, in its dtype, with its attention."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -57,7 +56,7 @@ def _quantised_as_drawn(config: Any, arguments: Mapping[str, Any], seed: int) ->
     def note(self: PreTrainedModel, module: torch.nn.Module, *_: Any) -> None:
         order.setdefault(module, (self, len(order) + 1))
 
-    with mock.patch.object(PreTrainedModel, "_initialize_weights", note):
+    with _initialising_by(note):
         model.initialize_weights()
     paths = {module: path for path, module in model.named_modules()}
     weights = {
@@ -109,13 +108,23 @@ def _seeded_initialisation(seed: int) -> Iterator[None]:
             torch.manual_seed(_seed_of_module(seed, count))
         original(self, module, *rest, **keywords)
 
+    try:
+        with _initialising_by(initialise):
+            yield
+    finally:
+        torch.set_rng_state(state)
+        transformers.set_seed(seed)
+
+
+@contextmanager
+def _initialising_by(initialise: Callable[..., None]) -> Iterator[None]:
+    """transformers, which gives no way in, calls this for each module in its turn."""
+    original = PreTrainedModel._initialize_weights
     PreTrainedModel._initialize_weights = initialise
     try:
         yield
     finally:
         PreTrainedModel._initialize_weights = original
-        torch.set_rng_state(state)
-        transformers.set_seed(seed)
 
 
 def count_weights(model: Any) -> tuple[int, int]:
