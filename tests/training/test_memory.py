@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from finetune_study.forecast import predict
+from finetune_study.forecast.memory import CPU_RUNTIME_BYTES
 from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
@@ -29,6 +31,27 @@ def wide(lab: Lab, recipe: dict[str, Any], **settings: Any) -> Ended:
 
 def trained(ended: Ended) -> int:
     return int(ended.first_rank["trainable_parameters"])
+
+
+def test_libraries_take_what_is_predicted(lab: Lab) -> None:
+    """The tiny model's own tensors are few: most of the peak is what torch and its libraries take for any model."""
+    ended = lab.train({})
+    run = ended.record.run
+    answer = predict.answer(
+        {
+            "model_config": run.model.architecture,
+            "hardware": {"name": "cpu", "device": "cpu", "memory_gib": 4, "maps_tensors": True},
+            "num_gpus": 1,
+            "sequence_length": run.sequence_length,
+            "per_device_train_batch_size": run.micro_batch,
+            "gradient_accumulation_steps": run.gradient_accumulation_steps,
+            "techniques": run.techniques,
+        },
+        predict.Traces(),
+    )
+    predicted = answer["predicted_peak_memory_allocated_gib"] * 2**30
+    assert 0.5 * predicted < CPU_RUNTIME_BYTES
+    assert ended.peak() == pytest.approx(predicted, abs=16 * 2**20)
 
 
 def test_pure_bf16_halves_weights_gradients_and_states(lab: Lab) -> None:
@@ -61,7 +84,6 @@ def test_zero3_takes_less_than_ddp(lab: Lab) -> None:
 
 
 def test_quantised_weights_take_a_few_bits(lab: Lab) -> None:
-    """In training; while they are loaded, random weights are whole first."""
     lora, qlora = (wide(lab, {name: {"r": 4}}) for name in ("lora", "qlora"))
     frozen = lora.first_rank["total_parameters"] - trained(lora) - EMBEDDING
     held = [ended.first_rank["memory"]["peak_device_used_bytes_by_phase"]["forward"] for ended in (lora, qlora)]

@@ -54,7 +54,7 @@ CPU_RUNTIME_BYTES = 0.05 * GIB
 """On a CPU: what libraries take when a model is first loaded and run (threads' stacks and buffers, heaps); the
 allocator is the C library's, and not seen apart. Measured with torch 2.13.0 and glibc 2.36 on a Llama of one layer of
 width 16, whose weights are 3 MiB: 47 to 50 MiB beyond its tensors when it was loaded, and 50 MiB at its peak, alone and
-as one of two ranks, with ZeRO and without."""
+as one of two ranks, with ZeRO and without; tests/training/test_memory.py measures it again."""
 
 CPU_HEAP_BLOCK_BYTES = 32 * 2**20
 """glibc takes smaller blocks from its heap (malloc/malloc.c, DEFAULT_MMAP_THRESHOLD_MAX), which stays as large as it
