@@ -81,7 +81,7 @@ def _ended(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_outcome(planned: PlannedRun, results: Results) -> dict[str, Any]:
-    row = outcome.run_columns(planned.run)
+    row = outcome.run_columns(planned.run, results)
     paths = results.run(planned.run.run_id)
     if paths.record.exists():
         try:
@@ -109,7 +109,7 @@ def _without_outcome(planned: PlannedRun, results: Results) -> dict[str, Any]:
 
 def _damaged(planned: PlannedRun, results: Results, error: Exception) -> dict[str, Any]:
     log = results.run(planned.run.run_id).log
-    return outcome.run_columns(planned.run) | {
+    return outcome.run_columns(planned.run, results) | {
         "state": FAILED,
         "failure_cause": error.what if isinstance(error, StudyError) else f"a file of this run is damaged: {error}",
         "failure_log_tail": str(error),

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from finetune_study import config as config_module
 from finetune_study import study as study_module
 from finetune_study.errors import StudyError
-from finetune_study.paths import Results
+from finetune_study.paths import RESULTS_FOLDER, Results
 from finetune_study.study import Study
 
 app = typer.Typer(
@@ -34,7 +34,6 @@ ConfigFile = Annotated[
 ResultsFolder = Annotated[Path, typer.Option("--results", "-r", help="The study's results.")]
 
 CONFIG = Path(study_module.CONFIG_FILE)
-RESULTS = Path(study_module.RESULTS_FOLDER)
 UNLIMITED = 2**16
 """Columns that no table of ours has."""
 MIN_WIDTH = 120
@@ -48,7 +47,7 @@ def _open(config: list[Path] | None, results: Path) -> Study:
 
 
 @app.command()
-def plan(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
+def plan(config: ConfigFile = None, results: ResultsFolder = RESULTS_FOLDER) -> None:
     """List every run of the study and what became of it, then how many there are of each, with the reason."""
     study = _open(config, results)
     counts: Counter[str] = Counter()
@@ -71,7 +70,7 @@ def plan(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
 
 
 @app.command()
-def summary(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
+def summary(config: ConfigFile = None, results: ResultsFolder = RESULTS_FOLDER) -> None:
     """Print a short table of all runs, the answer so far, and where the report lies."""
     from finetune_study.cells import cells
     from finetune_study.report import gather
@@ -90,7 +89,7 @@ def summary(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None
 @app.command()
 def status(
     config: ConfigFile = None,
-    results: ResultsFolder = RESULTS,
+    results: ResultsFolder = RESULTS_FOLDER,
     ledger: Annotated[Path | None, typer.Option(help="The executor's ledger.jsonl.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two looks of `--watch`.", min=1)] = 30,
@@ -130,7 +129,7 @@ def export(
     sequence_length: Annotated[int | None, typer.Option(help="Context; default: likewise.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Another recipe that fits there.")] = None,
     config: ConfigFile = None,
-    results: ResultsFolder = RESULTS,
+    results: ResultsFolder = RESULTS_FOLDER,
 ) -> None:
     """Write the recommended recipe for data of your own: settings, training script, resumable sbatch script."""
     from finetune_study import export as exporter
@@ -149,7 +148,7 @@ def figures(
     hardware: Annotated[str, typer.Argument(help="An entry under `hardware`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder.")] = Path("figures"),
     config: ConfigFile = None,
-    results: ResultsFolder = RESULTS,
+    results: ResultsFolder = RESULTS_FOLDER,
 ) -> None:
     """Draw the report's figures of one target on one hardware entry as SVG and PNG, from what runs there are."""
     from finetune_study.cells import cells
@@ -177,7 +176,7 @@ def compare(
 
 
 @app.command()
-def report(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
+def report(config: ConfigFile = None, results: ResultsFolder = RESULTS_FOLDER) -> None:
     """Build outcomes, comparisons and the report from whatever runs there are."""
     study = _open(config, results)
     study_module.report_what_there_is(study)
@@ -187,7 +186,7 @@ def report(config: ConfigFile = None, results: ResultsFolder = RESULTS) -> None:
 @app.command()
 def prepare(
     run_yaml: Path,
-    results: ResultsFolder = RESULTS,
+    results: ResultsFolder = RESULTS_FOLDER,
     cache: Annotated[str | None, typer.Option(help="Folder of downloads; default: the results' own.")] = None,
 ) -> None:
     """Prepare model and data of one run, as `snakemake` does, to repeat it elsewhere."""
@@ -202,7 +201,7 @@ def prepare(
 
 
 @app.command()
-def after_kill(results: ResultsFolder = RESULTS) -> None:
+def after_kill(results: ResultsFolder = RESULTS_FOLDER) -> None:
     """Give a run its outcome after SLURM killed its job; the job comes as JSON on standard input."""
     from finetune_study.after_kill import after_kill as conclude
 
@@ -210,7 +209,7 @@ def after_kill(results: ResultsFolder = RESULTS) -> None:
 
 
 @app.command()
-def before_submit(results: ResultsFolder = RESULTS) -> None:
+def before_submit(results: ResultsFolder = RESULTS_FOLDER) -> None:
     """Answer which jobs to submit, hold, or take as resolved; the jobs come as JSON on standard input."""
     from finetune_study.before_submit import before_submit as answer
 
@@ -220,7 +219,7 @@ def before_submit(results: ResultsFolder = RESULTS) -> None:
 @app.command()
 def doctor(
     config: ConfigFile = None,
-    results: ResultsFolder = RESULTS,
+    results: ResultsFolder = RESULTS_FOLDER,
     hardware: Annotated[list[str] | None, typer.Option(help="Only this hardware entry; may be repeated.")] = None,
     jobs: Annotated[bool, typer.Option(help="Submit a short job for each hardware entry.")] = True,
     wait_minutes: Annotated[float, typer.Option(min=0, help="How long a job may wait in the queue.")] = 10.0,

@@ -1,6 +1,7 @@
 """Records become rows: one per run, each number with its unit and scope in its name."""
 
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from finetune_study import accounting, micro_batch, ranks, techniques
 from finetune_study.config import Hardware
 from finetune_study.forecast import CATEGORIES
 from finetune_study.measure.peaks import peak_tflops
-from finetune_study.paths import Results
+from finetune_study.paths import RESULTS_FOLDER, Results
 from finetune_study.record import Record, read_record
 from finetune_study.run import Run
 from finetune_study.sequences import steps_per_epoch
@@ -158,6 +159,9 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
 SCHEMA = pl.Schema({name: dtype for name, (dtype, _) in COLUMNS.items()})
 
 
+_OF_STUDY = Results(RESULTS_FOLDER)
+
+
 def collect(results: Results, run_ids: Iterable[str], hardware: dict[str, Hardware]) -> pl.DataFrame:
     """The outcomes of those runs that have one.
 
@@ -184,7 +188,8 @@ def read_row(results: Results, run_id: str, hardware: dict[str, Hardware]) -> di
         return None
     record = read_record(paths.record)
     entry = hardware.get(record.run.hardware.name)
-    values = row(record, price=entry.price_usd_per_gpu_hour if entry else None, prior=_prior(paths.prior))
+    price = entry.price_usd_per_gpu_hour if entry else None
+    values = row(record, price=price, prior=_prior(paths.prior), results=results)
     return values | {"log_tail": None if record.ending.status == "completed" else _log_tail(paths.log)}
 
 
@@ -224,7 +229,7 @@ def _prior(path: Path) -> dict[str, float | None]:
     return {name: None if found.get(name) is None else float(found[name]) for name in PREDICTED}
 
 
-def run_columns(run: Run) -> dict[str, Any]:
+def run_columns(run: Run, results: Results = _OF_STUDY) -> dict[str, Any]:
     """A row with what is known before a run; everything else is null."""
     return dict.fromkeys(COLUMNS) | {
         "run_id": run.run_id,
@@ -241,23 +246,31 @@ def run_columns(run: Run) -> dict[str, Any]:
         "techniques": "+".join(run.parsed_techniques),
         "repeat": run.repeat,
         "memory_budget_gib": run.hardware.memory_budget_gib,
-        "command": " ".join([*srun(run), "python -m finetune_study.launch", f"results/runs/{run.run_id}/run.yaml"]),
+        "command": " ".join(
+            [*srun(run), "python -m finetune_study.launch", shlex.quote(str(results.run(run.run_id).run_yaml))]
+        ),
         "settings": json.dumps(run.model_dump(mode="json"), ensure_ascii=False),
     }
 
 
-def row(record: Record, price: float | None = None, prior: Mapping[str, float | None] | None = None) -> dict[str, Any]:
+def row(
+    record: Record,
+    price: float | None = None,
+    prior: Mapping[str, float | None] | None = None,
+    results: Results = _OF_STUDY,
+) -> dict[str, Any]:
     """One row of outcomes.
 
     Args:
         record: raw facts of a run.
         price: US dollars for one device for one hour.
         prior: what was predicted, by the names of its columns.
+        results: where the run's folder is, for the command that repeats it.
     """
     run, ending, environment = record.run, record.ending, record.environment
     versions = environment.get("versions", {})
     first: dict[str, Any] = record.ranks[0] if record.ranks else {}
-    values = run_columns(run) | {
+    values = run_columns(run, results) | {
         **_found_size(record),
         "status": ending.status,
         "reason": ending.reason,

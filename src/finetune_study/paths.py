@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+RESULTS_FOLDER = Path("results")
+"""Of a study, in its folder."""
+
 
 @dataclass(frozen=True)
 class RunPaths:

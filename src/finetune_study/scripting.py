@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune_study import places
 from finetune_study.errors import StudyError
-from finetune_study.paths import Results
-from finetune_study.study import CONFIG_FILE, RESULTS_FOLDER, Study, open_study
+from finetune_study.paths import RESULTS_FOLDER, Results
+from finetune_study.study import CONFIG_FILE, Study, open_study
 
 
 class _Tee:
@@ -45,7 +45,7 @@ def opened(snakemake: Any, open_it: Callable[..., Study] = open_study) -> Iterat
     ):
         try:
             files = snakemake.params.get("config_files", [CONFIG_FILE])
-            study = open_it(snakemake.config, Results(Path(RESULTS_FOLDER)), files=files)
+            study = open_it(snakemake.config, Results(RESULTS_FOLDER), files=files)
             places.enter(study.config.places, study.results)
             yield study
         except StudyError as error:

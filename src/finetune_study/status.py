@@ -125,7 +125,7 @@ class Status:
     counts: list[tuple[str, int]]
     open: list[Work]
     begun: list[Begun]
-    """Beside the works above, of whose jobs SLURM speaks."""
+    """Of the works above, and of runs that no executor submitted."""
     failures: list[record.Failure]
     """The last of them, the newest first."""
     num_failures: int
@@ -154,12 +154,11 @@ def look(
     runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
     states = [_state(document) for document in runs.values()]
     used, expected = _gpu_hours(study, runs)
-    submitted = {job.name for job in jobs}
     failures = sorted((d for d in runs.values() if isinstance(d, record.Failure)), key=lambda one: one.started_at or "")
     return Status(
         counts=[(state, Counter(states)[state]) for state in STATES if state in states],
         open=[(job, seen.get(job.slurm_id or "")) for job in jobs],
-        begun=[one for one in _begun(study, runs) if one.run_id not in submitted],
+        begun=list(_begun(study, runs)),
         failures=failures[-LAST_FAILURES:][::-1],
         num_failures=len(failures),
         used_gpu_hours=used,
@@ -390,10 +389,12 @@ def render(status: Status, now: float | None = None) -> Group:
     )
     if status.driver:
         parts.append(Text(status.driver))
-    if status.begun:
-        parts += _tries(status.begun, now)
+    begun = {one.run_id: one for one in status.begun}
+    submitted = {job.name for job, _ in status.open}
+    if alone := [one for one in status.begun if one.run_id not in submitted]:
+        parts += _tries(alone, now)
     if status.open:
-        parts += _works(status.open, now)
+        parts += _works(status.open, begun, now)
     if status.num_failures > len(status.failures):
         parts.append(Text(f"The last {len(status.failures)} of {status.num_failures} failures:"))
     for failure in status.failures:
@@ -410,17 +411,21 @@ def _tries(begun: list[Begun], now: float) -> Iterator[Text]:
         parts = [f"try {one.about.attempt}", f"on {one.about.environment.get('host', 'an unknown host')}"]
         if one.about.started_at is not None:
             parts.append(f"for {_ago(datetime.datetime.fromisoformat(one.about.started_at).timestamp(), now)}")
-        parts += [f"{one.num_steps} steps", f"wrote {_ago(one.last_written, now)} ago"]
-        yield Text(f"  {one.run_id}\n    {', '.join(parts)}")
+        yield Text(f"  {one.run_id}\n    {', '.join([*parts, *_progress(one, now)])}")
     if len(begun) > LISTED:
         yield Text(f"  and {len(begun) - LISTED:,} more")
+
+
+def _progress(one: Begun, now: float) -> list[str]:
+    steps = "1 step" if one.num_steps == 1 else f"{one.num_steps} steps"
+    return [steps, f"wrote {_ago(one.last_written, now)} ago"]
 
 
 def _ago(at: float, now: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=max(0, int(now - at)))
 
 
-def _works(works: list[Work], now: float) -> Iterator[Any]:
+def _works(works: list[Work], begun: Mapping[str, Begun], now: float) -> Iterator[Any]:
     """Counts by state and reason, every work that waits in vain, then the first of the others."""
     counts = Counter((_state_in_words(job, seen), _pending_reason(seen)) for job, seen in works)
     yield Text(f"{len(works):,} submitted and not done:")
@@ -434,21 +439,23 @@ def _works(works: list[Work], now: float) -> Iterator[Any]:
     others = [work for work in works if not _hopeless(_pending_reason(work[1]))]
     if in_vain:
         yield Text(f"{NEVER_CLEARS_BY_WAITING}:", style="bold red")
-        yield from (_told(*work, now) for work in in_vain)
+        yield from (_told(*work, begun, now) for work in in_vain)
     if others:
         yield Text("Others:" if in_vain else "In the order of their submission:")
-        yield from (_told(*work, now) for work in others[:LISTED])
+        yield from (_told(*work, begun, now) for work in others[:LISTED])
     if len(others) > LISTED:
         yield Text(f"  and {len(others) - LISTED:,} more")
 
 
-def _told(job: Submitted, seen: InQueue | None, now: float) -> Text:
+def _told(job: Submitted, seen: InQueue | None, begun: Mapping[str, Begun], now: float) -> Text:
     """A name has a line of its own: in a column of a table it is cut, or folded beyond reading."""
     parts = [job.slurm_id or "", _state_in_words(job, seen)]
     if seen:
         parts += [f"({seen.reason})"] if _pending_reason(seen) else [seen.reason, seen.elapsed]
     if job.submitted_at is not None:
         parts.append(f"submitted {_ago(job.submitted_at, now)} ago")
+    if job.name in begun:
+        parts += _progress(begun[job.name], now)
     return Text(f"  {job.name}\n    {', '.join(filter(None, parts))}")
 
 

@@ -23,7 +23,7 @@ from finetune_study.config import Config, Hardware, Model
 from finetune_study.errors import ConfigError, RecordError, StudyError
 from finetune_study.forecast import prior
 from finetune_study.implied import Kin, Rung
-from finetune_study.paths import MANIFEST, Results, RunPaths
+from finetune_study.paths import MANIFEST, RESULTS_FOLDER, Results, RunPaths
 from finetune_study.plan import PlannedRun
 from finetune_study.prepared import read_manifest
 from finetune_study.record import Ending, Record
@@ -37,7 +37,7 @@ WITHOUT_TRAINING = {
     "unsupported": "unsupported", "implied_oom": "implied out of memory", "predicted_oom": "predicted out of memory",
 }  # fmt: skip
 """Outcomes of runs that were not tried, in words."""
-CONFIG_FILE, RESULTS_FOLDER = "config/config.yaml", "results"
+CONFIG_FILE = "config/config.yaml"
 """Where a study lies, unless it is said otherwise."""
 LOTS = 1000
 """To draw an order from; two runs with the same lot go in the order of the plan."""
@@ -65,7 +65,7 @@ class Study:
     def options(self) -> str:
         """What a command `finetune-study` needs to find this study, with a space before it; empty for the defaults."""
         files = () if self.files == (CONFIG_FILE,) else self.files
-        folder = [] if self.results.root == Path(RESULTS_FOLDER) else [f"-r {shlex.quote(str(self.results.root))}"]
+        folder = [] if self.results.root == RESULTS_FOLDER else [f"-r {shlex.quote(str(self.results.root))}"]
         return "".join(f" {option}" for option in [*(f"-c {shlex.quote(file)}" for file in files), *folder])
 
     @cached_property

@@ -124,7 +124,7 @@ def test_of_a_tie_the_one_with_least_memory_is_named(
     assert {versus.recipe: versus.differs for versus in one.versus} == {"lora": False, "ia3": False, "slow": True}
     (default,) = recommend.defaults([one])
     (sentence, *_) = answer([one], [default])
-    assert sentence == (
+    assert sentence.text == (
         "The fastest recipe that fits (in a tie by median, unless one nearly as fast takes much less memory) is "
         f"{named} for tiny on cpu (a tie with {others[0]} and {others[1]})."
     )
@@ -141,7 +141,7 @@ def test_a_wide_interval_makes_no_slow_recipe_the_default(tmp_path: Path) -> Non
     (step,) = one.settled_by
     assert re.fullmatch(r"protocol\.repeats: about \d+ instead of 3, of full, lora", step)
     (sentence, *_) = answer([one], recommend.defaults([one]))
-    assert "full for tiny on cpu (not told apart from lora yet)." in sentence
+    assert "full for tiny on cpu (not told apart from lora yet)." in sentence.text
 
 
 NODE_EFFECT = 1.08

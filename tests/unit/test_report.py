@@ -580,7 +580,7 @@ def test_the_most_devices_may_be_on_several_nodes(tmp_path: Path) -> None:
 def test_a_run_on_several_nodes_is_repeated_on_several(tmp_path: Path) -> None:
     page, _ = over_nodes((2, 1), (2, 2), root=tmp_path)
     alone, together = sorted({*column(embedded_runs(page), "command")}, key=len)
-    assert alone == "python -m finetune_study.launch results/runs/RUN_ID/run.yaml"
+    assert alone == f"python -m finetune_study.launch {tmp_path}/runs/RUN_ID/run.yaml"
     assert together == f"srun --nodes=2 --ntasks=2 --ntasks-per-node=1 {alone}"
 
 
@@ -689,23 +689,25 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
         )
         documents.append(handmade.completed(run, 1.0) if fits else handmade.out_of_memory(run))
     recommendations, defaults = said(study, tmp_path, *documents)
-    (_, beyond, cost) = answer(recommendations, defaults)
-    assert beyond.endswith(
-        " The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
-        "on cpu."
+    sentences = answer(recommendations, defaults)
+    assert [sentence.text.count(". ") for sentence in sentences] == [0, 0, 0], "three sentences"
+    (_, beyond, cost) = sentences
+    assert beyond.support.startswith(
+        "The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
+        "on cpu. Nothing that was tried fits in "
     )
     found = {target: (at.num_gpus, recipe) for (target, _), (at, recipe) in longest(recommendations).items()}
     assert found == {"tiny-1": (1, "full"), **dict.fromkeys(names[1:-1], (2, "lora"))}
     two = [one for one in recommendations if one.target in names[:2]]
-    assert answer(two, defaults[:2])[1].endswith(
-        " The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
+    assert answer(two, defaults[:2])[1].support.startswith(
+        "The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
         "(lora)."
     )
-    assert cost.startswith("An epoch, one pass over the training data, costs ")
+    assert cost.text.startswith("An epoch, one pass over the training data, costs ")
     (_, beyond, _) = answer(
         *said(study, tmp_path / "none", *(handmade.out_of_memory(d.run) for d in handmade.planned(study)))
     )
-    assert "longest context" not in beyond
+    assert "longest context" not in beyond.support
 
 
 def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is(tmp_path: Path) -> None:
@@ -729,7 +731,8 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     (first, _, _) = answer(*said(study, tmp_path, *documents))
     assert first == (
         "The fastest recipe that fits is lora for tiny on old and new; full for small on new; none can be named for "
-        "small on old (nothing that was tried fits). Of these 3 defaults: 3 with too few data for a ranking."
+        "small on old (nothing that was tried fits).",
+        "Of these 3 defaults: 3 with too few data for a ranking.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())
     assert "tiny on old × 1 context 128 lora too few data" in text

@@ -305,7 +305,7 @@ def test_a_run_that_goes_on_is_seen_without_a_ledger_and_whether_it_still_writes
     assert "driver" not in text
 
 
-def test_notes_of_a_try_that_ended_or_that_slurm_speaks_of_are_no_run_that_goes_on(tmp_path: Path) -> None:
+def test_notes_of_a_try_that_ended_are_no_run_that_goes_on(tmp_path: Path) -> None:
     at = "1970-01-12T13:45:40+00:00"
     failed = handmade.failure(FULL).model_copy(update={"started_at": at})
     one = study(tmp_path, failed, handmade.completed(LORA, 1.0))
@@ -313,9 +313,12 @@ def test_notes_of_a_try_that_ended_or_that_slurm_speaks_of_are_no_run_that_goes_
     begin(one, LORA.run_id, at)
     assert status.look(one, tmp_path / "none.jsonl", no_slurm).begun == []
 
-    again = study(tmp_path / "again")
-    begin(again, FULL.run_id, at)
-    jobs = ledger(tmp_path, intent(FULL.run_id, "t1"), submitted("t1", "41"))
-    seen = status.look(again, jobs, no_slurm)
-    assert (len(seen.open), seen.begun) == (1, [])
-    assert [run.run_id for run in status.look(again, tmp_path / "none.jsonl", no_slurm).begun] == [FULL.run_id]
+
+def test_a_run_that_the_executor_submitted_is_told_once_with_its_steps(tmp_path: Path) -> None:
+    one = study(tmp_path)
+    begin(one, FULL.run_id, "1970-01-12T13:45:40+00:00")
+    jobs = ledger(tmp_path, intent(FULL.run_id, "t1"), submitted("t1", "41", at=NOW - 60))
+    queue = {"41": InQueue("RUNNING", "a100-1", "0:50")}
+    text = shown(status.look(one, jobs, lambda ids: queue))
+    assert text.count(FULL.run_id) == 1
+    assert "41, RUNNING, a100-1, 0:50, submitted 0:01:00 ago, 3 steps, wrote 0:00:05 ago\n" in text

@@ -77,5 +77,9 @@ def test_two_studies_are_compared_by_their_files_alone(reported: Workplace) -> N
     pl.read_parquet(outcomes).head(3).write_parquet(outcomes)
     assert reported.snakemake(*compare).returncode == 0
     assert changes.read_text().count("tiny") == 3
+    assert (
+        "given: lost.parquet, which is no file"
+        in reported.snakemake("compare", "--config", "earlier=lost.parquet").stdout
+    )
     outcomes.unlink()
     assert "There are no outcomes to compare" in reported.snakemake(*compare).stdout

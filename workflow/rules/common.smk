@@ -14,9 +14,9 @@ from finetune_study import study as study_module
 from finetune_study.errors import StudyError
 from finetune_study.forecast import VERSION as FORECAST_VERSION
 from finetune_study.outcome import METRICS_VERSION
-from finetune_study.paths import Results
+from finetune_study.paths import RESULTS_FOLDER, Results
 
-RESULTS = Results(Path(study_module.RESULTS_FOLDER))
+RESULTS = Results(RESULTS_FOLDER)
 CONFIG_FILES = [
     study_module.CONFIG_FILE,
     *(os.path.relpath(path) for path in workflow.config_settings.configfiles),
@@ -228,7 +228,12 @@ def get_earlier_for_compare(wildcards):
             "Compared with what?\n"
             "  do: snakemake --cores all compare --config earlier=<outcomes.parquet of another study>"
         )
-    return earlier
+    if not Path(earlier).expanduser().is_file():
+        raise WorkflowError(
+            f"The earlier study's outcomes can't be read\n  given: {earlier}, which is no file\n"
+            "  do: snakemake --cores all compare --config earlier=<outcomes.parquet of another study>"
+        )
+    return str(Path(earlier).expanduser())
 
 
 def get_outcomes_there(wildcards):

@@ -1,7 +1,8 @@
-"""The question, and its answer in three parts, each of a sentence or two."""
+"""The question, and its answer in three sentences, each with what supports it."""
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from finetune_study.recommend import Default, Recommendation, Verdict
 from finetune_study.table import devices, joined, show
@@ -26,21 +27,31 @@ _HOW_SURE: dict[Verdict, str] = {
 """Of defaults that are counted, by verdict."""
 
 
-def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[str]:
-    """Three parts: the default; what to add beyond it, and how long a context fits; cost and how sure all that is."""
+class Sentence(NamedTuple):
+    """A sentence of the answer, and what supports it: a few more, or none."""
+
+    text: str
+    support: str = ""
+
+
+def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[Sentence]:
+    """Three sentences: the default; what to add where it does not fit; the cost. Of a study without runs, one.
+
+    How sure the defaults are, how long a context fits, and what would settle what is open, support them.
+    """
     if not recommendations:
-        return ["The study has no runs: its grid is empty."]
+        return [Sentence("The study has no runs: its grid is empty.")]
     return [
         _default(defaults),
-        _beyond(defaults, recommendations) + _longest(recommendations),
-        _cost_and_sureness(defaults, recommendations),
+        _beyond(defaults, recommendations),
+        Sentence(_cost(defaults), _sureness(defaults, recommendations)),
     ]
 
 
-def _default(defaults: list[Default]) -> str:
+def _default(defaults: list[Default]) -> Sentence:
     named = [one for one in defaults if one.recommendation.recipe]
     if not named:
-        return f"No recipe can be recommended yet {_why_none(defaults)}."
+        return Sentence(f"No recipe can be recommended yet {_why_none(defaults)}.")
     groups: dict[str, list[Default]] = {}
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
@@ -57,8 +68,10 @@ def _default(defaults: list[Default]) -> str:
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
     sure = ", ".join(f"{verdicts[name]} {words}" for name, words in _HOW_SURE.items() if verdicts[name])
-    how_sure = "" if detailed else f" Of these {len(named)} defaults: {sure}."
-    return f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}.{how_sure}"
+    return Sentence(
+        f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}.",
+        "" if detailed else f"Of these {len(named)} defaults: {sure}.",
+    )
 
 
 def _where(one: Default) -> str:
@@ -118,25 +131,23 @@ def _why_none(defaults: list[Default]) -> str:
     )
 
 
-def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> str:
+def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> Sentence:
     beyond = [other for one in defaults for other in one.elsewhere]
     nothing = sum(one.verdict == "nothing_fits" for one in recommendations)
-    settings = f"{len(recommendations)} {'setting' if len(recommendations) == 1 else 'settings'} of context and GPUs"
-    if not beyond:
-        tail = f"; nothing fits in {nothing} of {settings}" if nothing else ""
-        named = any(one.recommendation.recipe for one in defaults)
-        return (
-            ("No setting is known in which a default stops fitting" if named else "What to add is not known")
-            + tail
-            + "."
-        )
-    added = Counter(name for other in beyond for name in other.added)
-    saved = sum(other.recipe is not None for other in beyond)
-    what = joined(f"{name} ({n} times)" for name, n in added.most_common(3))
-    text = f"Where a default does not fit ({len(beyond)} of {settings}), "
-    text += f"another recipe does in {saved}, mostly by adding {what}" if added else "no other recipe is known to"
-    all_told = f". In {nothing} of all {len(recommendations)} nothing that was tried fits." if nothing else "."
-    return text + all_told
+    number = len(recommendations)
+    settings = f"{number} {'setting' if number == 1 else 'settings'} of context and GPUs"
+    if beyond:
+        added = Counter(name for other in beyond for name in other.added)
+        saved = sum(other.recipe is not None for other in beyond)
+        what = joined(f"{name} ({n} of them)" if n < saved else name for name, n in added.most_common(3))
+        helps = f"another recipe does in {saved} by adding {what}" if added else "no other recipe is known to"
+        text = f"Where a default does not fit ({len(beyond)} of {settings}), {helps}."
+    elif any(one.recommendation.recipe for one in defaults):
+        text = "No setting is known in which a default stops fitting."
+    else:
+        text = "What to add is not known."
+    none = f"Nothing that was tried fits in {nothing} of {settings}." if nothing else ""
+    return Sentence(text, " ".join(filter(None, [_longest(recommendations), none])))
 
 
 def longest(recommendations: list[Recommendation]) -> dict[tuple[str, str], tuple[Recommendation, str]]:
@@ -167,10 +178,10 @@ def _longest(recommendations: list[Recommendation]) -> str:
         for pair, (at, _) in found.items():
             contexts.setdefault(at.sequence_length, []).append(pair)
         named = [f"{length} for {_places(pairs)}" for length, pairs in sorted(contexts.items(), reverse=True)]
-    return f" The longest context that is known to fit is {'; '.join(named)}."
+    return f"The longest context that is known to fit is {'; '.join(named)}."
 
 
-def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
+def _cost(defaults: list[Default]) -> str:
     bests = [(one, one.recommendation.best) for one in defaults]
     dollars = sorted(
         (b.cost_usd_per_epoch_median, _where(one)) for one, b in bests if b and b.cost_usd_per_epoch_median is not None
@@ -180,24 +191,28 @@ def _cost_and_sureness(defaults: list[Default], recommendations: list[Recommenda
         for one, b in bests
         if b and b.epoch_hours_median is not None
     )
-    verdicts = Counter(one.verdict for one in recommendations)
-    open_ones = verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"]
-    counts = {
-        "clear": verdicts["ranked"] + verdicts["only_one_fits"],
-        "tied": verdicts["tie"],
-        "open for want of data": open_ones,
-        "open since repeats contradict each other": verdicts["contradictory"],
-        "that nothing fits": verdicts["nothing_fits"],
-    }
-    found = ", ".join(f"{number} {words}" for words, number in counts.items() if number)
-    sure = f"{len(recommendations)} {'verdict' if len(recommendations) == 1 else 'verdicts'}: {found}."
     if dollars:
         cost = _range([(f"{show(value)} US dollars", place) for value, place in dollars])
     elif hours:
         cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
     else:
-        return f"What an epoch costs is not known yet. {sure}{_settled_by(defaults)}"
-    return f"An epoch, one pass over the training data, costs {cost}. {sure}{_settled_by(defaults)}"
+        return "What an epoch costs is not known yet."
+    return f"An epoch, one pass over the training data, costs {cost}."
+
+
+def _sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
+    """How many verdicts are clear, and what would settle those of the defaults that are not."""
+    verdicts = Counter(one.verdict for one in recommendations)
+    counts = {
+        "clear": verdicts["ranked"] + verdicts["only_one_fits"],
+        "tied": verdicts["tie"],
+        "open for want of data": verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"],
+        "open since repeats contradict each other": verdicts["contradictory"],
+        "that nothing fits": verdicts["nothing_fits"],
+    }
+    found = ", ".join(f"{n} {words}" for words, n in counts.items() if n)
+    number = len(recommendations)
+    return f"{number} {'verdict' if number == 1 else 'verdicts'}: {found}.{_settled_by(defaults)}"
 
 
 _OPEN = frozenset({"too_few_data", "no_data", "contradictory", "not_comparable"})

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +31,8 @@ def markdown(contents: Contents) -> str:
     lines = [f"## {_plain(config.report.title)}", ""]
     lines += [f"**{_plain(config.report.notice)}**", ""] if config.report.notice else []
     lines += [f"*{QUESTION}*", ""]
-    lines += [f"- {_plain(sentence)}" for sentence in answer(contents.recommendations, contents.defaults)]
+    for text, support in answer(contents.recommendations, contents.defaults):
+        lines += [f"- **{_plain(text)}**", *([f"  {_plain(support)}"] if support else [])]
     lines += ["", f"{tables.headline(contents.cells)}.", ""]
     if contents.defaults:
         headings, *rows = _table(contents)
@@ -98,8 +100,10 @@ def terminal(contents: Contents, width: int = 120, *, colour: bool = False) -> s
     console = Console(file=stream, width=width, force_terminal=colour or None, no_color=not colour, highlight=False)
     if contents.config.report.notice:
         console.print(Text(contents.config.report.notice, style="bold red"))
-    for sentence in answer(contents.recommendations, contents.defaults):
-        console.print(Text(sentence))
+    for text, support in answer(contents.recommendations, contents.defaults):
+        console.print(Text(text, style="bold"))
+        if support:
+            console.print(Padding(Text(support), (0, 0, 0, 2)))
     if contents.defaults:
         headings, *rows = _table(contents)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
