@@ -139,8 +139,9 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> S
     if beyond:
         added = Counter(name for other in beyond for name in other.added)
         saved = sum(other.recipe is not None for other in beyond)
-        what = joined(f"{name} ({n} of them)" if n < saved else name for name, n in added.most_common(3))
-        helps = f"another recipe does in {saved} by adding {what}" if added else "no other recipe is known to"
+        what = joined(f"{name} ({n} times)" if n < saved else name for name, n in added.most_common(3))
+        where = "" if saved == len(beyond) else f" in {saved} of them"
+        helps = f"another recipe does{where}, by adding {what}" if added else "no other recipe is known to"
         text = f"Where a default does not fit ({len(beyond)} of {settings}), {helps}."
     elif any(one.recommendation.recipe for one in defaults):
         text = "No setting is known in which a default stops fitting."
