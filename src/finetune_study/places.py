@@ -112,7 +112,8 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
     """The folders of a run on this node, and the variables that send its ranks there.
 
     Temporary files go when the block ends, however the ranks ended. Ops are compiled there, too, in a copy of what
-    earlier runs compiled: nobody waits for a rank of another run, least of all for one that was killed.
+    earlier runs compiled: nobody waits for a rank of another run, least of all for one that was killed. Packages that
+    were compiled for runs like this one are imported from the cache.
 
     Raises:
         StudyError: when a folder can't be used.
@@ -121,8 +122,28 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
     with tempfile.TemporaryDirectory(prefix="finetune-study-", dir=parent, ignore_cleanup_errors=True) as temporary:
         compiled, kept = Path(temporary) / "torch_extensions", cache / "torch_extensions" / _kind(run)
         _copy_ops(kept, compiled)
-        yield variables.of_cache(cache) | {"TORCH_EXTENSIONS_DIR": str(compiled), "TMPDIR": temporary}
+        packages = ":".join(map(str, sorted(_packages(cache, run).glob("[!.]*"))))
+        yield (
+            variables.of_cache(cache)
+            | {"TORCH_EXTENSIONS_DIR": str(compiled), "TMPDIR": temporary}
+            | ({"PYTHONPATH": packages} if packages else {})
+        )
         _keep_ops(compiled, kept)
+
+
+def keep_package(built: Path, run: Run, cache: Path) -> None:
+    """Puts a package that was compiled for the runs of a hardware entry in place: they import it from there.
+
+    Args:
+        built: its folder, as `pip install --target` makes it; its name is the package's.
+        run: one of them.
+        cache: the folder of caches.
+    """
+    _put(built, _packages(cache, run))
+
+
+def _packages(cache: Path, run: Run) -> Path:
+    return cache / "packages" / _kind(run)
 
 
 def _kind(run: Run) -> str:
@@ -155,12 +176,19 @@ def _keep_ops(compiled: Path, kept: Path) -> None:
     for op in _ops(compiled):
         if _libraries(op) == _libraries(kept / op.name):
             continue
-        aside = kept / f".{op.name}.{uuid.uuid4().hex}"
         with suppress(OSError):
-            shutil.copytree(op, aside / "new")
-            if (kept / op.name).exists():
-                (kept / op.name).rename(aside / "old")
-            (aside / "new").rename(kept / op.name)
+            _put(op, kept)
+
+
+def _put(folder: Path, kept: Path) -> None:
+    """Puts a copy of a folder below another, whole or not at all."""
+    aside = kept / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        shutil.copytree(folder, aside / "new")
+        if (kept / folder.name).exists():
+            (kept / folder.name).rename(aside / "old")
+        (aside / "new").rename(kept / folder.name)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -163,10 +163,15 @@ def test_packages_of_the_studys_techniques() -> None:
     recipe: Raw = {"flash_attention_2": {}, "qlora": {}, "galore_adamw": {}}
     assert sorted(entry(recipe).packages_needed) == ["bitsandbytes", "flash_attn", "galore_torch"]
     there = {"bitsandbytes": {"version": "0.50.2", "import_seconds": 1.0}, "galore_torch": {"version": None}}
-    lacking = judged(probe(there | {"flash_attn_error": "ImportError: undefined symbol: _ZN3c105"}), recipe)
-    found = lacking["packages of techniques"]
+    lacking = there | {"flash_attn_error": "ImportError: undefined symbol: _ZN3c105"}
+    found = judged(probe(lacking | {"ops": NO_COMPILER}), recipe)["packages of techniques"]
     assert found.verdict == "wrong"
     assert found.found == "`flash_attention_2` needs `flash_attn`: ImportError: undefined symbol: _ZN3c105"
+    compiled = judged(probe(lacking), recipe)["packages of techniques"]
+    assert (compiled.verdict, compiled.found) == ("warning", found.found)
+    assert "`prepare` compiles it" in compiled.mend
+    other = judged(probe(lacking | {"bitsandbytes": None, "bitsandbytes_error": "no"}), recipe)
+    assert other["packages of techniques"].verdict == "wrong", "nobody compiles that one"
     well = judged(probe(there | {"flash_attn": {"version": "2.8.3"}}), recipe)["packages of techniques"]
     assert well.verdict == "ok"
     assert set(well.found.split(", ")) == {"bitsandbytes 0.50.2", "galore_torch", "flash_attn 2.8.3"}

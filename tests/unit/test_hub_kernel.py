@@ -72,4 +72,5 @@ def test_a_run_waits_for_the_kernel_that_its_recipe_names(raw: dict[str, Any], t
     raw["grid"][0] |= {"hardware": "here", "recipes": ["hub", "package"]}
     found = open_study(raw, Results(tmp_path / "results"))
     waits = {found.run(run_id).recipe: found.ops_of(run_id) for run_id in found.planned}
-    assert waits == {"hub": [found.results.kernel(NAME)], "package": []}
+    package = found.results.op("here", "flash_attn")
+    assert waits == {"hub": [found.results.kernel(NAME)], "package": [package]}

@@ -11,6 +11,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from finetune_study import study as study_module
+from finetune_study.compiled import PACKAGES
 from finetune_study.errors import StudyError
 from finetune_study.forecast import VERSION as FORECAST_VERSION
 from finetune_study.outcome import METRICS_VERSION
@@ -86,6 +87,11 @@ def get_interpreter_of_op(wildcards):
 
 def get_places_of_op(wildcards):
     return STUDY.places(run_that_needs(wildcards))
+
+
+def get_minutes_of_op(wildcards):
+    """One of DeepSpeed's ops takes minutes, flash-attn an hour or two."""
+    return 240 if wildcards.op in PACKAGES else 30
 
 
 def op_resource(name):

@@ -66,7 +66,7 @@ rule prepare_op:
         gres=op_resource("gres"),
         cpus_per_task=op_resource("cpus_per_task"),
         mem=op_resource("mem"),
-        runtime=30,
+        runtime=get_minutes_of_op,
         slurm_extra=op_resource("slurm_extra"),
     params:
         interpreter=get_interpreter_of_op,

@@ -3,6 +3,7 @@
 import importlib.metadata
 from typing import Any
 
+from finetune_study import compiled
 from finetune_study.doctor import node
 from finetune_study.doctor.entries import Entry
 from finetune_study.doctor.findings import Findings
@@ -232,16 +233,24 @@ def _packages_of_techniques(probe: Probe, entry: Entry, findings: Findings) -> N
     first = probe.ranks[0]
     told = [name for name in entry.packages_needed if name in first]
     lacking = {name: first[f"{name}_error"] for name in entry.packages_needed if f"{name}_error" in first}
-    if lacking:
+    found = "; ".join(f"`{entry.packages_needed[name]}` needs `{name}`: {error}" for name, error in lacking.items())
+    if lacking and lacking.keys() <= compiled.PACKAGES.keys() and first.get("ops", {}).get("tools", {}).get("nvcc"):
+        findings.warn(
+            "packages of techniques",
+            found,
+            f"nothing: `prepare` compiles it in a job there, which may take an hour; or install it in "
+            f"{_software_key(entry)} (envs/README.md)",
+        )
+    elif lacking:
         findings.wrong(
             "packages of techniques",
-            "; ".join(f"`{entry.packages_needed[name]}` needs `{name}`: {error}" for name, error in lacking.items()),
+            found,
             f"install it in {_software_key(entry)}, or take the technique out of the recipes; docs/techniques.md says "
             "which package each needs",
         )
     elif told:
-        found = (f"{name} {first[name]['version'] or ''}".rstrip() for name in told)
-        findings.ok("packages of techniques", ", ".join(found))
+        versions = (f"{name} {first[name]['version'] or ''}".rstrip() for name in told)
+        findings.ok("packages of techniques", ", ".join(versions))
 
 
 def _other_versions(first: dict[str, Any]) -> list[str]:
