@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from finetune_study.forecast.tape import is_kernel
 from finetune_study.record import write_atomically
 
 REPEATS = 5
@@ -24,9 +26,13 @@ SIDE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices: large enough to fill the device."""
 BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Size of what is copied and gathered."""
-LAUNCHES = 2000
+TINY = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2, "vocab_size": 32
+}  # fmt: skip
+"""Of a Llama whose kernels take no time, so that a step waits for the host; its 8 layers make some hundred of them."""
 CPU_WEIGHTS = 2**24
 """Their states are far larger than any cache."""
+PASSES = 10
 FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -49,7 +55,7 @@ def _wait(device: str) -> None:
 
 
 def rates(device: str) -> dict[str, float]:
-    """Rates of one device: operations, bytes or weights per second; `launch` in seconds."""
+    """Rates of one device: operations, bytes or weights per second; those of launches in seconds."""
     found: dict[str, float] = {}
     for name, dtype in FORMATS.items():
         if device == "cuda" or name != "fp16":  # transformers does not train in fp16 on a CPU
@@ -57,13 +63,7 @@ def rates(device: str) -> dict[str, float]:
             found[f"attention_{name}"] = _attention_rate(device, dtype)
     data = torch.zeros(BYTES[device] // 4, device=device)
     found["memory"] = 2 * BYTES[device] / best_seconds(lambda: data.add_(1), device)
-    small = torch.zeros(8, device=device)
-
-    def launches() -> None:
-        for _ in range(LAUNCHES):
-            small.add_(1)
-
-    found["launch"] = best_seconds(launches, device) / LAUNCHES
+    found |= _launches(device)
     on_host = torch.zeros(BYTES["cpu"] // 4, pin_memory=device == "cuda")
     found["host"] = 2 * BYTES["cpu"] / best_seconds(lambda: on_host.add_(1), "cpu")
     found["cpu_optimizer"] = _cpu_optimizer_rate()
@@ -79,6 +79,49 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
     side = SIDE[device]
     matrix = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / best_seconds(lambda: matrix @ matrix, device)
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts what is started."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += is_kernel(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _launches(device: str) -> dict[str, float]:
+    """Seconds in which the host starts an operation, in a forward pass and in backward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a kernel on a CPU shall not wait for other threads
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).to(device)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
+    losses: list[torch.Tensor] = []
+
+    def forward() -> None:
+        losses[:] = [model(input_ids=tokens, labels=tokens).loss]
+
+    def backward() -> None:
+        losses[0].backward(retain_graph=True)
+
+    found = {f"launch_{work.__name__}": _seconds_of_kernel(work, device) for work in (forward, backward)}
+    torch.set_num_threads(threads)
+    return found
+
+
+def _seconds_of_kernel(work: Callable[[], None], device: str) -> float:
+    def repeated() -> None:
+        for _ in range(PASSES):
+            work()
+
+    work()
+    kernels = _Kernels()
+    with kernels:
+        work()
+    return best_seconds(repeated, device) / PASSES / kernels.number
 
 
 def _cpu_optimizer_rate() -> float:

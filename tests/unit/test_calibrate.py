@@ -13,7 +13,7 @@ from finetune_study.forecast.hardware import Device
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SIDE", {"cpu": 256})
     monkeypatch.setattr(calibrate, "BYTES", {"cpu": 2**20})
-    monkeypatch.setattr(calibrate, "LAUNCHES", 20)
+    monkeypatch.setattr(calibrate, "PASSES", 1)
     monkeypatch.setattr(calibrate, "CPU_WEIGHTS", 2**12)
     monkeypatch.setattr(calibrate, "REPEATS", 1)
 
@@ -21,14 +21,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_rate_that_a_forecast_reads_is_measured(tmp_path: Path) -> None:
     found = calibrate.calibrate("cpu", 1)["rates"]
     assert set(found) == {
-        "matmul_fp32", "attention_fp32", "matmul_bf16", "attention_bf16", "memory", "launch", "host", "cpu_optimizer",
+        "matmul_fp32", "attention_fp32", "matmul_bf16", "attention_bf16", "memory", "launch_forward", "launch_backward",
+        "host", "cpu_optimizer",
     }  # fmt: skip
     assert all(rate > 0 for rate in found.values())
     rates = time.rates_of(Device(name="cpu", device="cpu"), 1, found)
     assert rates is not None
-    assert rates.matmul["bf16"] == found["matmul_bf16"]
-    assert (rates.memory, rates.launch, rates.host, rates.cpu_optimizer) == tuple(
-        found[name] for name in ("memory", "launch", "host", "cpu_optimizer")
+    assert rates.matmul["bf16"] == found["matmul_bf16"] * time.SHAPES_OF_LAYERS
+    assert rates.launch == {"forward": found["launch_forward"], "backward": found["launch_backward"]}
+    assert (rates.memory, rates.host, rates.cpu_optimizer) == tuple(
+        found[name] for name in ("memory", "host", "cpu_optimizer")
     )
 
 

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from finetune_study.config import Hardware
-from finetune_study.forecast import predict, show
+from finetune_study.forecast import predict, show, time
 from finetune_study.forecast import study as forecast
 from finetune_study.paths import Results
 from finetune_study.record import Ending, Record, write_record
@@ -210,7 +210,8 @@ def test_a_calibration_replaces_the_data_sheet(gpu_raw: Raw, tmp_path: Path) -> 
     before = forecast.write(study)[0]["predicted_step_time_seconds"]
     path = study.results.calibration("a100")
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"rates": {"launch": 60e-6}}))
+    slow = {f"launch_{way}": 10 * seconds for way, seconds in time.LAUNCH_SECONDS.items()}
+    path.write_text(json.dumps({"rates": slow}))
     after = forecast.write(study)[0]["predicted_step_time_seconds"]
     assert after == pytest.approx(10 * before, rel=0.05), "a tiny model waits for its launches"
 

@@ -21,7 +21,13 @@ aten = torch.ops.aten
 MATMULS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten._grouped_mm, aten.convolution, aten._scaled_mm}
 ATTENTION_FORWARD = {aten._scaled_dot_product_flash_attention_for_cpu}
 ATTENTION_BACKWARD = {aten._scaled_dot_product_flash_attention_for_cpu_backward}
-NO_KERNEL = {aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.lift_fresh}
+NO_KERNEL = {
+    aten.detach, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.lift_fresh, aten._unsafe_view,
+    aten.set_,
+}  # fmt: skip
+
+IS_WHERE = torch.ops.prim.device
+"""A fake tensor is asked where it lies, dozens of times for an operation: nothing that a device does."""
 
 OWN_OF_NO_LAYER = -1
 
@@ -196,6 +202,8 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
+        if packet is IS_WHERE:
+            return func(*args)
         if packet is aten._local_scalar_dense and args[0].dtype is torch.bool:
             return True  # a draw, such as "keep this module" in peft's LoHa and LoKr; fake tensors have no values
         if packet in ATTENTION_BACKWARD:
@@ -208,7 +216,7 @@ class Tape(TorchDispatchMode):
             self._keep(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
         for tensor in outputs:
             self._see(tensor, product)
-        if packet not in NO_KERNEL and not _is_view(func):
+        if is_kernel(func):
             self._count(packet, args, kwargs or {}, outputs)
         self.tick()
         return out
@@ -330,6 +338,11 @@ class Tape(TorchDispatchMode):
 
 def _precision(tensor: torch.Tensor) -> str:
     return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(tensor.dtype, "fp32")
+
+
+def is_kernel(func: Any) -> bool:
+    """Whether a device does something for an operation of torch, such as `torch.ops.aten.mul.Tensor`."""
+    return func.overloadpacket not in NO_KERNEL and func.overloadpacket is not IS_WHERE and not _is_view(func)
 
 
 def _is_view(func: Any) -> bool:

@@ -12,9 +12,11 @@ from finetune_study.forecast.recipe import Recipe
 
 BOTTLENECKS = ("compute", "memory bandwidth", "interconnect", "PCIe", "CPU optimizer", "launch")
 
-MATMUL_EFFICIENCY = {"before Hopper": 0.78, "Hopper": 0.72}
-"""Of the data sheet's rate: nine tenths of what the best shape reaches (0.87 on an A100 SXM, 0.80 on an H100 SXM:
-"maximum achievable matmul FLOPS", Bekman, Machine Learning Engineering Open Book, compute/accelerator)."""
+BEST_MATMUL = {"before Hopper": 0.87, "Hopper": 0.80}
+"""Of the data sheet's rate, what the best shape reaches: 0.87 on an A100 SXM, 0.80 on an H100 SXM ("maximum achievable
+matmul FLOPS", Bekman, Machine Learning Engineering Open Book, compute/accelerator)."""
+SHAPES_OF_LAYERS = 0.9
+"""Of what the best shape reaches, be it from a data sheet or measured, what a model's layers do. A round number."""
 ATTENTION_EFFICIENCY = {"before Hopper": 0.55, "Hopper": 0.35}
 """The same for FlashAttention-2, forward and backward together (arXiv 2307.08691, figure 4; on an H100 its kernels
 reach 0.35, arXiv 2407.08608, section 1)."""
@@ -24,9 +26,10 @@ calibration measures it."""
 LINK_EFFICIENCY = 0.70
 """Of a link's bandwidth, what NCCL's rings reach (nccl-tests, bus bandwidth of large messages). A round number,
 without a source; a calibration measures it."""
-LAUNCH_SECONDS = 6e-6
-"""Host time of one eager operation of torch: dispatch, autograd and the launch (about 4 µs for the launch alone). A
-round number, without a source; a calibration measures it."""
+LAUNCH_SECONDS = {"forward": 12e-6, "backward": 6.5e-6}
+"""Host time of an operation of torch that starts a kernel: the model's Python, dispatch, autograd. What `calibrate`
+measures (`launch_forward`, `launch_backward`) on a server's CPU, an Intel Xeon of 2023, where tensors of a few numbers
+stand for kernels that are queued."""
 COMPILED_KERNELS = 0.25
 """Of the operations, the kernels that are left when neighbours are fused. An assumption, without a source: that
 three of four operations of a layer are element-wise, and join a neighbour."""
@@ -67,8 +70,8 @@ class Rates:
     """Bytes per second to the host, one direction."""
     host: float = HOST_GB_PER_S * 1e9
     """Bytes per second of the host's memory."""
-    launch: float = LAUNCH_SECONDS
-    """Seconds for an operation to be started."""
+    launch: Mapping[str, float] = field(default_factory=lambda: LAUNCH_SECONDS)
+    """Seconds for an operation to be started, forward (recomputed, too) and backward."""
     cpu_optimizer: float | None = None
     """Weights that the host's optimizer updates in a second, for all of its devices; None: it is bound by memory."""
 
@@ -81,7 +84,7 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     """
     measured = calibration or {}
     age = "Hopper" if (device.compute_capability or 0) >= 9 else "before Hopper"
-    matmul: dict[str, float] = {kind: rate * 1e12 * MATMUL_EFFICIENCY[age] for kind, rate in device.tflops.items()}
+    matmul: dict[str, float] = {kind: rate * 1e12 * BEST_MATMUL[age] for kind, rate in device.tflops.items()}
     attention: dict[str, float] = {
         kind: rate * 1e12 * ATTENTION_EFFICIENCY[age] for kind, rate in device.tflops.items()
     }
@@ -89,6 +92,7 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
         key.removeprefix("attention_"): value for key, value in measured.items() if key.startswith("attention_")
     }
     matmul |= {key.removeprefix("matmul_"): value for key, value in measured.items() if key.startswith("matmul_")}
+    matmul = {kind: rate * SHAPES_OF_LAYERS for kind, rate in matmul.items()}
     memory = measured.get("memory") or (device.memory_gb_per_s or 0) * 1e9 * MEMORY_EFFICIENCY
     if not matmul or not memory:
         return None
@@ -104,7 +108,7 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
         or (link * 1e9 * LINK_EFFICIENCY if link else None),
         measured.get("pcie") or (device.pcie_gb_per_s * 1e9 * LINK_EFFICIENCY if device.pcie_gb_per_s else None),
         measured.get("host") or HOST_GB_PER_S * 1e9,
-        measured.get("launch") or LAUNCH_SECONDS,
+        {way: measured.get(f"launch_{way}") or seconds for way, seconds in LAUNCH_SECONDS.items()},
         measured.get("cpu_optimizer"),
     )
 
@@ -214,8 +218,12 @@ def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rate
 
 
 def _launch_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
-    kernels = profile.amount(phases, "kernels", at.batch, at.context, max(recipe.rank, 1))
-    return kernels * (COMPILED_KERNELS if recipe.fuses else 1.0) * rates.launch
+    fused = COMPILED_KERNELS if recipe.fuses else 1.0
+    return fused * sum(
+        profile.amount((phase,), "kernels", at.batch, at.context, max(recipe.rank, 1))
+        * rates.launch["backward" if phase == "backward" else "forward"]
+        for phase in phases
+    )
 
 
 def _counts(profile: Profile, recipe: Recipe) -> tuple[float, float]:
