@@ -15,10 +15,10 @@ from rich.text import Text
 from finetune_study import table
 from finetune_study.cells import SCHEMA, table_column
 from finetune_study.errors import StudyError
-from finetune_study.ratio import Ratio, ratio
+from finetune_study.ratio import Ratio
 from finetune_study.record import write_atomically
 from finetune_study.states import in_words
-from finetune_study.table import CONFIGURATION, Row, completed_everywhere, show
+from finetune_study.table import CONFIGURATION, Row, completed_everywhere, ratio_of, show
 
 ORDER = ("better", "worse", "differs", "same", "not known")
 """Of a change; the first two are what a reader looks for."""
@@ -39,8 +39,12 @@ class Earlier:
     """One for each configuration of both, those that changed first."""
 
 
-def read(path: Path) -> pl.DataFrame:
+def read(path: Path, which: str = "The earlier study's outcomes") -> pl.DataFrame:
     """The outcomes of an earlier study; columns that it lacks are null.
+
+    Args:
+        path: of its outcomes.parquet.
+        which: what to call them.
 
     Raises:
         StudyError: when the file can't be read, or is no table of outcomes.
@@ -50,7 +54,7 @@ def read(path: Path) -> pl.DataFrame:
             found = pl.read_parquet(stream)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise StudyError(
-            "The earlier study's outcomes can't be read",
+            f"{which} can't be read",
             where=str(path),
             given=getattr(error, "strerror", None) or str(error).splitlines()[0],
             allowed="an outcomes.parquet that finetune-study wrote",
@@ -87,6 +91,8 @@ def compare(now: list[Row], earlier: pl.DataFrame, path: str) -> Earlier:
     if unknown := Counter(one["why"] for one in changed if one["change"] == "not known"):
         words += f" ({'; '.join(f'{why}: {number}' for why, number in unknown.most_common())})"
     words = words or _why_none(now, [*then.values()])
+    if others := sum(one["software"] == "differs" for one in changed):
+        words += f"; the software differs in {others}"
     summary = f"{len(changed)} of {len(now)} configurations are in both" + (f": {words}" if words else "")
     return Earlier(path, summary, changed)
 
@@ -105,7 +111,7 @@ def of_files(now: Path, earlier: Path) -> Earlier:
     Raises:
         StudyError: when one of them is none.
     """
-    return compare(table.compare(read(now), "").to_dicts(), read(earlier), str(earlier))
+    return compare(table.compare(read(now, "The study's outcomes"), "").to_dicts(), read(earlier), str(earlier))
 
 
 def text(found: Earlier) -> str:
@@ -135,38 +141,49 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _change(now: Row, then: Row) -> Row:
-    time, memory = _ratio(now, then, "step_time_seconds"), _ratio(now, then, "peak_memory_gib")
+    time, memory = ratio_of(now, then, "step_time_seconds"), ratio_of(now, then, "peak_memory_gib")
     fits, fitted = completed_everywhere(now), completed_everywhere(then)
-    if fits != fitted:
+    if not _comparable(now, then):
+        change, why = _OTHER
+    elif fits != fitted:
         change = "better" if fits and _answered(then) else "worse" if fitted and _answered(now) else "not known"
         why = f"{_states(then)} then, {_states(now)} now"
     elif not fits:
         same = {*now["states"]} == {*then["states"]}
         change, why = ("same" if same else "differs"), f"{_states(then)} then, {_states(now)} now"
     else:
-        change, why = _by_numbers(time, memory) if _comparable(now, then) else _OTHER
+        change, why = _by_numbers(time, memory)
     return {
         **{name: now[name] for name in CONFIGURATION},
         "change": change,
         "why": why,
         "step_time_text": _text(time),
         "peak_memory_text": _text(memory),
-        "software": "the same" if _software(now) == _software(then) else "differs",
+        "software": _software(now, then),
     }
 
 
 _OTHER = ("not known", "weights, data or effective batch differ: not compared")
 
 
-def _software(row: Row) -> set[str]:
-    """Digests of the installed packages; the first word of each provenance (`table.provenance`)."""
-    return {kind.partition(" ")[0] for kind in row["provenance"]}
+def _kinds(row: Row) -> list[set[str]]:
+    """What is known of software, weights, data and effective batch of the repeats that ended (`table.provenance`)."""
+    kinds = [kind.split(" ") for kind in row["provenance_of_ended"]]
+    parts = [(words[0], " ".join(words[1:-2]), words[-2], words[-1]) for words in kinds]
+    return [{*column} - {"unknown"} for column in zip(*parts, strict=True)] or [set() for _ in range(4)]
+
+
+def _software(now: Row, then: Row) -> str:
+    """By the digests of the installed packages."""
+    here, there = _kinds(now)[0], _kinds(then)[0]
+    return "not known" if not here or not there else "the same" if here == there else "differs"
 
 
 def _comparable(now: Row, then: Row) -> bool:
-    """Whether all is alike but the software, which is what may have changed between two studies."""
-    others = {kind.partition(" ")[2] for row in (now, then) for kind in row["provenance"]}
-    return len(others) == 1
+    """Whether all is alike but the software, which is what may have changed between two studies.
+
+    What is not known of a run, as of one that ran out of memory before it read its data, is no difference."""
+    return all(len(here | there) <= 1 for here, there in zip(_kinds(now)[1:], _kinds(then)[1:], strict=True))
 
 
 def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
@@ -182,11 +199,6 @@ def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
     if time is None or not time.bounded:
         return "not known", "too few repeats or nodes to tell"
     return "same", "no difference beyond the noise"
-
-
-def _ratio(now: Row, then: Row, column: str) -> Ratio | None:
-    above, below = table.repeats(now, column), table.repeats(then, column)
-    return ratio(above, below) if above and below else None
 
 
 def _answered(row: Row) -> bool:

@@ -16,7 +16,7 @@ from finetune_study.table import (
     micro_batch_order,
     one_kind,
     padded,
-    repeats,
+    ratio_of,
     show,
 )
 
@@ -126,11 +126,8 @@ def _same_kind(first: Row, second: Row) -> bool:
 
 def measured(first: Row, second: Row, column: str) -> tuple[float, float | None, float | None] | None:
     """Ratio of the second to the first in a column with its interval; None where one is missing."""
-    above, below = repeats(second, column), repeats(first, column)
-    if not above or not below:
-        return None
-    found = ratio(above, below)
-    return found.value, found.low, found.high
+    found = ratio_of(second, first, column)
+    return None if found is None else (found.value, found.low, found.high)
 
 
 def _side(found: tuple[float, float | None, float | None] | None, low: float | None, high: float | None) -> bool | None:

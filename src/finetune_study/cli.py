@@ -43,6 +43,14 @@ MIN_WIDTH = 120
 def _open(config: list[Path] | None, results: Path) -> Study:
     files = config or [CONFIG]
     names = [str(file) for file in files]
+    if results != RESULTS_FOLDER and not results.is_dir():
+        raise StudyError(
+            "There are no such results",
+            where="--results",
+            given=str(results),
+            allowed="the results folder of a study, that Snakemake made",
+            do="name it with -r, or leave that out: then it is `results` in the folder where you are",
+        )
     return study_module.open_study(config_module.read_all(files), Results(results), ", ".join(names), names)
 
 

@@ -193,6 +193,12 @@ class Recommendation(Section):
         """The evidence of the recipe that is named."""
         return self.evidence_of(self.recipe)
 
+    @property
+    def fastest(self) -> Evidence | None:
+        """The evidence of the fastest by median: in a tie another one may be named, for its memory."""
+        named = [one for one in map(self.evidence_of, (self.recipe, *self.tied_with)) if one is not None]
+        return min(named, key=lambda one: one.step_time_seconds_median or float("inf"), default=None)
+
 
 class Elsewhere(Section):
     """A setting in which the default recipe does not fit, and what does."""
@@ -541,7 +547,10 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
     lacking = [one.too_few or "" for one in versus]
     if any("node" in lack for lack in lacking):
-        steps.append(f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones")
+        steps.append(
+            f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones "
+            "(slurm.extra: --nodelist=... names them)"
+        )
     if any("were before" in lack for lack in lacking):
         blocked = [one.recipe for one in versus if "were before" in (one.too_few or "")]
         steps.append(f"remeasure {_names((_fastest(evidence, versus), *blocked))} in one call, which mixes their runs")

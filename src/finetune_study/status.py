@@ -7,6 +7,7 @@ not know of it is left alone.
 import datetime
 import json
 import os
+import re
 import subprocess
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ SQUEUE_FORMAT = "%i|%T|%R|%M"
 """Job (of an array `<array>_<place>`), state, why it waits or where it runs, time used; see squeue(1)."""
 SQUEUE_SECONDS = 20
 """A controller that does not answer by then is left out."""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""With what a log could make a terminal do something."""
 LAST_FAILURES = 5
 LISTED = 20
 """Works that are listed of those whose reason may clear, and runs that began; all are counted."""
@@ -399,7 +402,7 @@ def render(status: Status, now: float | None = None) -> Group:
         parts.append(Text(f"The last {len(status.failures)} of {status.num_failures} failures:"))
     for failure in status.failures:
         parts.append(Text(f"{failure.run_id} failed (try {failure.attempt}): {failure.cause}\n  log: {failure.log}"))
-        tail = failure.log_tail.strip().splitlines()[-3:]
+        tail = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", failure.log_tail.strip()).splitlines()[-3:]
         parts += [Text(f"    {line}", style="dim") for line in tail]
     parts += [Text(problem, style="yellow") for problem in status.problems]
     return Group(*parts)

@@ -8,7 +8,8 @@ import polars as pl
 from finetune_study.config import Config
 from finetune_study.forecast import CATEGORIES
 from finetune_study.outcome import PHASES
-from finetune_study.ratio import Repeat
+from finetune_study.ratio import NODE_EFFECT, Ratio, Repeat, ratio
+from finetune_study.states import OPEN
 from finetune_study.techniques.packing import Packing
 
 Row = dict[str, Any]
@@ -51,6 +52,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
         pl.List(pl.String),
         "Software, weights, data and effective batch of the completed repeats, one entry per kind.",
     ),
+    "provenance_of_ended": (pl.List(pl.String), "The same of every repeat that ended, however it did."),
     "run_ids": (pl.List(pl.String), "Every repeat, in the order of `states`."),
     "nodes_of_repeats": (
         pl.List(pl.String),
@@ -136,6 +138,19 @@ def repeats(row: Row, column: str) -> list[Repeat]:
     """
     values = zip(row["nodes_of_repeats"], row[f"{column}_repeats"], strict=True)
     return [Repeat(node, value) for node, value in values if value]
+
+
+def ratio_of(above: Row, below: Row, column: str) -> Ratio | None:
+    """The ratio of a configuration to another in a column with its interval; None where one is missing.
+
+    Args:
+        above: one.
+        below: the other.
+        column: `step_time_seconds` or `peak_memory_gib`; memory is the same on all nodes.
+    """
+    first, second = repeats(above, column), repeats(below, column)
+    effect = NODE_EFFECT if column == "step_time_seconds" else 0.0
+    return ratio(first, second, effect) if first and second else None
 
 
 def baseline_of(config: Config) -> str:
@@ -254,6 +269,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         num_completed=completed.sum(),
         states=pl.col("state"),
         provenance=provenance().filter(completed).unique(maintain_order=True),
+        provenance_of_ended=provenance().filter(~pl.col("state").is_in(OPEN)).unique(maintain_order=True),
         step_time_seconds_median=step_time.median(),
         step_time_seconds_min=step_time.min(),
         step_time_seconds_max=step_time.max(),

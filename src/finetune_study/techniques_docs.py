@@ -36,29 +36,43 @@ NOT_OFFERED = {
 }
 
 
+Recipe = frozenset[tuple[str, str]]
+"""Techniques, each with the settings it had where these were not the defaults, as the page shows them."""
+
+
 @dataclass(frozen=True)
 class Ran:
     """What one stored file says was run on one device."""
 
     device: str
     source: str
-    completed: frozenset[tuple[frozenset[str], int]]
-    """Recipes, each as the set of its techniques, and on how many devices."""
-    settings: frozenset[str] | None
-    """Techniques with the settings they had, where these were not the defaults; None where they were not stored."""
+    completed: frozenset[tuple[Recipe, int]]
+    """What completed, and on how many devices."""
+    has_settings: bool = False
+    """Whether it says with which settings."""
 
     @property
     def number_of_recipes(self) -> int:
-        return len({recipe for recipe, _ in self.completed})
+        return len({frozenset(name for name, _ in recipe) for recipe, _ in self.completed})
 
     def cell(self, name: str) -> str:
-        """What was run of a technique there, and on how many devices."""
-        runs = [(recipe, number) for recipe, number in self.completed if name in recipe]
+        """What was run of a technique there, on how many devices, and with what where never at the defaults."""
+        runs = [(dict(recipe), number) for recipe, number in self.completed if name in dict(recipe)]
         if not runs:
             return "never run"
         numbers = " and ".join(str(number) for number in sorted({number for _, number in runs}))
         others = len({other for recipe, _ in runs for other in recipe} - {name})
-        return f"run on {numbers}" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
+        settings = {recipe[name] for recipe, _ in runs}
+        return (
+            f"run on {numbers}"
+            + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
+            + (f", never but with {' or '.join(sorted(settings))}" if all(settings) else "")
+        )
+
+    @property
+    def settings(self) -> list[str]:
+        """Techniques with the settings they had, where these were not the defaults."""
+        return sorted({f"`{name}` with {text}" for recipe, _ in self.completed for name, text in recipe if text})
 
 
 def read(folder: Path) -> list[Ran]:
@@ -73,32 +87,35 @@ def read(folder: Path) -> list[Ran]:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             runs = [*stored["technique_runs"], *stored.get("matrix", ())]
-            completed = frozenset(
-                (frozenset(one["techniques"]), int(one["num_gpus"])) for one in runs if one["ended"] == "completed"
+            completed = [one for one in runs if one["ended"] == "completed"]
+            found.append(
+                Ran(
+                    stored["device"],
+                    path.relative_to(folder).as_posix(),
+                    frozenset((_recipe(one), int(one["num_gpus"])) for one in completed),
+                    all("settings" in one for one in completed),
+                )
             )
-            settings = _settings([one for one in runs if one["ended"] == "completed"])
-            found.append(Ran(stored["device"], path.relative_to(folder).as_posix(), completed, settings))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError("Stored results can't be read", where=str(path), given=repr(error)) from None
     return found
 
 
-def _settings(completed: list[dict[str, Any]]) -> frozenset[str] | None:
-    if not all("settings" in one for one in completed):
-        return None
-    return frozenset(
-        f"`{name}` with " + ", ".join(f"`{setting}: {json.dumps(value)}`" for setting, value in chosen.items())
-        for one in completed
-        for name, chosen in one["settings"].items()
-    )
+def _recipe(run: dict[str, Any]) -> Recipe:
+    chosen = run.get("settings", {})
+    return frozenset((name, _in_words(chosen.get(name, {}))) for name in run["techniques"])
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(f"`{setting}: {json.dumps(value)}`" for setting, value in settings.items())
 
 
 def _by_device(ran: list[Ran]) -> list[Ran]:
     """All that was run on each device, whatever file says it."""
     merged: dict[str, Ran] = {}
     for one in ran:
-        before = merged.get(one.device, Ran(one.device, "", frozenset(), None))
-        merged[one.device] = Ran(one.device, "", before.completed | one.completed, None)
+        before = merged.get(one.device, Ran(one.device, "", frozenset()))
+        merged[one.device] = Ran(one.device, "", before.completed | one.completed)
     return list(merged.values())
 
 
@@ -172,7 +189,7 @@ def page(results: Path) -> str:
         "",
         "`yes` says that nothing known speaks against it, at its default settings, not that anybody tried. What was",
         "really run is in the columns on the right, on how many devices and beside how many other techniques, from",
-        "stored results alone; everything else was never run.",
+        "stored results alone; everything else was never run. On the CPU torchao's optimizers ran uncompiled.",
         "",
         "| technique | kind | " + " | ".join(PLACES) + " | " + " | ".join(headings) + " |",
         "|---" * (2 + len(PLACES) + len(headings)) + "|",
@@ -186,7 +203,7 @@ def page(results: Path) -> str:
     lines += ["## Where this was run", ""]
     lines += [
         f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {one.number_of_recipes} recipes, "
-        + _with_what(one.settings)
+        + _with_what(one)
         for one in ran
     ]
     if not on_gpus:
@@ -236,10 +253,10 @@ def page(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _with_what(settings: frozenset[str] | None) -> str:
-    if settings is None:
+def _with_what(ran: Ran) -> str:
+    if not ran.has_settings:
         return "whose settings were not stored"
-    return f"at default settings, but for {'; '.join(sorted(settings))}" if settings else "all at default settings"
+    return f"at default settings, but for {'; '.join(ran.settings)}" if ran.settings else "all at default settings"
 
 
 def _can(reason: str | None, notes: dict[str, int]) -> str:

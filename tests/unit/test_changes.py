@@ -154,3 +154,37 @@ def test_a_folder_is_no_file_of_outcomes(tmp_path: Path) -> None:
     outcomes(tmp_path / "now", *timed("full", 1.0))
     with pytest.raises(StudyError, match="Is a directory"):
         changes.read(tmp_path / "now")
+
+
+def test_other_data_are_not_compared_where_something_fits_now(tmp_path: Path) -> None:
+    ran_out = [handmade.out_of_memory(RUNS["full", number]) for number in (1, 2, 3)]
+    fits = timed("full", 1.0, 1.0, 1.0)
+    for record in fits:
+        record.environment["data"] = {"sha256": "e" * 64}
+    for record in ran_out:
+        record.environment["data"] = {}
+    assert compared(tmp_path / "b", fits, ran_out)["full"][0] == "better", "what the others read is not known"
+    for record in ran_out:
+        record.environment["data"] = {"sha256": "d" * 64}
+    assert compared(tmp_path, fits, ran_out)["full"] == changes._OTHER
+    both = [record.model_copy(update={"environment": {"data": {"sha256": "f" * 64}}}) for record in ran_out]
+    assert compared(tmp_path / "c", both, ran_out)["full"] == changes._OTHER
+
+
+@pytest.mark.parametrize(("digest", "said"), [("a" * 64, "the same"), ("b" * 64, "differs"), (None, "not known")])
+def test_software_is_compared_of_runs_that_did_not_complete_too(tmp_path: Path, digest: str | None, said: str) -> None:
+    ran_out = [handmade.out_of_memory(RUNS["full", number]) for number in (1, 2, 3)]
+    for record in ran_out:
+        record.environment["software_sha256"] = digest
+    then, now = outcomes(tmp_path / "then", *ran_out), outcomes(tmp_path / "now", *timed("full", 1.0, 1.0, 1.0))
+    found = changes.of_files(now, then)
+    assert [one["software"] for one in found.changed] == [said]
+    assert ("the software differs in 1" in found.summary) == (said == "differs")
+
+
+def test_the_file_that_can_not_be_read_is_called_what_it_is(tmp_path: Path) -> None:
+    there = outcomes(tmp_path, *timed("full", 1.0))
+    with pytest.raises(StudyError, match="The study's outcomes can't be read"):
+        changes.of_files(tmp_path / "none.parquet", there)
+    with pytest.raises(StudyError, match="The earlier study's outcomes can't be read"):
+        changes.of_files(there, tmp_path / "none.parquet")

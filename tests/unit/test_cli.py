@@ -53,6 +53,7 @@ def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[
     first.write_text(yaml.safe_dump(raw), encoding="utf-8")
     second.write_text(yaml.safe_dump({"report": {"title": "Ours"}, "grid": raw["grid"][:1]}), encoding="utf-8")
     options = ["-c", str(first), "-c", str(second), "-r", str(results)]
+    results.mkdir()
     answer = CliRunner().invoke(cli.app, ["report", *options])
     assert answer.exit_code == 0, answer.output
     merged = raw | {"report": {**raw.get("report", {}), "title": "Ours"}, "grid": raw["grid"][:1]}
@@ -66,3 +67,13 @@ def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[
     page = html.unescape(study.results.report.read_text(encoding="utf-8"))
     assert f"finetune-study export {run.target} {run.hardware.name}{study.options}</pre>" in page
     assert open_study(raw, Results(Path("results"))).options == ""
+
+
+def test_results_that_are_not_there_are_no_empty_study(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    for command in ("status", "summary", "report"):
+        given = [command, "-c", str(tmp_path / "config.yaml"), "-r", str(tmp_path / "reslts")]
+        done = CliRunner().invoke(cli.app, given)
+        assert done.exit_code != 0
+        assert "There are no such results" in str(done.exception or done.output)
+    assert not (tmp_path / "reslts").exists()

@@ -91,6 +91,33 @@ def gathered(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
     return contents(tmp_path_factory.mktemp("golden"))
 
 
+@pytest.fixture(scope="module")
+def large_and_long(tmp_path_factory: pytest.TempPathFactory) -> page.Contents:
+    """Two models, with and without FlashAttention: the larger one needs it at the longer context."""
+    recipes: dict[str, Any] = {"lora": {"bf16": {}, "lora": {}}}
+    recipes["lora-flash"] = recipes["lora"] | {"flash_attention_2": {}}
+    models = {"small": handmade.LLAMA, "large": handmade.LLAMA}
+    grid = {"targets": [*models], "hardware": "a100", "sequence_length": [256, 1024], "recipes": [*recipes]}
+    config = handmade.study(models=models, hardware={"a100": GPU}, recipes=recipes, grid=[grid])
+    documents: list[Record | Failure] = []
+    for run in (planned.run for planned in handmade.planned(config)):
+        seconds = {"lora": 2.0, "lora-flash": 1.0}[run.recipe] * (run.sequence_length / 256) ** (
+            2 - ("flash" in run.recipe)
+        )
+        fits = run.target == "small" or "flash" in run.recipe or run.sequence_length == 256
+        documents.append(handmade.completed(run, seconds) if fits else handmade.out_of_memory(run))
+    root = tmp_path_factory.mktemp("golden")
+    return report.gather(config, handmade.frame(config, root, *documents))
+
+
+@pytest.mark.parametrize("kind", ["flash", "models"])
+def test_the_specification_of_a_figure_of_large_models_and_long_contexts(
+    large_and_long: page.Contents, kind: str
+) -> None:
+    figure = next(figure for figure in figures.draw(large_and_long.pairs) if figure.kind == kind)
+    same(f"{kind}.vl.json", json.dumps(figure.spec, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+
 @pytest.mark.parametrize("kind", ["feasibility", "recipes", "parts", "phases", "pareto", "context", "gpus"])
 def test_the_specification_of_a_figure(gathered: page.Contents, kind: str) -> None:
     (figure,) = (figure for figure in figures.draw(gathered.pairs) if figure.kind == kind)

@@ -24,11 +24,23 @@ def test_within_shared_nodes_by_hand() -> None:
 def test_between_nodes_is_welch_over_the_means_of_the_nodes() -> None:
     above = [*on("a", math.exp(0.30), math.exp(0.32)), *on("b", math.exp(0.35))]
     below = [*on("c", math.exp(0.10)), *on("d", math.exp(0.14))]
-    found = ratio(above, below)
+    found = ratio(above, below, node_effect=0)
     assert math.log(found.value) == pytest.approx(0.33 - 0.12)
     variance = 0.0008 / 2 + 0.0008 / 2
     assert found.low is not None
     assert math.log(found.low) == pytest.approx(0.21 - 4.303 * math.sqrt(variance))
+
+
+def test_nodes_that_happen_to_be_alike_are_taken_to_differ_as_nodes_do() -> None:
+    """Each side's nodes agree, by chance: a difference of 8 % may still be the nodes', one of 30 % may not."""
+    fast = [*on("a", 1.0, 1.001), *on("b", 1.002)]
+    found = ratio([*on("c", 1.08, 1.081), *on("d", 1.079)], fast)
+    assert not found.leaves_out_one
+    assert found.low is not None
+    assert math.log(found.value / found.low) == pytest.approx(4.303 * math.log(1.08) / math.sqrt(2), rel=1e-3)
+    three = [*on("a", 1.0), *on("b", 1.001), *on("c", 1.002)]
+    assert not ratio([*on("d", 1.08), *on("e", 1.081), *on("f", 1.079)], three).leaves_out_one
+    assert ratio([*on("d", 1.3), *on("e", 1.301), *on("f", 1.299)], three).leaves_out_one
 
 
 def test_one_node_each_has_no_interval() -> None:

@@ -124,9 +124,9 @@ def test_of_a_tie_the_one_with_least_memory_is_named(
     assert {versus.recipe: versus.differs for versus in one.versus} == {"lora": False, "ia3": False, "slow": True}
     (default,) = recommend.defaults([one])
     (sentence, *_) = answer([one], [default])
-    assert sentence.text == (
-        "The fastest recipe that fits (in a tie by median, unless one nearly as fast takes much less memory) is "
-        f"{named} for tiny on cpu (a tie with {others[0]} and {others[1]})."
+    assert sentence.text == (f"The default should be {named} for tiny on cpu (a tie with {others[0]} and {others[1]}).")
+    assert sentence.support.endswith(
+        "in a tie the fastest by median, unless one nearly as fast takes much less memory."
     )
 
 
@@ -159,9 +159,19 @@ EIGHT_PER_CENT = {
     "no node in common": (
         [("a", 1.0), ("a", 1.001), ("b", NODE_EFFECT)], [("c", 1.002), ("d", NODE_EFFECT), ("d", NODE_EFFECT)]
     ),
+    "each recipe on nodes of its own, all of one slow": (
+        [("a", 1.0), ("b", 1.001), ("a", 1.002)], [("c", NODE_EFFECT), ("d", NODE_EFFECT), ("c", NODE_EFFECT * 1.001)]
+    ),
+    "three nodes each, all of one slow": (
+        [("a", 1.0), ("b", 1.001), ("c", 1.002)], [("d", NODE_EFFECT), ("e", NODE_EFFECT), ("f", NODE_EFFECT * 1.001)]
+    ),
 }  # fmt: skip
 
 
+ANOTHER_NODE = (
+    "a repeat of each on another node, so that all were on at least 2 shared ones "
+    "(slurm.extra: --nodelist=... names them)"
+)
 NO_INTERVAL = ("each recipe on a node of its own", "one recipe on one node")
 
 
@@ -176,7 +186,7 @@ def test_a_node_effect_of_eight_per_cent_is_never_ranked(tmp_path: Path, case: s
         assert (one.verdict, one.recipe, one.tied_with) == ("too_few_data", "lora", [])
         assert (versus.low, versus.high) == (None, None)
         assert "No interval: what the nodes do can't be told from what lora and full do." in one.reason
-        assert one.settled_by == ["a repeat of each on another node, so that all were on at least 2 shared ones"]
+        assert one.settled_by == [ANOTHER_NODE]
     else:
         assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
         assert versus.low is not None
@@ -200,7 +210,7 @@ def test_one_node_ranks_nothing(tmp_path: Path) -> None:
     one = the_only(study, tmp_path, *placed(study, lora=[("a", 1.0)] * 3, full=[("a", 2.0)] * 3))
     assert (one.verdict, one.recipe) == ("too_few_data", "lora")
     assert one.reason.endswith("All ran on one node; a ranking needs 2.")
-    assert one.settled_by == ["a repeat of each on another node, so that all were on at least 2 shared ones"]
+    assert one.settled_by == [ANOTHER_NODE]
 
 
 def test_a_node_without_a_name_is_no_second_node(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
 def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     page = built(STUDY, tmp_path, *mixed())
     text = Text(page).text
-    assert "The fastest recipe that fits is lora for tiny on cpu (too few data for a ranking)." in text
+    assert "The default should be lora for tiny on cpu (too few data for a ranking)." in text
     runs = embedded_runs(page)
     assert column(runs, "run_id") == [FULL.run_id, LORA.run_id]
     assert column(runs, "state") == ["device_oom", "completed"]
@@ -392,7 +392,7 @@ def test_one_run_gives_a_page(tmp_path: Path) -> None:
         grid=[{"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}],
     )
     text = Text(built(study, tmp_path, handmade.completed(handmade.runs(study)["full", 1], 2.0))).text
-    assert "The fastest recipe that fits is full for tiny on cpu (too few data for a ranking)." in text
+    assert "The default should be full for tiny on cpu (too few data for a ranking)." in text
 
 
 def test_a_gpu_study_shows_allocated_and_reserved_memory(tmp_path: Path) -> None:
@@ -710,6 +710,26 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
     assert "longest context" not in beyond.support
 
 
+def test_where_settings_alone_differ_the_recipe_that_fits_is_named(tmp_path: Path) -> None:
+    """Both have the same techniques: there is nothing to add, and still another recipe fits."""
+    recipes: dict[str, Any] = {
+        name: {"lora": {}, "gradient_checkpointing": settings}
+        for name, settings in (("every-4", {"every": 4}), ("every", {}))
+    }
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": [128, 512]}
+    study = handmade.study(recipes=recipes, grid=[block])
+    documents: list[Record | Failure] = [
+        handmade.out_of_memory(run)
+        if (run.recipe, run.sequence_length) == ("every-4", 512)
+        else handmade.completed(run, 1.0 if run.recipe == "every-4" else 2.0)
+        for run in (one.run for one in handmade.planned(study))
+    ]
+    (_, beyond, _) = answer(*said(study, tmp_path, *documents))
+    assert beyond.text == (
+        "Where a default does not fit (1 of 2 settings of context and GPUs), another recipe does: every."
+    )
+
+
 def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is(tmp_path: Path) -> None:
     """Whatever the answer leaves out, the table below it says of each pair."""
     entry = {"device": "cpu", "memory_gib": 1.0}
@@ -730,9 +750,9 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     ]
     (first, _, _) = answer(*said(study, tmp_path, *documents))
     assert first == (
-        "The fastest recipe that fits is lora for tiny on old and new; full for small on new; none can be named for "
-        "small on old (nothing that was tried fits).",
-        "Of these 3 defaults: 3 with too few data for a ranking.",
+        "The default should be lora for tiny on old and new (too few data for a ranking); full for small on new (too "
+        "few data for a ranking); none can be named for small on old (nothing that was tried fits).",
+        "It is the fastest that fits.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())
     assert "tiny on old × 1 context 128 lora too few data" in text
@@ -874,3 +894,22 @@ def test_names_in_the_trade_off_never_lie_on_each_other() -> None:
     assert placed[0]["recipe"] == "recipe-0"
     boxes = [(one["time"], one["memory"]) for one in placed]
     assert len({*boxes}) == len(boxes)
+
+
+def test_every_point_of_the_front_has_its_name_if_need_be_with_a_line_to_it() -> None:
+    """In a crowd of others: theirs are left out."""
+    ends = (1.0, 10.0)
+    front = [{"time": 3 + 0.05 * n, "memory": 5 - 0.05 * n, "recipe": f"front-{n}", "front": True} for n in range(5)]
+    others = [
+        {"time": 3.1 + 0.03 * n, "memory": 5.05 + 0.03 * m, "recipe": f"other-{n}-{m}", "front": False}
+        for n in range(8)
+        for m in range(8)
+    ]
+    placed = tradeoff.names([*front, *others], ends, ends)
+    named = [one for one in placed if one["front"]]
+    assert [one["recipe"] for one in named] == [one["recipe"] for one in front]
+    assert {one["away"] for one in named} == {False, True}
+    assert all(
+        (one["end_time"], one["end_memory"]) == (p["time"], p["memory"]) for one, p in zip(named, front, strict=True)
+    )
+    assert len(placed) < len(front) + len(others)

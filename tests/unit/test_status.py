@@ -110,6 +110,13 @@ def test_the_last_failures_come_with_cause_and_log(tmp_path: Path) -> None:
     assert "    two" in text
 
 
+def test_a_log_does_nothing_to_the_terminal(tmp_path: Path) -> None:
+    failed = handmade.failure(FULL).model_copy(update={"log_tail": "a\tb\n\x1b[31mred\x9b2J\x07"})
+    text = shown(status.look(study(tmp_path, failed), tmp_path / "none.jsonl", no_slurm))
+    assert "�[31mred�2J�" in text
+    assert not {"\x1b", "\x9b", "\x07"} & {*text}
+
+
 def test_jobs_come_from_the_ledger_and_closed_ones_are_gone(tmp_path: Path) -> None:
     path = ledger(
         tmp_path,

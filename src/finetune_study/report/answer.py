@@ -16,15 +16,14 @@ MAX_STEPS = 3
 """Missing runs, and other things to do, that a sentence names."""
 
 
-TIED = "in a tie by median, unless one nearly as fast takes much less memory"
-_HOW_SURE: dict[Verdict, str] = {
-    "ranked": "ranked above every other that fits",
-    "only_one_fits": "the only one that fits",
-    "too_few_data": "with too few data for a ranking",
-    "contradictory": "beside others whose repeats contradict each other",
-    "tie": TIED,
+_DOUBT: dict[Verdict, str] = {
+    "tie": "tied with others",
+    "too_few_data": "too few data for a ranking",
+    "contradictory": "repeats of others contradict each other",
 }
-"""Of defaults that are counted, by verdict."""
+"""Beside defaults that are not sure, by verdict."""
+FASTEST = "It is the fastest that fits"
+IN_A_TIE = ", and in a tie the fastest by median, unless one nearly as fast takes much less memory"
 
 
 class Sentence(NamedTuple):
@@ -58,20 +57,25 @@ def _default(defaults: list[Default]) -> Sentence:
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     detailed = len(defaults) <= MAX_DETAILED
     parts = [
-        f"{recipe} for {joined(map(_where_and_how_sure, some)) if detailed else _places(map(_pair, some))}"
+        f"{recipe} for {joined(map(_where_and_how_sure, some)) if detailed else _together(some)}"
         for recipe, some in ranked[:MAX_NAMED]
     ]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
-    verdicts = Counter(one.recommendation.verdict for one in named)
-    doubt = f" ({TIED})" if detailed and verdicts["tie"] else ""
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
-    sure = ", ".join(f"{verdicts[name]} {words}" for name, words in _HOW_SURE.items() if verdicts[name])
+    ties = any(one.recommendation.verdict == "tie" for one in named)
     return Sentence(
-        f"The fastest recipe that fits{doubt} is {'; '.join(parts)}{others}{beside}.",
-        "" if detailed else f"Of these {len(named)} defaults: {sure}.",
+        f"The default should be {'; '.join(parts)}{others}{beside}.", f"{FASTEST}{IN_A_TIE if ties else ''}."
     )
+
+
+def _together(some: list[Default]) -> str:
+    """Models and hardware of one recipe, those that are as sure as each other together."""
+    sure: dict[str, list[Default]] = {}
+    for one in some:
+        sure.setdefault(_DOUBT.get(one.recommendation.verdict, ""), []).append(one)
+    return joined(_places(map(_pair, ones)) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
 
 
 def _where(one: Default) -> str:
@@ -98,9 +102,7 @@ def _where_and_how_sure(one: Default) -> str:
     doubts = {
         "tie": [f"a tie with {_named(at.alike)}"] * bool(at.alike)
         + [f"not told apart from {_named(at.not_told_apart)} yet"] * bool(at.not_told_apart),
-        "too_few_data": ["too few data for a ranking"],
-        "contradictory": ["repeats of others contradict each other"],
-    }.get(at.verdict, [])
+    }.get(at.verdict, [_DOUBT[at.verdict]] if at.verdict in _DOUBT else [])
     return _where(one) + (f" ({', '.join(doubts)})" if doubts else "")
 
 
@@ -141,7 +143,12 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> S
         saved = sum(other.recipe is not None for other in beyond)
         what = joined(f"{name} ({n} times)" if n < saved else name for name, n in added.most_common(3))
         where = "" if saved == len(beyond) else f" in {saved} of them"
-        helps = f"another recipe does{where}, by adding {what}" if added else "no other recipe is known to"
+        how = (
+            f", by adding {what}"
+            if added
+            else f": {_named(sorted({other.recipe for other in beyond if other.recipe}))}"
+        )
+        helps = f"another recipe does{where}{how}" if saved else "no other recipe is known to"
         text = f"Where a default does not fit ({len(beyond)} of {settings}), {helps}."
     elif any(one.recommendation.recipe for one in defaults):
         text = "No setting is known in which a default stops fitting."
@@ -240,4 +247,6 @@ def _settled_by(defaults: list[Default]) -> str:
 
 def _range(values: list[tuple[str, str]]) -> str:
     (low, place), (high, there) = values[0], values[-1]
-    return f"{low} ({place})" if len(values) == 1 else f"{low} ({place}) to {high} ({there})"
+    if len(values) == 1 or low != high:
+        return f"{low} ({place})" + (f" to {high} ({there})" if len(values) > 1 else "")
+    return f"{low} on each model and hardware"

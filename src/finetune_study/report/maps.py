@@ -31,7 +31,7 @@ MIN_WIDTH, PADDING = 84, 18
 MAX_LETTERS = 28
 """A longer text is cut, and whole on hovering; the longest of the states' words is shorter."""
 MAX_TOLD = 5
-"""Recipes that a cell tells of on hovering, of those beside the one that is recommended."""
+"""Recipes that a cell tells of on hovering, of those beside the fastest."""
 
 
 def feasibility(pair: Pair) -> list[Figure]:
@@ -93,7 +93,7 @@ def _cut(text: str) -> str:
 def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
     here = {"context": one.sequence_length, "gpus": _count(one.num_gpus, one.nodes)}
     place = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}"
-    best = one.best
+    best = one.fastest
     if best is not None:
         sure = {"tie": "≈ ", "too_few_data": "? ", "contradictory": "? "}.get(one.verdict, "")
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
@@ -123,11 +123,12 @@ def _verdict(one: Recommendation) -> str:
 
 def _why(one: Recommendation, best: Evidence, limit: float) -> list[tuple[str, str]]:
     """What a recommendation rests on; the whole reason is in a table of the page."""
-    micro = best.per_device_train_batch_size or 1
+    micro, is_named = best.per_device_train_batch_size or 1, best is one.best
     spread = f", {show(best.step_time_seconds_min)} to {show(best.step_time_seconds_max)}"
     completed = runs(best.num_completed) + (spread if best.num_completed > 1 else "")
     return [
-        ("Recommended", best.recipe + (f", micro-batch {micro}" if micro > 1 else "")),
+        ("Recommended" if is_named else "Fastest", best.recipe + (f", micro-batch {micro}" if micro > 1 else "")),
+        ("Recommended", "" if is_named else str(one.recipe)),
         ("Verdict", _verdict(one)),
         ("Step time", f"{show(best.step_time_seconds_median, 's')} ({completed})"),
         ("Memory", against_limit(best.model_dump(), limit)),

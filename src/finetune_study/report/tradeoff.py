@@ -47,7 +47,7 @@ def pareto_front(rows: list[Row]) -> list[Row]:
 
 
 def pareto(pair: Pair) -> list[Figure]:
-    """Memory against step time; the recipes that nothing beats in both are labelled and joined."""
+    """Memory against step time; the recipes that nothing beats in both are joined, and all of them are labelled."""
     every = pair.best_rows(devices=pair.most_devices, sequence_length=pair.shortest)
     rows = padded(every)
     front = {row["recipe"] for row in pareto_front(rows)}
@@ -86,6 +86,7 @@ def pareto(pair: Pair) -> list[Figure]:
                 ),
             ),
             layer("points", point, **place, **SAYS, shape=shape, color=colour),
+            only("datum.away", layer("names", {"type": "rule", "color": MUTED}, **place, x2=_END[0], y2=_END[1])),
             only("datum.front", layer("names", name | {"fontWeight": "bold", "color": INK}, **place, text=_TEXT)),
             only("!datum.front", layer("names", name | {"color": MUTED}, **place, text=_TEXT)),
         ],
@@ -102,12 +103,16 @@ def pareto(pair: Pair) -> list[Figure]:
 
 
 _TEXT = field("recipe", "N")
+_END = {"field": "end_time"}, {"field": "end_memory"}
 
 
 def names(
     points: list[dict[str, Any]], times: tuple[float, float], memories: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """Where the name of each point stands, beside no other one; a point that lies too deep in a crowd gets none.
+    """Where the name of each point stands, beside no other one.
+
+    Each point of the front gets one, if need be farther off, with a line to it (`away`); another one that lies too deep
+    in a crowd gets none.
 
     Args:
         points: the most important first.
@@ -119,15 +124,24 @@ def names(
     taken += _line([spot for point, spot in zip(points, spots, strict=True) if point["front"]])
     found = []
     for point, spot in zip(points, spots, strict=True):
-        for box in _beside(spot, width_of(point["recipe"], bold=point["front"])):
+        width = width_of(point["recipe"], bold=point["front"])
+        near = _beside(spot, width)
+        for number, box in enumerate([*near, *(_around(spot, width) if point["front"] else [])]):
             inside = box[0] >= 0 and box[1] >= 0 and box[2] <= WIDTH and box[3] <= HEIGHT
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
-                at = {
-                    "time": _at(box[0] / WIDTH, times),
-                    "memory": _at(1 - (box[1] + box[3]) / 2 / HEIGHT, memories),
-                }
-                found.append({"recipe": point["recipe"], "front": point["front"], **at})
+                left, middle = _at(box[0] / WIDTH, times), _at(1 - (box[1] + box[3]) / 2 / HEIGHT, memories)
+                found.append(
+                    {
+                        "recipe": point["recipe"],
+                        "front": point["front"],
+                        "away": number >= len(near),
+                        "time": left,
+                        "memory": middle,
+                        "end_time": point["time"],
+                        "end_memory": point["memory"],
+                    }
+                )
                 break
     return found
 
@@ -147,6 +161,17 @@ def _beside(spot: tuple[float, float], width: float) -> list[Box]:
     lefts = (x + gap, x - gap - width)
     shifts = (0, -0.8 * height, 0.8 * height, -1.6 * height, 1.6 * height)
     return [(left, y + s - height / 2, left + width, y + s + height / 2) for s in shifts for left in lefts]
+
+
+def _around(spot: tuple[float, float], width: float) -> list[Box]:
+    """Farther off in all directions, the nearest first."""
+    (x, y), height = spot, FONT_SIZE + 1
+    steps = range(-WIDTH // 10, WIDTH // 10 + 1)
+    places = [
+        (x + 10 * across, y + height * down) for across in steps for down in range(-WIDTH // height, WIDTH // height)
+    ]
+    places.sort(key=lambda place: math.dist(place, spot))
+    return [(left, middle - height / 2, left + width, middle + height / 2) for left, middle in places]
 
 
 def _overlap(one: Box, other: Box) -> bool:
