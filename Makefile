@@ -71,6 +71,7 @@ techniques-ran: env
 CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))
 MINUTES ?= 20
 gpu-check:
+	@PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --check
 	@mkdir -p build
 	@rm -f build/techniques-gpu.json; status=0; \
 	 if $(CHECK_PYTHON) -c 'import pytest' 2>/dev/null; then \

@@ -1,13 +1,18 @@
-"""A small measured matrix on one GPU: Llama-2-7B's shape, random weights, in benchmarks/results/gpu/<gpu>-<date>.json.
+"""A small measured matrix on one GPU: Llama-2-7B's shape, random weights, in benchmarks/results/gpu/<gpu>.json.
 
     python benchmarks/gpu.py --write benchmarks/results/gpu [--minutes 20] [--ran techniques.json]
+    python benchmarks/gpu.py --check
 
-It needs Python, PyTorch with CUDA, and the packages of this project's extra `training`; nothing is fetched. The file is
-written anew after every run, so that one that is stopped keeps what it measured; that of an earlier call stays.
+It needs Python, PyTorch with CUDA, and the packages of this project and its extra `training`; nothing is fetched, and
+the second call says what is missing. The file is written anew after every run, so that one that is stopped keeps what
+it measured; that of an earlier call stays, as <gpu>-<date>.json.
 """
+
+# ruff: noqa: E402  (what is missing is said before anything imports it)
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import platform
@@ -19,6 +24,18 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+NEEDED = (
+    "torch", "transformers", "accelerate", "peft", "deepspeed", "datasets", "bitsandbytes", "polars", "pydantic",
+    "yaml", "psutil", "packaging",
+)  # fmt: skip
+"""Imports without which nothing here starts, or a recipe of the matrix fails."""
+if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    raise SystemExit(
+        f"gpu.py: {sys.executable} lacks {', '.join(missing)}\n"
+        "  do: install this project there, `python -m pip install '.[training]' pytest`, or make an environment with "
+        "`make gpu-env`"
+    )
 
 from finetune_study import config, data, model_source, outcome, plan, record, techniques
 from finetune_study import run as run_module
@@ -136,16 +153,22 @@ def about(hardware: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def new_file(folder: Path, gpu: str, date: str) -> Path:
-    """Where a result goes: never where an earlier one is."""
+def new_file(folder: Path, gpu: str) -> Path:
+    """Where a result goes; one that lies there gets its date into its name first."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    names = itertools.chain([f"{name}-{date}"], (f"{name}-{date}-{number}" for number in itertools.count(2)))
-    return next(path for path in (folder / f"{one}.json" for one in names) if not path.exists())
+    path = folder / f"{name}.json"
+    if path.exists():
+        date = json.loads(path.read_text(encoding="utf-8"))["date"]
+        names = itertools.chain([f"{name}-{date}"], (f"{name}-{date}-{number}" for number in itertools.count(2)))
+        path.rename(next(one for one in (folder / f"{name}.json" for name in names) if not one.exists()))
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, required=True, help="folder for <gpu>-<date>.json")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--write", type=Path, help="folder for <gpu>.json")
+    where.add_argument("--check", action="store_true", help="only say what is missing")
     parser.add_argument("--minutes", type=float, default=60, help="no run is started after so many")
     parser.add_argument("--ran", type=Path, help="what the tests of tests/gpu wrote (TECHNIQUES_RAN)")
     given = parser.parse_args()
@@ -155,12 +178,14 @@ def main() -> None:
         hardware = gpu_hardware()
     except RuntimeError as error:
         raise SystemExit(f"gpu.py: {error}: this part is for a machine with one") from None
+    if given.check:
+        return
     until = time.monotonic() + 60 * given.minutes
     runs = (
         json.loads(given.ran.read_text(encoding="utf-8"))["technique_runs"] if given.ran and given.ran.exists() else []
     )
     result = about(hardware) | {"technique_runs": runs, "matrix": []}
-    path = new_file(given.write, hardware["gpu"], result["date"])
+    path = new_file(given.write, hardware["gpu"])
     with tempfile.TemporaryDirectory() as folder:
         for planned in study(hardware):
             if time.monotonic() > until:

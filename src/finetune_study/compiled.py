@@ -3,9 +3,10 @@
     python -m finetune_study.compiled RUN_YAML OP OUTPUT
 
 builds one on a node of the hardware entry, with the entry's own Python, since it depends on the node's processor and on
-the versions there. It stays in the cache (places.opened). Of DeepSpeed's ops every run gets a copy; a run that finds
+the versions there. DeepSpeed's ops stay in the cache (places.opened), of which every run gets a copy; a run that finds
 none there, because somebody emptied the cache, builds it itself, before it measures anything. flash-attn is compiled
-where the environment has none, from its source: no library that somebody else compiled takes its place.
+where the environment has none, from its source (no library that somebody else compiled takes its place), and stays
+with what else was prepared.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def build(run: Run, op: str, results: Results, folders: Places) -> float:
     started = time.monotonic()
     with places.opened(folders, run, results) as where:
         if op in PACKAGES:
-            _package(run, op, where, places.cache_of(folders, results))
+            _package(run, op, where, results)
         else:
             _deepspeed_op(run, op, where)
     return time.monotonic() - started
@@ -94,8 +95,8 @@ def _deepspeed_op(run: Run, op: str, where: dict[str, str]) -> None:
         raise _not_built(run, f"DeepSpeed's op `{op}` can't be compiled", done)
 
 
-def _package(run: Run, name: str, where: dict[str, str], cache: Path) -> None:
-    """Compiles a package into the cache, unless the environment or the cache has one that can be imported."""
+def _package(run: Run, name: str, where: dict[str, str], results: Results) -> None:
+    """Compiles a package for the runs of an entry, unless its environment or an earlier call has one to import."""
     environment = dict(os.environ) | where  # pip is the user's: its index and proxies are in variables, too
     used = ["-c", f"import {USED[name]}"]
     if _python(used, environment).returncode == 0:
@@ -108,7 +109,7 @@ def _package(run: Run, name: str, where: dict[str, str], cache: Path) -> None:
         done = _python(used, environment | {"PYTHONPATH": str(built)})
     if done.returncode:
         raise _not_built(run, f"The package {package} is not there, and can't be compiled", done)
-    places.keep_package(built, run, cache)
+    places.keep_package(built, run, results)
 
 
 def _requirement(package: str) -> str:

@@ -124,6 +124,10 @@ class Results:
         """Says that DeepSpeed's compiled op is in the cache of a hardware entry."""
         return self.root / "prepared" / "ops" / hardware / f"{op}.json"
 
+    def packages(self, hardware: str, key: str) -> Path:
+        """Packages that were compiled for a hardware entry, each in a folder of its own, absolute."""
+        return (self.root / "prepared" / "packages" / f"{hardware}-{key}").absolute()
+
     def kernel(self, name: str) -> Path:
         """Says that a kernel of the hub is in the cache of downloads."""
         return self.root / "prepared" / "kernels" / f"{name}.json"

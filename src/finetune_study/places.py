@@ -113,7 +113,7 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
 
     Temporary files go when the block ends, however the ranks ended. Ops are compiled there, too, in a copy of what
     earlier runs compiled: nobody waits for a rank of another run, least of all for one that was killed. Packages that
-    were compiled for runs like this one are imported from the cache.
+    `prepare` compiled for runs like this one are imported from where it put them.
 
     Raises:
         StudyError: when a folder can't be used.
@@ -122,7 +122,7 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
     with tempfile.TemporaryDirectory(prefix="finetune-study-", dir=parent, ignore_cleanup_errors=True) as temporary:
         compiled, kept = Path(temporary) / "torch_extensions", cache / "torch_extensions" / _kind(run)
         _copy_ops(kept, compiled)
-        packages = ":".join(map(str, sorted(_packages(cache, run).glob("[!.]*"))))
+        packages = ":".join(map(str, sorted(_packages(results, run).glob("[!.]*"))))
         yield (
             variables.of_cache(cache)
             | {"TORCH_EXTENSIONS_DIR": str(compiled), "TMPDIR": temporary}
@@ -131,19 +131,23 @@ def opened(asked: Places, run: Run, results: Results) -> Iterator[dict[str, str]
         _keep_ops(compiled, kept)
 
 
-def keep_package(built: Path, run: Run, cache: Path) -> None:
+def keep_package(built: Path, run: Run, results: Results) -> None:
     """Puts a package that was compiled for the runs of a hardware entry in place: they import it from there.
+
+    It is no cache: no run could make it anew.
 
     Args:
         built: its folder, as `pip install --target` makes it; its name is the package's.
         run: one of them.
-        cache: the folder of caches.
+        results: the study's.
     """
-    _put(built, _packages(cache, run))
+    _put(built, _packages(results, run))
 
 
-def _packages(cache: Path, run: Run) -> Path:
-    return cache / "packages" / _kind(run)
+def _packages(results: Results, run: Run) -> Path:
+    """By what the kernels of a GPU are compiled for; whatever processor they are compiled on."""
+    versions = [platform.python_version(), platform.machine(), _version("torch"), run.hardware.gpu]
+    return results.packages(run.hardware.name, run_module.digest(versions))
 
 
 def _kind(run: Run) -> str:

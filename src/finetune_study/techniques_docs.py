@@ -207,9 +207,7 @@ def page(results: Path) -> str:
         for one in ran
     ]
     if not on_gpus:
-        lines += [
-            "- GPUs: none yet; `make gpu-check` where there is one writes `benchmarks/results/gpu/<gpu>-<date>.json`."
-        ]
+        lines += ["- GPUs: none yet; `make gpu-check` where there is one writes `benchmarks/results/gpu/<gpu>.json`."]
     lines += [
         "",
         "## What excludes what",

@@ -132,7 +132,9 @@ class Rank:
                         f"`{name}` needs the package `{package}`, which this Python does not have",
                         where=f"hardware.{self.run.hardware.name}.software",
                         given=sys.executable,
-                        do="install it there, or take the technique out of the recipe; docs/techniques.md says more",
+                        do="install it there, or take the technique out of the recipe; docs/techniques.md says more. "
+                        "What `prepare` compiled for other versions of Python or torch, it compiles again once "
+                        "results/prepared/ops is deleted",
                     )
 
     def _warm_up(self, arguments: Any) -> None:

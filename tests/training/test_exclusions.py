@@ -50,8 +50,17 @@ ONE_STEP = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
             "3 is not divisible by 2", id="zeropp, groups",
         ),
         pytest.param({"tf32": {}}, {}, "--tf32 requires Ampere or a newer GPU arch", id="tf32"),
-        pytest.param({"liger": {}}, {}, "needs the package `liger_kernel`|No module named 'triton'", id="liger"),
-        pytest.param({"flash_attention_2": {}}, {}, "needs the package `flash_attn`", id="flash_attention_2"),
+        *(
+            pytest.param(
+                {"qlora": {"use_dora": True, "load_in_8bit": bits == 8}, "zero3": {}}, {"num_gpus": 2},
+                f"'{weights}' object has no attribute 'ds_id'", id=f"qlora in {bits} bit, use_dora+zero3"
+            )
+            for bits, weights in ((4, "Params4bit"), (8, "Int8Params"))
+        ),
+        pytest.param(
+            {"qlora": {"use_dora": True, "load_in_8bit": True}}, {}, "'NoneType' object has no attribute 'dtype'",
+            id="qlora in 8 bit, use_dora",
+        ),
         pytest.param({"muon": {}, "zero2": {}}, {}, "Param gradient must be a 2D matrix", id="muon+zero2"),
         pytest.param({"galore_adamw": PROJECTED, "zero2": {}}, {}, "tuple index out of range", id="galore_adamw+zero2"),
         pytest.param({"apollo_adamw": PROJECTED, "zero2": {}}, {}, "tuple index out of range", id="apollo_adamw+zero2"),

@@ -1,7 +1,10 @@
 """What the measured matrix keeps of a run, and of where it ran; measuring itself needs a GPU."""
 
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,13 +34,32 @@ def test_versions_are_kept_of_all_that_trains(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_earlier_result_is_never_lost(tmp_path: Path) -> None:
-    names = []
-    for date in ("2026-11-22", "2026-11-23", "2026-11-23", "2026-11-23"):
-        path = gpu.new_file(tmp_path, "NVIDIA A100-SXM4-80GB", date)
+    for number, date in enumerate(("2026-11-22", "2026-11-23", "2026-11-23", "2026-11-23")):
+        path = gpu.new_file(tmp_path, "NVIDIA A100-SXM4-80GB")
+        assert path.name == "nvidia-a100-sxm4-80gb.json"
         assert not path.exists()
-        path.write_text("{}", encoding="utf-8")
-        names.append(path.name.removeprefix("nvidia-a100-sxm4-80gb-"))
-    assert names == ["2026-11-22.json", "2026-11-23.json", "2026-11-23-2.json", "2026-11-23-3.json"]
+        path.write_text(json.dumps({"date": date, "number": number}), encoding="utf-8")
+    found = {
+        path.stem.removeprefix("nvidia-a100-sxm4-80gb"): json.loads(path.read_text()) for path in tmp_path.iterdir()
+    }
+    assert {name: one["number"] for name, one in found.items()} == {
+        "-2026-11-22": 0,
+        "-2026-11-23": 1,
+        "-2026-11-23-2": 2,
+        "": 3,
+    }
+
+
+def test_what_is_missing_is_said_in_a_sentence(tmp_path: Path) -> None:
+    """By a Python that has nothing but its own library."""
+    script = Path(gpu.__file__)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(script), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "lacks torch, transformers" in done.stderr
+    assert "pip install '.[training]' pytest" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_row_says_the_settings_that_are_not_the_defaults() -> None:

@@ -33,7 +33,7 @@ class Liger(Technique):
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu":
-            return "liger-kernel is made of Triton kernels, which need a GPU (No module named 'triton')"
+            return "liger-kernel is made of Triton kernels, which are compiled for GPUs alone: leave it out"
         return None
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:

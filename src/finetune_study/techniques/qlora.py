@@ -40,6 +40,16 @@ class Qlora(Lora):
                 "FSDP2 puts others in the place of bitsandbytes' weights of 8 bit ('Parameter' object has no attribute "
                 "'CB'): use 4 bit, or ddp"
             )
+        if self.use_dora and "zero3" in recipe:
+            return (
+                "peft gathers the weights whose norm DoRA takes as DeepSpeed's, which quantised ones are not "
+                "('Params4bit' object has no attribute 'ds_id'): leave out use_dora, or use ddp, zero1 or zero2"
+            )
+        if self.use_dora and self.load_in_8bit and hardware.device == "cpu":
+            return (
+                "on a CPU bitsandbytes has no scales yet when peft takes DoRA's norm of weights in 8 bit ('NoneType' "
+                "object has no attribute 'dtype'): use 4 bit, or leave out use_dora"
+            )
         if self.init_lora_weights == "loftq":
             return (
                 "peft: LoftQ quantises the model itself, so it can't begin with one that is (you should not pass a "
