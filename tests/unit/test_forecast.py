@@ -67,6 +67,37 @@ def peak(**changes: Any) -> float:
     return float(answer["predicted_peak_memory_allocated_gib"])
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "flash_attention_2"])
+def test_fused_attention_draws_its_dropout_itself(kernel: str) -> None:
+    """No scores are kept for it; on a CPU, where shapes are traced, torch would take `math`."""
+    without, with_dropout = (
+        peak(
+            model_config={**SMALL, "attention_dropout": share},
+            techniques={"bf16_pure": {}, kernel: {}},
+            sequence_length=2048,
+        )
+        for share in (0.0, 0.1)
+    )
+    assert with_dropout == without
+    scores = {"bf16_pure": {}, "sdpa": {"kernel": "math"}}
+    assert (
+        peak(model_config={**SMALL, "attention_dropout": 0.1}, techniques=scores, sequence_length=2048) > 1.5 * without
+    )
+
+
+def test_only_what_a_device_does_is_counted() -> None:
+    """A fake tensor is asked where it lies some seventy times for a layer, which moves nothing."""
+    profile = TRACES.get(
+        Layout(canonical(predict.architectures()["meta-llama/Llama-2-7b-hf"]), weights="bfloat16", attention="flash")
+    )
+    tokens, width, layers = 2048, 4096, 32
+    moved = profile.amount(("forward",), "bytes_pointwise", 1, tokens, 1) / (2 * tokens * width * layers)
+    # Of a layer's vectors of the model's width in 16 bit: norms are computed in fp32 (some 28), residuals 6, rotary
+    # embeddings 25, the gated product 5 of 2.7 widths; the logits of the model are worth 3 a layer.
+    assert 60 < moved < 100
+    assert profile.amount(("forward",), "kernels", 1, tokens, 1) / layers < 50
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_depth_is_extended_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(canonical(ARCHITECTURES[name]), weights="bfloat16")

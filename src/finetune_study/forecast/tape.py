@@ -165,6 +165,8 @@ class Tape(TorchDispatchMode):
         self.work: dict[tuple[Any, ...], Operations] = {}
         """By phase, layer, operation and sizes."""
         self.end_of_forward = 0
+        self.tied: torch.Size | None = None
+        """Shape of a trained weight that is embedding and output layer, where its gradients are added in place."""
 
     def know(self, tensor: torch.Tensor) -> None:
         """A tensor that was there before the step: parameters, inputs."""
@@ -209,6 +211,8 @@ class Tape(TorchDispatchMode):
         if packet in ATTENTION_BACKWARD:
             self._scratch(attention_scratch(args))
         call = _grouped_products if packet is aten._grouped_mm else func
+        if packet is aten.add and not self.forward and self.tied is not None and self._is_sum_of_tied(args):
+            call = aten.add_.Tensor
         out = call(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         product = packet in MATMULS or packet in ATTENTION_FORWARD
@@ -220,6 +224,14 @@ class Tape(TorchDispatchMode):
             self._count(packet, args, kwargs or {}, outputs)
         self.tick()
         return out
+
+    def _is_sum_of_tied(self, args: Any) -> bool:
+        """Whether autograd adds up what a tied weight gets as embedding and as output layer.
+
+        It does so in place, but not where a mode like this one is at work (torch/csrc/autograd/input_buffer.cpp,
+        can_accumulate_inplace and isTensorSubclassLike).
+        """
+        return all(isinstance(arg, torch.Tensor) and arg.shape == self.tied for arg in args[:2])
 
     def _keep(self, operands: Iterable[torch.Tensor]) -> None:
         """A compiler keeps what backward's products read, save weights in another format.
@@ -400,12 +412,13 @@ IN_FP32 = {
 
 
 class CudaManners(TorchFunctionMode):
-    """What CUDA does and a CPU does not: one-byte dropout masks, and autocast's list of operations in fp32."""
+    """What CUDA does and a CPU does not: one-byte dropout masks, dropout within fused attention, and autocast's list of
+    operations in fp32."""
 
-    def __init__(self, tape: Tape, autocast: torch.dtype | None, flash: bool) -> None:
+    def __init__(self, tape: Tape, autocast: torch.dtype | None, attention: str) -> None:
         super().__init__()
         self._autocast = autocast
-        self._flash = flash
+        self._attention = attention
         self.tape = tape
         self._in_fp32 = set() if autocast is None else IN_FP32
 
@@ -414,10 +427,13 @@ class CudaManners(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.dropout:
             return self._dropout(*args, **kwargs)
-        if self._flash and func is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = (*args, *kwargs.values())[:3]
-            args = (query, key, value)
-            kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+        if func is torch.nn.functional.scaled_dot_product_attention and self._attention != "math":
+            if self._attention == "flash":
+                query, key, value = (*args, *kwargs.values())[:3]
+                args = (query, key, value)
+                kwargs = {"is_causal": True, "enable_gqa": query.shape[1] != key.shape[1]}
+            else:  # CUDA's fused kernels draw their dropout themselves; a CPU has none, and takes `math` with dropout
+                args, kwargs = args[:4] + args[5:], {**kwargs, "dropout_p": 0.0}
         if func in self._in_fp32:
             args = tuple(_to_fp32(a) for a in args)
             kwargs = {k: _to_fp32(v) for k, v in kwargs.items()}

@@ -299,10 +299,10 @@ class _Tracer:
         tape.know(ids)
         self._follow(model, tape)
         autocast = self.layout.autocast
+        # Without autocast the output layer's gradient is a view, which nothing is added to.
+        tape.tied = tied_shape(model) if autocast else None
         with contextlib.ExitStack() as manners, tape:
-            manners.enter_context(
-                CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention == "flash")
-            )
+            manners.enter_context(CudaManners(tape, autocast and getattr(torch, autocast), self.layout.attention))
             if self.layout.attention == "math":
                 manners.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             held: list[torch.Tensor] = []
@@ -495,6 +495,15 @@ class _Tracer:
         usual_rank = 16  # of a low-rank matrix, only to say which of them is the largest
         coefficient, monomial = max(trained, key=lambda item: item[0] * usual_rank ** item[1][2])
         return {monomial: coefficient}
+
+
+def tied_shape(model: Any) -> torch.Size | None:
+    """Of the weight that is embedding and output layer at once and is trained; None where there is none."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, weight in embedding.named_parameters():
+        if name == "weight" and weight is getattr(head, "weight", None) and weight.requires_grad:
+            return torch.Size(weight.shape)
+    return None
 
 
 def _stays(storage: Storage, end_of_forward: int) -> bool:
