@@ -498,12 +498,9 @@ class _Tracer:
 
 
 def tied_shape(model: Any) -> torch.Size | None:
-    """Of the weight that is embedding and output layer at once and is trained; None where there is none."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for name, weight in embedding.named_parameters():
-        if name == "weight" and weight is getattr(head, "weight", None) and weight.requires_grad:
-            return torch.Size(weight.shape)
-    return None
+    """Of the weight that is embedding and output layer at once; None where there is none."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return next((torch.Size(one.shape) for one in model.get_input_embeddings().parameters() if one is head), None)
 
 
 def _stays(storage: Storage, end_of_forward: int) -> bool:
