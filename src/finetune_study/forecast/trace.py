@@ -500,7 +500,9 @@ class _Tracer:
 def tied_shape(model: Any) -> torch.Size | None:
     """Of the weight that is embedding and output layer at once; None where there is none."""
     head = getattr(model.get_output_embeddings(), "weight", None)
-    return next((torch.Size(one.shape) for one in model.get_input_embeddings().parameters() if one is head), None)
+    return next(
+        (torch.Size(one.shape) for one in model.get_input_embeddings().parameters() if id(one) == id(head)), None
+    )
 
 
 def _stays(storage: Storage, end_of_forward: int) -> bool:
