@@ -16,7 +16,16 @@ from typing import Any
 
 from finetune_study.forecast import predict
 
-MODELS = ("meta-llama/Llama-2-7b-hf", "tiiuae/falcon-180B", "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-9b")
+GEMMA_3_27B = {
+    "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
+    "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 262208, "sliding_window": 1024,
+}  # fmt: skip
+"""config.json of google/gemma-3-27b-pt: every sixth layer differs, so that twenty are traced."""
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {"model": name} for name in ("meta-llama/Llama-2-7b-hf", "tiiuae/falcon-180B",
+                                          "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-9b")},
+    "google/gemma-3-27b": {"model_config": GEMMA_3_27B},
+}  # fmt: skip
 RECIPES: list[dict[str, Any]] = [
     {"bf16": {}},
     {"bf16": {}, "lora": {"r": 64}, "zero3": {}, "gradient_checkpointing": {}},
@@ -27,7 +36,7 @@ BATCH = 10_000
 
 def row(model: str, techniques: Any, context: int = 512, batch: int = 1, gpus: int = 8) -> dict[str, Any]:
     return {
-        "model": model, "hardware": "a100-80gb", "num_gpus": gpus, "sequence_length": context,
+        **MODELS[model], "hardware": "a100-80gb", "num_gpus": gpus, "sequence_length": context,
         "per_device_train_batch_size": batch, "techniques": techniques,
     }  # fmt: skip
 
@@ -57,7 +66,7 @@ def main() -> None:
             from_memory.append(timed([one], traces))
             from_disk.append(timed([one], predict.Traces(Path(folder))))
         shapes = itertools.cycle(itertools.product(RECIPES, (128, 512, 4096), (1, 2, 8), (1, 2, 8)))
-        rows = [row(MODELS[0], *shape) for shape in itertools.islice(shapes, BATCH)]
+        rows = [row(next(iter(MODELS)), *shape) for shape in itertools.islice(shapes, BATCH)]
         batch = timed(rows, predict.Traces(Path(folder)))
     found = {
         "import_seconds": imports,
