@@ -1,6 +1,7 @@
 """Traces, memory and time predicted without a GPU: properties that hold whatever the model."""
 
 import dataclasses
+import gc
 import json
 import logging
 import re
@@ -19,7 +20,15 @@ from hypothesis import strategies as st
 
 from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import CATEGORIES, hardware, memory, predict, recipe, time, trace
-from finetune_study.forecast.build import Stack, _defaults, build, make_config
+from finetune_study.forecast.build import (
+    Stack,
+    _defaults,
+    build,
+    find_stack,
+    layer_kinds,
+    make_config,
+    traced_model,
+)
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import Profile
 from finetune_study.forecast.quiet import quiet
@@ -98,19 +107,39 @@ def test_only_what_a_device_does_is_counted() -> None:
     assert profile.amount(("forward",), "kernels", 1, tokens, 1) / layers < 50
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_depth_is_extended_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = Layout(canonical(ARCHITECTURES[name]), weights="bfloat16")
-    short = trace.trace(layout)
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "each layer": {"checkpoint_every": 1},
+    "reentrant": {"checkpoint_every": 1, "use_reentrant": True},
+    "every second layer": {"checkpoint_every": 2},
+    "groups": {"checkpoint_every": "sqrt"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(pytest.param(name, {"weights": "bfloat16"}, id=name) for name in ARCHITECTURES),
+        *(
+            pytest.param(name, {"autocast": "bfloat16", **settings}, id=f"{name}, autocast, checkpoints: {what}")
+            for name in ("llama", "gpt_neox", "gemma2, whose layers alternate")
+            for what, settings in CHECKPOINTS.items()
+        ),
+    ],
+)
+def test_depth_is_extended_exactly(name: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Layout(canonical(ARCHITECTURES[name]), **layout)
+    short = trace.trace(asked)
     monkeypatch.setattr(trace, "find_stack", lambda kinds: Stack(len(kinds), 0, 0, 0))
-    full = trace.trace(layout)
+    full = trace.trace(asked)
     for batch, context in ((1, 128), (4, 384)):
         for phase in (False, True):
             extended, whole = (_peak_of(one, batch, context, phase) for one in (short, full))
             assert extended == pytest.approx(whole, rel=0.005)
     for kind in ("matmul_bf16", "bytes_pointwise"):
-        phases = ("forward", "backward")
-        assert short.amount(phases, kind, 2, 128, 1) == pytest.approx(full.amount(phases, kind, 2, 128, 1), rel=0.005)
+        for phases in (("forward", "backward"), ("recompute",)):
+            assert short.amount(phases, kind, 2, 128, 1) == pytest.approx(
+                full.amount(phases, kind, 2, 128, 1), rel=0.005
+            )
     assert sum(p.count(1) for p in short.parameters) == sum(p.count(1) for p in full.parameters)
 
 
@@ -297,6 +326,29 @@ def test_sdpa_of_whole_sequences_takes_what_flash_attention_takes(name: str) -> 
         found[kernel] = [a["predicted_memory_gib"]["by_category"]["activations"] for a in answers]
     assert found["sdpa"] == pytest.approx(found["flash_attention_2"], rel=0.03)
     assert found["sdpa"][1] == pytest.approx(2 * found["sdpa"][0], rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, *CHECKPOINTS.values()], ids=["no checkpoints", *CHECKPOINTS])
+def test_forward_under_autocast_takes_what_a_real_one_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Sixteen layers, of which few are traced: 16-bit copies of all weights are there until the pass has ended."""
+    config, batch, context = {**SMALL, "num_hidden_layers": 16}, 2, 128
+    layout = Layout(canonical(config), autocast="bfloat16", **settings)
+    predicted = _peak_of(TRACES.get(layout), batch, context, False)
+
+    with torch.device("meta"):
+        skeleton = build(make_config(config), torch.float32, "sdpa")
+    model = traced_model(make_config(config), layout, 1, find_stack(layer_kinds(skeleton, layout)))
+    ids = torch.zeros(batch, context, dtype=torch.long)
+    gc.collect()  # nothing of another test is given back in between
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with profiler, torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((one["ts"], one["args"]["Bytes"]) for one in events if one["name"] == "[memory]")
+    taken = np.cumsum([size for _, size in changes]).max()
+    assert predicted == pytest.approx(taken, rel=0.01)
 
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:

@@ -385,7 +385,7 @@ class _Tracer:
             return LOGITS
         if storage.left:
             return SAVED
-        if storage.in_forward and (storage.died is None or storage.died > end_of_forward):
+        if _outlives_forward(storage, end_of_forward):
             return SAVED if storage.kept else POINTWISE
         return TEMPORARY
 
@@ -505,10 +505,18 @@ def tied_shape(model: Any) -> torch.Size | None:
     )
 
 
+def _outlives_forward(storage: Storage, end_of_forward: int) -> bool:
+    """Whether forward leaves it behind: saved for backward, or held until the pass has ended.
+
+    autocast casts a weight once, and holds the copies until its context is left, whoever needs them
+    (aten/src/ATen/autocast_mode.cpp, clear_cache); under checkpointing nothing else holds them.
+    """
+    return storage.in_forward and (storage.died is None or storage.died >= end_of_forward)
+
+
 def _stays(storage: Storage, end_of_forward: int) -> bool:
-    """Whether a layer leaves it behind: saved for backward, or a gradient; else it is handed to the next layer."""
-    saved = storage.in_forward and (storage.died is None or storage.died > end_of_forward)
-    return saved or storage.left or storage.accumulated is not None
+    """Whether a layer leaves it behind: after forward, or as a gradient; else it is handed to the next layer."""
+    return _outlives_forward(storage, end_of_forward) or storage.left or storage.accumulated is not None
 
 
 def _add(polynomial: dict[Monomial, float], term: tuple[float, Monomial], times: int) -> None:
