@@ -11,7 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from finetune_study import sharded_loading
+from finetune_study.errors import RunFailedError
 from finetune_study.run import Run
+from finetune_study.techniques import quantised
 
 
 def load(run: Run, folder: Path) -> Any:
@@ -23,6 +25,9 @@ def load(run: Run, folder: Path) -> Any:
 
     ZeRO-3 shards the weights while they are made or read when its `TrainingArguments` exist before this call: no rank
     ever holds all of them.
+
+    Raises:
+        RunFailedError: where weights were to be quantised, and transformers quantises none of the layers'.
     """
     arguments: dict[str, Any] = {}
     for technique in run.parsed_techniques.values():
@@ -37,6 +42,15 @@ def load(run: Run, folder: Path) -> Any:
     else:
         with sharded_loading.in_chunks(folder):
             model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **arguments)
+    if "quantization_config" in arguments and not quantised.by_bitsandbytes(model).share:
+        raise RunFailedError(
+            "None of the model's layers is quantised",
+            where="the recipe's qlora",
+            given=f"{run.model.name_or_path or run.target}, a {model.config.model_type}",
+            allowed="a model whose layers are exactly torch.nn.Linear or Conv1D, which transformers "
+            f"{transformers.__version__} has bitsandbytes quantise",
+            do="use lora, or another model",
+        )
     model.config.use_cache = False  # keys and values of past tokens serve generation alone
     return model
 

@@ -162,8 +162,11 @@ class Rank:
 
     def _model(self, results: Results) -> Any:
         from finetune_study import model as model_module
+        from finetune_study.techniques import quantised
 
         model = model_module.load(self.run, results.model(self.run.model_key))
+        if getattr(model, "is_quantized", False) and (warning := quantised.by_bitsandbytes(model).warning()):
+            self.say(f"warning: {warning}")
         for technique in self.run.parsed_techniques.values():
             model = technique.wrap(model, self.run)
         trained, total = model_module.count_weights(model)

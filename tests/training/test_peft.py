@@ -1,10 +1,12 @@
 """What peft trains: counted by itself, by hand, and by what a run says."""
 
+import re
 from typing import Any
 
 import pytest
 
 from finetune_study import model, techniques
+from finetune_study.errors import RunFailedError
 from finetune_study.techniques.peft_method import PeftMethod
 from tests.training.lab import Lab
 from tests.training.pairs import Case, Trained
@@ -99,6 +101,30 @@ def test_random_weights_are_those_of_the_plain_model(is_tied: bool, lab: Lab) ->
             assert 0 < float(error) < 0.15, name
         else:
             assert found.equal(weight), name
+
+
+FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4}
+
+
+def test_a_model_of_which_nothing_would_be_quantised_is_not_trained(lab: Lab) -> None:
+    planned = lab.plan({"qlora": {}}, architecture=FALCON)
+    assert "no layer of a falcon is" in str(planned.unsupported)
+    lab.prepare(planned.run)
+    with pytest.raises(RunFailedError, match=r"(?s)None of the model's layers.*a falcon.*use lora, or another model"):
+        model.load(planned.run, lab.results.model(planned.run.model_key))
+
+
+def test_a_model_of_which_little_is_quantised_says_so_in_its_log(lab: Lab) -> None:
+    ended = lab.train({"qlora": {}}, architecture=MIXTRAL)
+    assert ended.record.ending.status == "completed", ended.output
+    assert re.search(
+        r"^warning: only \d+\.\d% of the weights of the layers are quantised; not MixtralExperts",
+        ended.paths.log.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    plain = lab.train({"qlora": {}})
+    assert "are quantised" not in plain.paths.log.read_text(encoding="utf-8")
 
 
 def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:

@@ -469,6 +469,10 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
         ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
         ({"model_config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 9}}, "9 of 4 experts"),
+        (
+            {"model_config": {**SMALL, "model_type": "mixtral", "num_experts_per_tok": 99}},
+            r"(?s)num_experts_per_tok.*99 of 8 experts \(num_local_experts\).*allowed: a whole number from 1 to 8",
+        ),
         ({"hardware": {"memory_gib": 80, "tflops": {"bf17": 1}}}, "hardware.tflops.bf17"),
         ({"techniques": {"lora": {"target_modules": [1]}}}, "names of layers"),
         ({"techniques": {"lora": {"use_dora": "yes"}}}, "use_dora"),
@@ -715,6 +719,39 @@ def test_sizes_that_are_not_given_are_said(config: dict[str, Any], says: str | N
 def test_shapes_that_are_known_by_their_name_leave_no_size_open(model: str) -> None:
     config = predict.architectures()[model]
     assert _defaults(make_config(config), Layout(canonical(config))) == []
+
+
+def test_of_a_model_of_several_parts_the_text_is_taken() -> None:
+    """As AutoModelForCausalLM takes it, whose class is that of the text's configuration alone."""
+    text = {**SMALL, "head_dim": 16, "layer_types": ["full_attention"] * SMALL["num_hidden_layers"]}
+    asked = [text | {"model_type": "qwen3_5_text"}, {"model_type": "qwen3_5", "text_config": text}]
+    alone, whole = (predict.answer(row(model_config=config), TRACES) for config in asked)
+    assert whole["predicted_memory_gib"] == alone["predicted_memory_gib"]
+    assert whole["warnings"] == alone["warnings"]
+
+
+@pytest.mark.parametrize("name", ["mistralai/Mixtral-8x7B-v0.1", "tiiuae/falcon-7b", "openai-community/gpt2"])
+def test_weights_that_transformers_does_not_quantise_are_counted_whole_and_warned_of(name: str) -> None:
+    """peft holds what is not quantised in fp32; of GPT-2, whose layers are Conv1D, 85 of 124 million weights are."""
+    lora, qlora = (
+        predict.answer(
+            {"model": name, "hardware": "a100-80gb", "sequence_length": 128, "techniques": {"bf16": {}, one: {}}}, TRACES
+        )
+        for one in ("lora", "qlora")
+    )
+    weights = [answer["predicted_memory_gib"]["by_category"]["parameters"] for answer in (lora, qlora)]
+    told = [warning for warning in qlora["warnings"] if "are quantised" in warning]
+    assert not [warning for warning in lora["warnings"] if "are quantised" in warning]
+    if "gpt2" in name:
+        assert told == []
+        assert weights[1] < 0.85 * weights[0]
+    else:
+        assert weights[1] > 1.9 * weights[0]
+        share, left = ("2.9%", "MixtralExperts (97.1%)") if "Mixtral" in name else ("0.0%", "FalconLinear (100.0%)")
+        assert len(told) == 1
+        assert told[0].startswith(
+            f"only {share} of the weights of the layers are quantised; not {left}, which peft holds in fp32: transformers "
+        )
 
 
 def test_unknown_memory_leaves_open_what_fits() -> None:

@@ -1,6 +1,7 @@
 """The model that is traced: the real class of a configuration, on fake tensors, as a recipe changes it."""
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune_study.errors import ModelError
 from finetune_study.forecast.layout import CODE, Layout
-from finetune_study.techniques import gradient_checkpointing
+from finetune_study.techniques import gradient_checkpointing, quantised
 
 FUSED = "finetune_study_fused"
 """Name under which transformers knows our attention function."""
@@ -76,16 +78,7 @@ def check_sizes(settings: Mapping[str, Any], where: str = "model_config") -> Non
                 given=size,
                 allowed=f"a whole number from {least} to {most}",
             )
-    chosen = settings.get("num_experts_per_tok")
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        experts = settings.get(key)
-        if isinstance(chosen, int) and isinstance(experts, int) and not 0 < chosen <= experts:
-            raise ModelError(
-                "A token can't go to so many experts",
-                where=f"{where}.num_experts_per_tok",
-                given=f"{chosen} of {experts} experts ({key})",
-                allowed=f"a whole number from 1 to {experts}",
-            )
+    _check_experts(settings, where)
     heads = settings.get("num_attention_heads")
     for key in ("num_key_value_heads", "num_kv_heads"):
         shared = settings.get(key)
@@ -95,6 +88,19 @@ def check_sizes(settings: Mapping[str, Any], where: str = "model_config") -> Non
                 where=f"{where}.{key}",
                 given=f"{shared} for {heads} attention heads",
                 allowed=f"a number that divides {heads}",
+            )
+
+
+def _check_experts(settings: Mapping[str, Any], where: str = "model_config") -> None:
+    chosen = settings.get("num_experts_per_tok")
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        experts = settings.get(key)
+        if isinstance(chosen, int) and isinstance(experts, int) and not 0 < chosen <= experts:
+            raise ModelError(
+                "A token can't go to so many experts",
+                where=f"{where}.num_experts_per_tok",
+                given=f"{chosen} of {experts} experts ({key})",
+                allowed=f"a whole number from 1 to {experts}",
             )
 
 
@@ -125,6 +131,8 @@ def make_config(settings: dict[str, Any]) -> Any:
         raise ModelError(
             "transformers refuses this configuration", where="model_config", given=one_line(error)
         ) from None
+    if "num_experts_per_tok" in settings:  # of as many experts as transformers has where none are given
+        _check_experts({**config.to_dict(), **settings})
     masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if model_type in masked and not getattr(config, "is_decoder", True) and not config.is_encoder_decoder:
         raise ModelError(
@@ -196,6 +204,8 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> Any:
     """
     config = _plain_rope(config)
     kind = _class_of(config)
+    if kind.config_class is not None and kind.config_class is config.sub_configs.get("text_config"):
+        config = config.get_text_config()  # of several parts, AutoModelForCausalLM takes the text's (auto_factory.py)
     if attention == FUSED and not kind._supports_attention_backend:
         attention = "sdpa"  # code from before transformers' attention functions; `CudaManners` mends the call
     if attention == "sdpa" and not kind._supports_sdpa:
@@ -464,9 +474,8 @@ def warnings_of(model: Any, layout: Layout) -> list[str]:
     """What was assumed of a whole model, or has no effect on it."""
     defaults, names = _defaults(model.config, layout), _unmatched(model, layout)
     warnings = [f"not given, so as transformers has it: {', '.join(defaults)}"] if defaults else []
-    return warnings + (
-        [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
-    )
+    warnings += [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
+    return warnings + _unquantized(model, layout)
 
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -479,7 +488,7 @@ def _defaults(config: Any, layout: Layout) -> list[str]:
     if CODE in given:
         return []
     text = config.get_text_config()
-    names = given | (given.get("text_config") or {}) if text is not config else given
+    names = given | (given.get("text_config") or {})
     aliases = getattr(text, "attribute_map", {})
     missing = [size for size in SIZES if not {size, aliases.get(size)} & names.keys()]
     return [f"{size} {getattr(text, size)}" for size in missing if isinstance(getattr(text, size, None), int)]
@@ -565,14 +574,41 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def quantize(model: Any, layout: Layout) -> None:
-    """Turns linear modules into quantised ones; the output layer stays where the layout does not say otherwise."""
-    head = None if layout.quantized_head else model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            module.__class__ = QuantizedLinear
-            module.keeps_input = layout.keeps_input
-            module.quantized_from = getattr(torch, layout.quantized_from)
-            module.weight.requires_grad_(False)
+    """Puts `QuantizedLinear` wherever transformers puts bitsandbytes' layers: it is transformers that chooses.
+
+    The output layer stays where the layout does not say otherwise.
+    """
+    like = next(model.parameters())
+
+    def stand_in(in_features: int, out_features: int, bias: bool, *_: Any, **__: Any) -> QuantizedLinear:
+        layer = QuantizedLinear(in_features, out_features, bias, device=like.device, dtype=like.dtype)
+        layer.keeps_input = layout.keeps_input
+        layer.quantized_from = getattr(torch, layout.quantized_from)
+        return layer
+
+    asked = {"load_in_8bit" if layout.quantized == "int8" else "load_in_4bit": True}
+    skipped: list[str] | None = [] if layout.quantized_head else None
+    config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=skipped, **asked)
+    quantizer = transformers.quantizers.AutoHfQuantizer.from_config(config, pre_quantized=False)
+    integration = transformers.integrations.bitsandbytes
+    original = integration.bnb
+    integration.bnb = SimpleNamespace(nn=SimpleNamespace(Linear4bit=stand_in, Linear8bitLt=stand_in))
+    try:
+        quantizer.preprocess_model(model, device_map=None)
+    finally:
+        integration.bnb = original
+    model.tie_weights()
+
+
+def _unquantized(model: Any, layout: Layout) -> list[str]:
+    """The warning where transformers leaves most of the layers' weights as they are; else none."""
+    if not layout.quantized:
+        return []
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    quantize(model, layout)
+    note = ", which peft holds in fp32" if layout.upcast else ""
+    warning = quantised.measure(model, (QuantizedLinear,)).warning(note)
+    return [] if warning is None else [warning]
 
 
 def upcast(model: Any) -> None:

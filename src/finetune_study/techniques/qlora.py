@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from finetune_study.techniques.base import Recipe
 from finetune_study.techniques.lora import Lora
+from finetune_study.techniques.peft_method import model_type
+from finetune_study.techniques.quantised import NOT_QUANTISED, WHY
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -13,7 +15,10 @@ _QUANTISATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8b
 
 
 class Qlora(Lora):
-    """LoRA on weights that bitsandbytes holds in 4 bit (NF4) or 8 bit and turns back for every product."""
+    """LoRA on weights that bitsandbytes holds in 4 bit (NF4) or 8 bit and turns back for every product.
+    transformers quantises plain linear layers alone: of a mixture of experts most weights stay as they are, which a run's
+    log says, and a run of a model type of which it quantises none (falcon) is refused.
+    """
 
     name: ClassVar[str] = "qlora"
     beside: ClassVar[frozenset[str]] = frozenset()
@@ -66,6 +71,11 @@ class Qlora(Lora):
                 "Tensors of floating point and complex dtype can require gradients): use lora, or another start"
             )
         return None
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if (found := model_type(run)) in NOT_QUANTISED:
+            return WHY.format(model_type=found)
+        return super().why_not_run(run)
 
     def number_format(self) -> str | None:
         # 4 bits are turned back into the precision's format; 8 bits are multiplied as they are (arXiv 2208.07339).
