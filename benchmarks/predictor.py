@@ -141,6 +141,10 @@ def litgpt(row: dict[str, Any], document: dict[str, Any]) -> Case:
     case = Case("litgpt", f"{row['config']} {row['machine']}", row["method"], known=True)
     case.measured_gib, case.fits = _gib(row), row["peak_memory_gb"] != "OOM"
     model = LITGPT_MODELS[row["model"]]
+    if row["quantization"] and "falcon" in model:
+        # Fabric: plugins/precision/bitsandbytes.py; transformers: integrations/bitsandbytes.py, FalconLinear
+        case.unused = "Fabric quantises Falcon's layers, which transformers 5.20 and later does not"
+        return case
     # Its checkpoints hold the output layer apart, also where a model ties it to the embedding.
     shape = predict.architectures()[model] | {"tie_word_embeddings": False}
     if shape["model_type"] == "phi":

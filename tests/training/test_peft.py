@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from finetune_study import model, techniques
+from finetune_study import model, model_source, techniques
 from finetune_study.errors import RunFailedError
 from finetune_study.techniques.peft_method import PeftMethod
+from tests.tiny_study import TINY_STUDY
 from tests.training.lab import Lab
 from tests.training.pairs import Case, Trained
 
@@ -103,28 +104,37 @@ def test_random_weights_are_those_of_the_plain_model(is_tied: bool, lab: Lab) ->
             assert found.equal(weight), name
 
 
-FALCON = {"model_type": "falcon", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4}
+def of_type(**architecture: Any) -> dict[str, Any]:
+    """A tiny model of another type, with the tiny Llama's tokenizer."""
+    llama = TINY_STUDY["models"]["tiny"]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = {name: llama["architecture"][name] for name in names}
+    other = {"weights": "random", "tokenizer": "llama", "architecture": {**sizes, **architecture}}
+    return {"models": {"tiny": other, "llama": llama}}
 
 
 def test_a_model_of_which_nothing_would_be_quantised_is_not_trained(lab: Lab) -> None:
-    planned = lab.plan({"qlora": {}}, architecture=FALCON)
+    planned = lab.plan({"qlora": {}}, **of_type(model_type="falcon"))
     assert "no layer of a falcon is" in str(planned.unsupported)
-    lab.prepare(planned.run)
+    folder = lab.results.model(planned.run.model_key)
+    model_source.prepare(planned.run.model, folder)
     with pytest.raises(RunFailedError, match=r"(?s)None of the model's layers.*a falcon.*use lora, or another model"):
-        model.load(planned.run, lab.results.model(planned.run.model_key))
+        model.load(planned.run, folder)
 
 
 def test_a_model_of_which_little_is_quantised_says_so_in_its_log(lab: Lab) -> None:
-    ended = lab.train({"qlora": {}}, architecture=MIXTRAL)
-    assert ended.record.ending.status == "completed", ended.output
-    assert re.search(
-        r"^warning: only \d+\.\d% of the weights of the layers are quantised; not MixtralExperts",
-        ended.paths.log.read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    plain = lab.train({"qlora": {}})
-    assert "are quantised" not in plain.paths.log.read_text(encoding="utf-8")
+    mixtral = of_type(model_type="mixtral", intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
+    run = lab.run({"qlora": {}}, **mixtral)
+    model_source.prepare(run.tokenizer, lab.results.model(run.tokenizer_key))
+    logs = []
+    for ended in (lab.train({"qlora": {}}, **mixtral), lab.train({"qlora": {}})):
+        assert ended.record.ending.status == "completed", ended.output
+        logs.append(ended.paths.log.read_text(encoding="utf-8"))
+    of_mixtral, of_llama = (re.findall("^warning: .*are quantised; not .*", log, re.MULTILINE) for log in logs)
+    assert of_llama == []
+    assert len(of_mixtral) == 1
+    assert of_mixtral[0].startswith("warning: only 11.")
+    assert "; not MixtralExperts (88." in of_mixtral[0]
 
 
 def test_quantised_lora_learns_as_lora_does(trained: Trained) -> None:

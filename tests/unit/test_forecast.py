@@ -735,7 +735,8 @@ def test_weights_that_transformers_does_not_quantise_are_counted_whole_and_warne
     """peft holds what is not quantised in fp32; of GPT-2, whose layers are Conv1D, 85 of 124 million weights are."""
     lora, qlora = (
         predict.answer(
-            {"model": name, "hardware": "a100-80gb", "sequence_length": 128, "techniques": {"bf16": {}, one: {}}}, TRACES
+            {"model": name, "hardware": "a100-80gb", "sequence_length": 128, "techniques": {"bf16": {}, one: {}}},
+            TRACES,
         )
         for one in ("lora", "qlora")
     )
@@ -750,7 +751,7 @@ def test_weights_that_transformers_does_not_quantise_are_counted_whole_and_warne
         share, left = ("2.9%", "MixtralExperts (97.1%)") if "Mixtral" in name else ("0.0%", "FalconLinear (100.0%)")
         assert len(told) == 1
         assert told[0].startswith(
-            f"only {share} of the weights of the layers are quantised; not {left}, which peft holds in fp32: transformers "
+            f"only {share} of the weights of the layers are quantised; not {left}, which peft holds in fp32: transf"
         )
 
 

@@ -66,7 +66,9 @@ def test_the_predictor_quantises_what_transformers_does(name: str, bits: int, sa
     model = stood_in_for(name, quantized="nf4" if bits == 4 else "int8")
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, build.QuantizedLinear)]
     assert {path: (m.in_features, m.out_features) for path, m in layers} == expected
-    assert {path: tuple(m.weight.shape) for path, m in layers} == {path: sizes[::-1] for path, sizes in expected.items()}
+    assert {path: tuple(m.weight.shape) for path, m in layers} == {
+        path: sizes[::-1] for path, sizes in expected.items()
+    }
     assert bool(expected) == (name != "falcon")
     found, counted = quantised.by_bitsandbytes(real), quantised.measure(model, (build.QuantizedLinear,))
     assert counted == found
@@ -119,7 +121,8 @@ def test_the_plan_refuses_what_would_not_be_quantised_at_all(
 @pytest.mark.long
 def test_model_types_that_are_not_quantised_are_those_of_transformers() -> None:
     """Two layers of every causal language model whose configuration has defaults for all that it needs."""
-    none, some = set(), set()
+    none: set[str] = set()
+    some: set[str] = set()
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             whole = build.make_config({"model_type": kind})

@@ -16,7 +16,7 @@ _QUANTISATION = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "load_in_8b
 
 class Qlora(Lora):
     """LoRA on weights that bitsandbytes holds in 4 bit (NF4) or 8 bit and turns back for every product.
-    transformers quantises plain linear layers alone: of a mixture of experts most weights stay as they are, which a run's
+    transformers quantises plain linear layers alone: of a mixture of experts most weights stay as they are, which the
     log says, and a run of a model type of which it quantises none (falcon) is refused.
     """
 

@@ -12,8 +12,8 @@ WORTH_A_NAME = 0.05
 NOT_QUANTISED = frozenset({"falcon"})
 """Model types none of whose layers transformers quantises with bitsandbytes (transformers 5.20 and later)."""
 WHY = (
-    "transformers has bitsandbytes quantise what is exactly torch.nn.Linear or Conv1D, which no layer of a {model_type} "
-    "is: use lora, or another model (transformers up to 5.0 quantised subclasses of torch.nn.Linear as well)"
+    "transformers has bitsandbytes quantise what is exactly torch.nn.Linear or Conv1D, which no layer of a "
+    "{model_type} is: use lora, or another model (transformers up to 5.0 quantised its subclasses as well)"
 )
 
 
@@ -44,7 +44,7 @@ class Quantised:
         )
 
 
-def measure(model: Any, kinds: tuple[type, ...]) -> Quantised:
+def measure(model: Any, kinds: tuple[Any, ...]) -> Quantised:
     """Counts the weights of a model that was loaded with a `quantization_config`.
 
     Args:
@@ -75,7 +75,7 @@ def measure(model: Any, kinds: tuple[type, ...]) -> Quantised:
     if any(issubclass(kind, torch.nn.Linear) and kind not in kinds for kind in left):
         before.append("versions up to 5.0 replaced subclasses of torch.nn.Linear as well")
     if stacked.intersection(left):
-        before.append("versions before 5 had each expert of Mixtral, for example, as layers of its own, and replaced them")
+        before.append("versions before 5 had each expert of Mixtral, for example, as layers, and replaced them")
     return Quantised(
         quantised / total, ", ".join(f"{kind.__name__} ({rest[kind] / total:.1%})" for kind in left), tuple(before)
     )
