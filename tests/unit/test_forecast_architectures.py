@@ -186,8 +186,8 @@ def test_refusal_says_why(name: str) -> None:
 
 
 def test_too_many_operations_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", 500)
-    with pytest.raises(ModelError, match=r"(?s)operations.*given: .*more than 500 .*loop.*allowed: at most 500.*do: "):
+    monkeypatch.setattr("finetune_study.forecast.tape.MOST_OPERATIONS", 100)
+    with pytest.raises(ModelError, match=r"(?s)operations.*given: .*more than 100 .*loop.*allowed: at most 100.*do: "):
         trace.trace(Layout(canonical(config("starcoder2"))))
 
 
