@@ -62,7 +62,10 @@ RECIPES: list[dict[str, Any]] = [
     {"zero2": {}, "lora": {"r": 8}},
     {"zero3": {}, "gradient_checkpointing": {}},
     {"fsdp": {}, "adamw_8bit": {}},
+    {"zero1": {}, "offload_optimizer": {}},
     {"zero2": {}, "offload_optimizer": {}},
+    {"fsdp": {}, "offload_param": {}},
+    {"zero3": {}, "qlora": {"r": 8}},
     {"eager": {}, "adafactor": {}},
 ]
 
