@@ -342,7 +342,7 @@ def torchtune(row: dict[str, Any], document: dict[str, Any]) -> Case:
     if row.get("sharding"):
         techniques["fsdp"] = {}
     if row.get("cpu_offload"):
-        techniques |= {"offload_param": {}, "offload_optimizer": {}}
+        techniques |= {"offload_param": {}}
     case.question = _question(
         model, card, row["num_gpus"], row["seq_len"], row["micro_batch"], row.get("grad_accum", 1), techniques
     )
@@ -552,13 +552,13 @@ def peers(row: dict[str, Any], traces: predict.Traces) -> dict[str, float | None
         "DeepSpeed estimators": None,
     }
     name, gpus = question.recipe.sharding, question.num_gpus
-    offloads = question.recipe.has("offload_optimizer")
+    offloads = "optimizer states" in question.recipe.offloaded
     if name in ("zero2", "zero3", "fsdp"):
         per_node, nodes = min(gpus, 8), max(1, gpus // 8)
         if name == "zero2":
             _, device = estimate_zero2_model_states_mem_needs(int(weights), per_node, nodes, offloads)
         else:  # sharded like stage 3
-            params = question.recipe.has("offload_param")
+            params = "weights" in question.recipe.offloaded
             _, device, _ = estimate_zero3_model_states_mem_needs(
                 int(weights), int(profile.largest_layer), per_node, nodes, offloads, params, zero_init=True
             )

@@ -14,7 +14,7 @@ import transformers
 
 from finetune_study import techniques
 from finetune_study.errors import ModelError, StudyError
-from finetune_study.forecast import predict, recipe, trace
+from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
 from finetune_study.forecast.build import Stack
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import SAVED, Profile
@@ -308,3 +308,140 @@ def test_layers_are_chosen_beside_the_default_targets() -> None:
         return sum(p.count(8) for p in TRACES.get(layout).parameters if p.trained)
 
     assert trained(layers_to_transform=[0, 1]) == trained() * 2 / 8
+
+
+EIGHT: dict[str, Any] = {
+    "model_config": predict.architectures()["meta-llama/Llama-2-7b-hf"], "hardware": "a100-80gb", "num_gpus": 8,
+    "sequence_length": 2048,
+}  # fmt: skip
+"""Llama 2 7B on a node."""
+
+
+def traced(chosen: dict[str, Any]) -> tuple[Profile, recipe.Recipe]:
+    question = predict.read_question({**EIGHT, "techniques": chosen})
+    return TRACES.get(question.recipe.layout(question.config, 2048)), question.recipe
+
+
+def timed(chosen: dict[str, Any], steps: int = 1, **rates: Any) -> time.StepTime:
+    """Step time on eight A100 of which some rates are others."""
+    found = time.rates_of(hardware.find("a100-80gb"), 8)
+    assert found is not None
+    at = memory.Situation(1, 2048, 8, steps)
+    return time.predict(*traced(chosen), at, dataclasses.replace(found, **rates))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "bytes_per_weight"),
+    # torch's _fsdp_param_group.py, post_backward: without `reduce_grads` gradients stay as they were computed, in bf16
+    [({}, 1, 0), ({}, 4, 2), ({"sync_each_batch": True}, 4, 0)],
+)
+def test_fsdp_with_offload_leaves_whole_gradients_alone_on_the_device(
+    settings: dict[str, Any], steps: int, bytes_per_weight: int
+) -> None:
+    """Weights, gradients and states are on the host (torch.distributed.fsdp.CPUOffloadPolicy), which updates them."""
+    chosen: dict[str, Any] = {"fsdp": settings, "offload_param": {}, "gradient_checkpointing": {}}
+    found = answer(chosen, **EIGHT, gradient_accumulation_steps=steps)
+    held = found["predicted_memory_gib"]["by_category"]
+    weights = sum(p.count(0) for p in traced(chosen)[0].parameters)
+    assert held["parameters"] == held["optimizer"] == 0
+    assert held["gradients"] == pytest.approx(bytes_per_weight * weights / memory.GIB, abs=0.1)
+    assert found["predicted_memory_gib"]["by_phase"]["optimizer_step"] < 0.1
+    assert found["bottleneck"] == "CPU optimizer"
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_stage_1_has_whole_gradients_on_the_device_until_the_last_micro_batch_even_with_offload(steps: int) -> None:
+    """DeepSpeed's runtime/engine.py, allreduce_gradients: stage 2 and 3 reduce and offload in every backward pass."""
+
+    def held(stage: str) -> tuple[float, float]:
+        chosen: dict[str, Any] = {stage: {}, "offload_optimizer": {}, "gradient_checkpointing": {}}
+        found = answer(chosen, **EIGHT, gradient_accumulation_steps=steps)["predicted_memory_gib"]
+        return found["by_category"]["gradients"], found["by_phase"]["optimizer_step"]
+
+    weights = sum(p.count(0) for p in traced({"zero1": {}})[0].parameters)
+    whole, in_step = held("zero1")
+    assert whole == pytest.approx(2 * weights / memory.GIB, rel=0.01)
+    assert in_step == pytest.approx(2 * weights / memory.GIB, rel=0.01), "weights; gradients are on the host by then"
+    assert held("zero2")[0] < 0.1
+    assert held("zero3")[0] < 0.1
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_offload_takes_a_buffer_for_one_tensors_gradient(stage: str) -> None:
+    """DeepSpeed's stage_1_and_2.py, temp_grad_buffer_for_gpu_offload: here the embedding's, 32,000 × 4,096 in bf16."""
+    chosen: dict[str, Any] = {stage: {"reduce_bucket_size": 1}, "offload_optimizer": {}, "gradient_checkpointing": {}}
+    found = answer(chosen, **EIGHT)["predicted_memory_gib"]["by_category"]
+    assert found["communication"] == pytest.approx(2 * (32_000 * 4_096 + 1) / memory.GIB)
+
+
+@pytest.mark.parametrize("sharding", ["zero3", "fsdp"])
+@pytest.mark.parametrize(("in_8bit", "stored"), [(False, 0.5), (True, 1.0)])
+def test_quantised_weights_are_gathered_as_they_are_stored(sharding: str, in_8bit: bool, stored: float) -> None:
+    """All of them at once here; the rest, adapters too, in bf16."""
+    keeps = {
+        "zero3": {"stage3_max_live_parameters": 10**12, "reduce_bucket_size": 1},
+        "fsdp": {"reshard_after_forward": False},
+    }
+    method = {"load_in_8bit": in_8bit}
+    chosen: dict[str, Any] = {sharding: keeps[sharding], "qlora": method, "gradient_checkpointing": {}}
+    profile, resolved = traced(chosen)
+    count = {
+        kind: sum(p.count(resolved.rank) for p in profile.parameters if p.quantized == kind) for kind in (True, False)
+    }
+    adapters = sum(p.count(resolved.rank) for p in profile.parameters if p.trained)
+    gathered = count[True] * stored + count[False] * 2
+    held = answer(chosen, **EIGHT)["predicted_memory_gib"]
+    assert held["by_category"]["communication"] == pytest.approx(gathered / memory.GIB, rel=0.01)
+    scales = 0 if in_8bit else count[True] * (1 / 64 + 4 / (64 * 256))
+    assert held["by_phase"]["load"] == pytest.approx((scales + gathered / 8) / memory.GIB), "scales are not sharded"
+    passes = 1 if sharding == "fsdp" else 2
+    sent = (passes * gathered + 2 * adapters) * 7 / 8
+    assert timed(chosen, link=1e9).parts["interconnect"] == pytest.approx(sent / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps", "bytes_per_weight"),
+    # Updated weights come back in bf16, and the sum of gradients goes in fp32; before, it goes and comes in bf16
+    [("zero1", 1, 2 + 4), ("zero1", 4, 2 + 4), ("zero2", 1, 2 + 4), ("zero2", 4, 2 + 4 + 2 * (4 + 3)),
+     ("zero3", 1, 2 + 4 + 2 * 2), ("zero3", 4, 2 + 4 + 2 * (4 + 4))],
+)  # fmt: skip
+def test_deepspeed_moves_offloaded_gradients_in_every_micro_batch(
+    stage: str, steps: int, bytes_per_weight: int
+) -> None:
+    chosen: dict[str, Any] = {stage: {}, "offload_optimizer": {}}
+    weights = sum(p.count(0) for p in traced(chosen)[0].parameters)
+    found = timed(chosen, steps, pcie=1e9)
+    assert found.parts["PCIe"] == pytest.approx(bytes_per_weight * weights / 8 / 1e9)
+    free = timed(chosen, steps, pcie=1e30).seconds
+    assert found.seconds is not None
+    assert free is not None
+    if stage == "zero3":  # its gradients travel beside the pass
+        assert found.seconds - free < found.parts["PCIe"]
+    else:
+        assert found.seconds - free == pytest.approx(found.parts["PCIe"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "bytes_per_weight"),
+    # fp32 weights in every pass that gathers them; fp32 gradients where they are scattered
+    [({}, 1, 4 * 2 + 4), ({}, 4, 4 * 2 * 4 + 4), ({"sync_each_batch": True}, 4, 4 * 2 * 4 + 4 * 4),
+     ({"reshard_after_forward": False}, 1, 4 + 4)],
+)  # fmt: skip
+def test_fsdp_with_offload_moves_fp32_weights_and_gradients(
+    settings: dict[str, Any], steps: int, bytes_per_weight: int
+) -> None:
+    chosen: dict[str, Any] = {"fsdp": settings, "offload_param": {}}
+    weights = sum(p.count(0) for p in traced(chosen)[0].parameters)
+    assert timed(chosen, steps, pcie=1e9).parts["PCIe"] == pytest.approx(bytes_per_weight * weights / 8 / 1e9)
+
+
+def test_the_host_updates_weights_of_fsdp_by_torchs_optimizer() -> None:
+    """Step by step it moves 60 bytes for a weight, fused 28, as DeepSpeed's own does."""
+    recipes: list[dict[str, Any]] = [
+        {"fsdp": {}, "offload_param": {}},
+        {"fsdp": {}, "offload_param": {}, "adamw_torch_fused": {}},
+        {"zero3": {}, "offload_optimizer": {}},
+    ]
+    plain, fused, deepspeed = (timed(chosen).parts["CPU optimizer"] for chosen in recipes)
+    assert fused == pytest.approx(deepspeed)
+    assert plain == pytest.approx(fused * 60 / 28)

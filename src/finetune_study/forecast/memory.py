@@ -29,14 +29,20 @@ GIB = 2**30
 
 PHASES = ("load", "forward", "backward", "optimizer_step")
 
-QUANTIZED_BYTES = {
-    # Dettmers et al., arXiv 2305.14314: 4 bits, and one fp32 maximum for each block of 64
-    "nf4": 0.5 + 4 / 64,
+QUANTIZED_BYTES = {"nf4": 0.5, "int8": 1.0}
+"""Of a quantised weight (Dettmers et al., arXiv 2305.14314 and 2208.07339), as it is stored, sharded and gathered: a
+tensor of bytes, or of `bnb_4bit_quant_storage`, which holds as many."""
+
+SCALE_BYTES = {
+    # arXiv 2305.14314: one fp32 maximum for each block of 64
+    "nf4": 4 / 64,
     # the maxima in 8 bits, and one fp32 for each 256 of them (section 3, "Double Quantization")
-    "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256),
-    # Dettmers et al., arXiv 2208.07339: 8 bits, and a scale for each row
-    "int8": 1.0,
+    "nf4_double": 1 / 64 + 4 / (64 * 256),
+    # a scale for each row
+    "int8": 0.0,
 }
+"""The same of its scales. They are no parameter, so that nothing shards or offloads them: each device has all of them
+(bitsandbytes/nn/modules.py, fix_4bit_weight_quant_state_from_module: `quant_state`)."""
 
 # torch/cuda/CUDABlas: default workspace of cuBLAS, KiB, by compute capability (aten/src/ATen/cuda/CublasHandlePool.cpp)
 CUBLAS_WORKSPACE_BYTES = {"hopper": 32 * 2**20, "other": 8519680}
@@ -123,14 +129,33 @@ class Memory:
 
 
 def weight_bytes(part: Parameters, recipe: Recipe) -> float:
-    """Bytes that one weight takes on a device that holds it."""
+    """Bytes that one weight takes on a device that holds it, its scales apart."""
     if part.quantized:
-        kind = recipe.quantized or "nf4"
-        double = recipe.techniques["qlora"].get("bnb_4bit_use_double_quant", True)
-        return QUANTIZED_BYTES["nf4_double" if kind == "nf4" and double else kind]
-    if recipe.sharding == "fsdp" and recipe.precision not in ("bf16_pure",) and (part.trained or not recipe.peft):
-        return 4  # FSDP shards the fp32 weights and gathers 16-bit ones (MixedPrecisionPolicy)
+        return QUANTIZED_BYTES[recipe.quantized or "nf4"]
+    in_fp32 = recipe.sharding == "fsdp" and recipe.precision not in ("bf16_pure",) and not recipe.quantized
+    if in_fp32 and (part.trained or not recipe.peft):
+        # FSDP shards the fp32 weights and gathers 16-bit ones (MixedPrecisionPolicy), unless there are such of 4 bit
+        # (accelerate/utils/fsdp_utils.py, fsdp2_prepare_model)
+        return 4
     return BYTES[part.dtype]
+
+
+def _scale_bytes(part: Parameters, recipe: Recipe) -> float:
+    """Bytes of one weight's share in the scales of its block."""
+    if not part.quantized:
+        return 0.0
+    kind = recipe.quantized or "nf4"
+    double = recipe.techniques["qlora"].get("bnb_4bit_use_double_quant", True)
+    return SCALE_BYTES["nf4_double" if kind == "nf4" and double else kind]
+
+
+def gathered_bytes(part: Parameters, recipe: Recipe) -> float:
+    """Bytes of one weight that is gathered from the devices that share it.
+
+    A quantised one is gathered as it is stored, and dequantised for its product alone; the rest comes in the format of
+    products, to which FSDP casts its shard before (torch's _fsdp_param.py, all_gather_inputs).
+    """
+    return QUANTIZED_BYTES[recipe.quantized or "nf4"] if part.quantized else BYTES[recipe.compute]
 
 
 class _States:
@@ -143,6 +168,8 @@ class _States:
         self.trained = sum(p.count(rank) for p in profile.parameters if p.trained)
         self.gradient_bytes_full = sum(p.count(rank) * BYTES[p.dtype] for p in profile.parameters if p.trained)
         self.whole_bytes = sum(p.count(rank) * weight_bytes(p, recipe) for p in profile.parameters)
+        self.scale_bytes = sum(p.count(rank) * _scale_bytes(p, recipe) for p in profile.parameters)
+        self.all_gathered_bytes = sum(p.count(rank) * gathered_bytes(p, recipe) for p in profile.parameters)
         sharding = recipe.sharding
         self.shards = at.num_gpus if sharding in ("zero1", "zero2", "zero3", "fsdp") else 1
         self.optimizer = OPTIMIZERS[recipe.optimizer]
@@ -150,32 +177,40 @@ class _States:
     @property
     def parameters(self) -> float:
         if self.recipe.sharding not in ("zero3", "fsdp"):
-            return self.whole_bytes
+            return self.whole_bytes + self.scale_bytes
         second = 0.0
-        if self.recipe.secondary_shards > 1:  # 16-bit weights shared by a node (arXiv 2306.10209, section 3.2, hpZ)
-            shards = min(self.recipe.secondary_shards, self.at.num_gpus)
-            second = self.all * BYTES[self.recipe.compute] / shards
-        return second + (0.0 if self.recipe.has("offload_param") else self.whole_bytes / self.shards)
+        if self.recipe.secondary_shards > 1:  # weights shared by a node (arXiv 2306.10209, section 3.2, hpZ)
+            second = self.all_gathered_bytes / min(self.recipe.secondary_shards, self.at.num_gpus)
+        own = 0.0 if "weights" in self.recipe.offloaded else self.whole_bytes / self.shards
+        return second + own + self.scale_bytes
 
     @property
     def accumulated_gradients(self) -> float:
         """Complete gradients between micro-batches."""
-        whole = self.recipe.accumulates_whole
-        if whole and self.at.gradient_accumulation_steps > 1 and self.shards > 1 and self.held_gradients:
+        if self.recipe.accumulates_whole and self.at.gradient_accumulation_steps > 1 and self.shards > 1:
             return self.trained * BYTES[self.recipe.adapters if self.recipe.peft else self.recipe.compute]
-        return self.held_gradients
+        return self.gradient_share * self.gradient_bytes_full
 
     @property
     def held_gradients(self) -> float:
         """Complete gradients, as they wait for the step."""
-        if self.recipe.has("offload_optimizer") or self.recipe.has("optimizer_in_backward"):
+        if "gradients" in self.recipe.offloaded or self.recipe.has("optimizer_in_backward"):
             return 0.0
         return self.gradient_share * self.gradient_bytes_full
 
     @property
     def gradient_share(self) -> float:
-        """Of a gradient as the trace computes it, what stays on the device."""
+        """Of a gradient as the trace computes it, what stays on the device while micro-batches pass.
+
+        ZeRO-1 reduces gradients after the last of them, and offloads them then (DeepSpeed: runtime/engine.py,
+        allreduce_gradients; zero/stage_1_and_2.py, reduce_gradients); the other stages and FSDP do so in every backward
+        pass (copy_grads_in_partition; stage3.py, partition_grads; torch's _fsdp_collectives.py, foreach_reduce).
+        """
         sharding = self.recipe.sharding
+        if sharding == "zero1":
+            return 1.0
+        if "gradients" in self.recipe.offloaded:
+            return 0.0
         if sharding in ("zero2", "zero3"):
             return 1 / self.shards
         if sharding == "fsdp":
@@ -189,7 +224,7 @@ class _States:
     @property
     def optimizer_states(self) -> float:
         """States, and the fp32 copy of 16-bit weights (DeepSpeed: runtime/zero/stage_1_and_2.py, stage3.py)."""
-        if self.recipe.has("offload_optimizer"):
+        if "optimizer states" in self.recipe.offloaded:
             return 0.0
         return self._states(paged=False) / self.shards
 
@@ -230,7 +265,7 @@ class _States:
     @property
     def step_transient(self) -> float:
         """What the optimizer's step takes for a moment."""
-        if self.recipe.has("offload_optimizer"):
+        if "optimizer states" in self.recipe.offloaded:
             return 0.0
         local = self.trained / self.shards
         if not self.recipe.master:
@@ -274,30 +309,46 @@ class _States:
             return DDP_COPIES_OF_GRADIENTS * self.gradient_bytes_full
         if recipe.deepspeed:
             name = str(sharding)
-            elements = recipe.setting(name, "reduce_bucket_size", self.profile.hidden_size**2)
+            elements = float(recipe.setting(name, "reduce_bucket_size", self.profile.hidden_size**2))
             # runtime/zero/stage_1_and_2.py and stage3.py: allocated whole, however few weights are trained; a second
             # one is filled while the first is reduced
             buffers = 2 if recipe.techniques[name].get("overlap_comm") and sharding != "zero3" else 1
-            return float(buffers * elements * BYTES[recipe.weights])
+            elements *= buffers
+            if sharding != "zero3" and "gradients" in recipe.offloaded:
+                # One tensor's gradient of earlier micro-batches, back from the host (temp_grad_buffer_for_gpu_offload)
+                elements += value(self.profile.largest_trained, 1, 1, recipe.rank)
+            return elements * BYTES[recipe.weights]
         return 0.0
 
     @property
     def gathered(self) -> float:
         """Weights of other devices' shards that are there for a while."""
         recipe, profile = self.recipe, self.profile
-        if self.shards == 1 and not recipe.has("offload_param"):
+        if self.shards == 1 and "weights" not in recipe.offloaded:
             return 0.0
-        width = BYTES[recipe.compute]
         if recipe.sharding == "zero3":
             most = recipe.setting("zero3", "stage3_max_live_parameters", STAGE3_MAX_LIVE_PARAMETERS)
             prefetched = recipe.setting("zero3", "stage3_prefetch_bucket_size", int(0.9 * profile.hidden_size**2))
-            return float(min(self.all, max(most, profile.largest_layer) + prefetched) * width)
+            # Elements are those of the tensors: two weights of 4 bit are one
+            elements = sum(p.count(recipe.rank) * min(1.0, gathered_bytes(p, recipe)) for p in profile.parameters)
+            width = self.all_gathered_bytes / elements
+            return float(min(elements * width, max(most * width, self._largest_layer) + prefetched * width))
         if recipe.sharding == "fsdp":
             if recipe.keeps_gathered:
-                return float(self.all * width)
-            outside = sum(p.count(recipe.rank) for p in profile.parameters if p.role != "layers")
-            return float((2 * profile.largest_layer + outside) * width)  # one computes, the next is under way
+                return self.all_gathered_bytes
+            outside = sum(
+                p.count(recipe.rank) * gathered_bytes(p, recipe) for p in profile.parameters if p.role != "layers"
+            )
+            return 2 * self._largest_layer + outside  # one computes, the next is under way
         return 0.0
+
+    @property
+    def _largest_layer(self) -> float:
+        """Bytes of the largest layer's gathered weights, each in the mean width of the layers' weights."""
+        layers = [p for p in self.profile.parameters if p.role == "layers"]
+        count = sum(p.count(self.recipe.rank) for p in layers)
+        width = sum(p.count(self.recipe.rank) * gathered_bytes(p, self.recipe) for p in layers) / count
+        return self.profile.largest_layer * width
 
     @property
     def reducing(self) -> float:
@@ -322,7 +373,11 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     if recipe.fuses:
         activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
     if recipe.has("activation_offload"):
-        activations = activations * min(1.0, 2 / profile.depth)  # the layer at work, and one under way
+        share = min(1.0, 2 / profile.depth)  # the layer at work, and one under way
+        # Until forward ends autocast's cache has the 16-bit copies of the weights, which don't grow with the batch.
+        of_weights = profile.curves(0, at.context, max(recipe.rank, 1))
+        copies = np.where(profile.backward, 0.0, of_weights[SAVED] + of_weights[POINTWISE])
+        activations = copies + (activations - copies) * share
     logits = curves[LOGITS] + np.where(profile.turn, _chunked_logits(profile, recipe, at), 0.0)
     new = curves[NEW_GRADIENT]
     if recipe.has("optimizer_in_backward"):
@@ -330,7 +385,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
     elif at.gradient_accumulation_steps > 1 or recipe.sharding == "zero3":
         held = np.full_like(new, states.accumulated_gradients)
     else:
-        held = curves[GRADIENT] * (states.gradient_share if states.held_gradients else 0.0)
+        held = curves[GRADIENT] * states.gradient_share
     workspace = 0.0
     if at.device == "cuda":
         workspace = CUBLAS_HANDLES * CUBLAS_WORKSPACE_BYTES["hopper" if at.hopper else "other"]

@@ -8,6 +8,7 @@ import difflib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError
 from finetune_study.forecast.hardware import Device
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
-from finetune_study.techniques.base import Technique
+from finetune_study.techniques.base import ModelState, Technique
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -231,14 +232,9 @@ def names(techniques: Any) -> dict[str, dict[str, Any]]:
         chosen = [name for name in recipe if name in group]
         if any(not _beside(*pair) for pair in itertools.combinations(chosen, 2)):
             raise _wrong("techniques", ", ".join(chosen), f"one of {', '.join(group)}", "These exclude each other")
-    needs = {
-        "offload_optimizer": ("zero1", "zero2", "zero3", "fsdp"),
-        "offload_param": ("zero3", "fsdp"),
-        "zeropp": ("zero3",),
-    }
-    for name, others in needs.items():
-        if name in recipe and not any(other in recipe for other in others):
-            raise _wrong("techniques", name, f"beside one of {', '.join(others)}", "It means nothing alone")
+    for name in filter(known.ALL.__contains__, recipe):
+        if without := known.missing(name, recipe):
+            raise ConfigError(without, where="techniques", given=", ".join(recipe))
     return recipe
 
 
@@ -364,17 +360,19 @@ class Recipe:
         """Why a device can't run it, in the words of the techniques that the study knows; none where nothing does."""
         chosen = (self.precision, self.attention, self.optimizer, self.sharding)
         completed = self.techniques | {name: {} for name in chosen if name and name not in self.techniques}
-        parsed = {
-            # Not validated: what the predictor allows differs in some settings.
-            name: known.ALL[name].model_construct(
-                **{k: v for k, v in settings.items() if k in known.ALL[name].model_fields}
-            )
-            for name, settings in completed.items()
-            if name in known.ALL
-        }
         place = Hardware.model_construct(device=device.device, gpu=device.gpu,
                                          compute_capability=device.compute_capability)  # fmt: skip
-        return list(known.reasons(parsed, place))
+        return list(known.reasons(_as_the_study_has_it(completed), place))
+
+    @cached_property
+    def offloaded(self) -> frozenset[ModelState]:
+        """Model states that wait outside the device, as the study's techniques say it.
+
+        DeepSpeed offloads weights, or optimizer states with their gradients; FSDP2 all of them
+        (torch.distributed.fsdp.CPUOffloadPolicy), and the optimizer then steps on the host, too.
+        """
+        techniques = _as_the_study_has_it(self.techniques)
+        return frozenset(state for technique in techniques.values() for state in technique.offloads(techniques))
 
     @property
     def fused_loss(self) -> bool:
@@ -616,6 +614,17 @@ def resolve(techniques: Any, *, num_gpus: int, device: str = "cuda", has_bf16: b
         autocast=autocast,
         adapters=adapters,
     )
+
+
+def _as_the_study_has_it(techniques: Mapping[str, Mapping[str, Any]]) -> known.Techniques:
+    """Those that the study knows; not validated, since what the predictor allows differs in some settings."""
+    return {
+        name: known.ALL[name].model_construct(
+            **{key: value for key, value in settings.items() if key in known.ALL[name].model_fields}
+        )
+        for name, settings in techniques.items()
+        if name in known.ALL
+    }
 
 
 def _check_settings(recipe: Mapping[str, dict[str, Any]], num_gpus: int) -> None:

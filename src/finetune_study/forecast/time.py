@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from finetune_study.forecast.hardware import Device
 from finetune_study.forecast.layout import BYTES, Dtype
-from finetune_study.forecast.memory import Situation
+from finetune_study.forecast.memory import Situation, gathered_bytes, weight_bytes
 from finetune_study.forecast.profile import Profile
-from finetune_study.forecast.recipe import Recipe
+from finetune_study.forecast.recipe import OPTIMIZERS, Recipe
 
 BOTTLENECKS = ("compute", "memory bandwidth", "interconnect", "PCIe", "CPU optimizer", "launch")
 
@@ -154,16 +154,22 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
         memory = _memory_seconds(profile, recipe, at, rates, phases)
         launch = _launch_seconds(profile, recipe, at, rates, phases)
         link = _shard_seconds(profile, recipe, at, rates, "backward" in phases)
-        pcie = _offload_seconds(profile, recipe, at, rates)
+        pcie = _offload_seconds(profile, recipe, at, rates, "backward" in phases)
         busy = max(compute + memory, launch, pcie)
-        together = max(busy, link) if recipe.overlaps else busy + link
+        moved = once = 0.0
         if "backward" in phases:
-            once = _once_seconds(profile, recipe, at, rates)
-            parts["interconnect"] += once
-            # The gradients of the last micro-batch alone travel, beside what that one computes.
-            total += max(once, together) - together if recipe.overlaps else once
-        total += at.gradient_accumulation_steps * together
-        for name, seconds in zip(BOTTLENECKS, (compute, memory, link, pcie, 0.0, launch), strict=True):
+            # Gradients are reduced and offloaded in one stream (stage_1_and_2.py, reduce_ipg_grads; stage3.py,
+            # __reduce_and_partition_ipg_grads; torch's _fsdp_collectives.py, foreach_reduce).
+            moved, moved_once = _gradient_offload_seconds(profile, recipe, at, rates)
+            link_once = _once_seconds(profile, recipe, at, rates)
+            once = link_once + moved_once
+            parts["interconnect"] += link_once
+            parts["PCIe"] += moved_once
+        beside = link + moved
+        together = max(busy, beside) if recipe.overlaps else busy + beside
+        last = max(busy, beside + once) if recipe.overlaps else together + once
+        total += (at.gradient_accumulation_steps - 1) * together + last
+        for name, seconds in zip(BOTTLENECKS, (compute, memory, link, pcie + moved, 0.0, launch), strict=True):
             parts[name] += at.gradient_accumulation_steps * seconds
     total += _update(profile, recipe, at, rates, parts)
     missing = at.num_gpus > 1 and rates.link is None
@@ -226,12 +232,13 @@ def _launch_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rate
     )
 
 
-def _counts(profile: Profile, recipe: Recipe) -> tuple[float, float]:
-    rank = recipe.rank
-    return (
-        sum(p.count(rank) for p in profile.parameters),
-        sum(p.count(rank) for p in profile.parameters if p.trained),
-    )
+def _trained(profile: Profile, recipe: Recipe) -> float:
+    return sum(p.count(recipe.rank) for p in profile.parameters if p.trained)
+
+
+def _shards(recipe: Recipe, at: Situation) -> int:
+    """Devices that share the optimizer's states."""
+    return at.num_gpus if recipe.sharding in ("zero1", "zero2", "zero3", "fsdp") else 1
 
 
 def _ring(at: Situation) -> float:
@@ -243,14 +250,15 @@ def _shard_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates
     """What travels in every pass: weights that are gathered, in every backward pass gradients that are scattered."""
     if rates.link is None or at.num_gpus == 1:
         return 0.0
-    everything, trained = _counts(profile, recipe)
-    width = BYTES[recipe.compute]
     moved = 0.0
     if recipe.sharding in ("zero3", "fsdp") and not (backward and recipe.keeps_gathered):
-        moved += everything * width * recipe.gathered_share
+        moved += sum(
+            p.count(recipe.rank) * gathered_bytes(p, recipe) * (1.0 if p.quantized else recipe.gathered_share)
+            for p in profile.parameters
+        )
     once = recipe.accumulates_whole and at.gradient_accumulation_steps > 1
     if backward and recipe.sharding in ("zero2", "zero3", "fsdp") and not once:
-        moved += trained * width * recipe.scattered_share
+        moved += _trained(profile, recipe) * BYTES[recipe.compute] * recipe.scattered_share
     return moved * _ring(at) / rates.link
 
 
@@ -262,42 +270,66 @@ def _once_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates)
     if rates.link is None or at.num_gpus == 1:
         return 0.0
     if recipe.accumulates_whole and at.gradient_accumulation_steps > 1:
-        return _counts(profile, recipe)[1] * BYTES[recipe.compute] * _ring(at) / rates.link
+        return _trained(profile, recipe) * BYTES[recipe.compute] * _ring(at) / rates.link
     passes = {"ddp": 2, "zero1": 1}.get(str(recipe.sharding), 0)
     return passes * _trained_bytes(profile, recipe) * _ring(at) / rates.link
 
 
 def _trained_bytes(profile: Profile, recipe: Recipe) -> float:
-    return _counts(profile, recipe)[1] * BYTES[recipe.adapters if recipe.peft else recipe.weights]
+    return _trained(profile, recipe) * BYTES[recipe.adapters if recipe.peft else recipe.weights]
 
 
-def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> float:
-    """Offloaded weights and activations pass through PCIe in every pass."""
+def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, backward: bool) -> float:
+    """Offloaded weights and activations pass through PCIe in every pass; weights as they are held, a device's own shard
+    (FSDP casts it on the device: torch's _fsdp_param.py, all_gather_inputs)."""
     if rates.pcie is None:
         return 0.0
     moved = 0.0
-    if recipe.has("offload_param"):
-        moved += _counts(profile, recipe)[0] * BYTES[recipe.compute] / at.num_gpus
+    if "weights" in recipe.offloaded and not (backward and recipe.keeps_gathered):
+        moved += sum(p.count(recipe.rank) * weight_bytes(p, recipe) for p in profile.parameters) / at.num_gpus
     if recipe.has("activation_offload"):
         curves = profile.curves(at.batch, at.context, max(recipe.rank, 1))
         moved += float((curves["saved"] + curves["pointwise"]).max())
     return moved / rates.pcie
 
 
+def _gradient_offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> tuple[float, float]:
+    """Offloaded gradients of a device's share pass through PCIe: mean of all backward passes, and more in the last.
+
+    DeepSpeed sums them on the device, and keeps the sum on the host in between. Stage 2 copies it there in every pass,
+    and back in each but the first (stage_1_and_2.py, copy_grads_in_partition, async_accumulate_grad_in_cpu_via_gpu;
+    neither with one micro-batch); stage 3 does both in every pass (stage3.py, partition_grads). In the last pass, where
+    stage 1 begins, the sum goes as fp32 (async_inplace_copy_grad_to_fp32_buffer_from_gpu; stage3.py,
+    _offload_grad_partition_at_boundary). FSDP copies what it has scattered, and sums on the host (torch's
+    _fsdp_collectives.py, foreach_reduce).
+    """
+    if rates.pcie is None or "gradients" not in recipe.offloaded:
+        return 0.0, 0.0
+    steps = at.gradient_accumulation_steps
+    seconds = _trained(profile, recipe) / _shards(recipe, at) / rates.pcie
+    of_sum = seconds * recipe.state_bytes
+    if recipe.sharding == "fsdp":
+        return (0.0, of_sum) if recipe.accumulates_whole and steps > 1 else (of_sum, 0.0)
+    copies = {"zero2": (2 * steps - 1) / steps if steps > 1 else 0.0, "zero3": 2.0}.get(str(recipe.sharding), 0.0)
+    return seconds * BYTES[recipe.weights] * copies, of_sum
+
+
 def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts: dict[str, float]) -> float:
     """The optimizer's step, with what is communicated once for it."""
-    from finetune_study.forecast.recipe import OPTIMIZERS
-
-    _, trained = _counts(profile, recipe)
-    shards = at.num_gpus if recipe.sharding in ("zero1", "zero2", "zero3", "fsdp") else 1
-    local = trained / shards
-    traffic = OPTIMIZER_BYTES[OPTIMIZERS[recipe.optimizer].transient] * local * recipe.state_bytes / 4
+    local = _trained(profile, recipe) / _shards(recipe, at)
+    width = OPTIMIZER_BYTES[OPTIMIZERS[recipe.optimizer].transient] * recipe.state_bytes / 4
+    traffic = width * local
     seconds = 0.0
-    if recipe.has("offload_optimizer"):
+    if "optimizer states" in recipe.offloaded:
         gpus_of_host = min(at.num_gpus, 8)
-        of_host = rates.cpu_optimizer or rates.host / OPTIMIZER_BYTES["none"]
+        # DeepSpeed has a fused AdamW of its own for the host (ops/adam/cpu_adam.py), and such a one is measured; under
+        # FSDP it is torch's own, whose steps move as many bytes there.
+        fused = OPTIMIZER_BYTES["none"]
+        of_host = (rates.cpu_optimizer or rates.host / fused) * (1.0 if recipe.deepspeed else fused / width)
         host = local * gpus_of_host / of_host
-        pcie = 2 * local * BYTES[recipe.compute] / rates.pcie if rates.pcie else 0.0
+        # Updated weights come back, unless they wait on the host, too
+        back = 0.0 if "weights" in recipe.offloaded else local * BYTES[recipe.weights]
+        pcie = back / rates.pcie if rates.pcie else 0.0
         parts["CPU optimizer"] += host
         parts["PCIe"] += pcie
         seconds += host + pcie

@@ -1,7 +1,7 @@
 """The registry of techniques, and what a recipe of them means."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import ValidationError
@@ -101,9 +101,17 @@ def parse(recipe: Mapping[str, Mapping[str, Any]]) -> Techniques:
             raise ConfigError(
                 f"`{other}` and `{name}` contradict each other: both are {technique.kind}, and {why}; choose one"
             )
-        if technique.needs and not technique.needs & parsed.keys():
-            raise ConfigError(f"`{name}` means nothing without one of {', '.join(sorted(technique.needs))}")
+        if without := missing(name, parsed):
+            raise ConfigError(without)
     return dict(sorted(parsed.items(), key=lambda item: ORDER.index(item[1].kind)))
+
+
+def missing(name: str, recipe: Collection[str]) -> str | None:
+    """Why a technique means nothing in a recipe of these names; None where it has what it needs."""
+    needs = ALL[name].needs
+    if not needs or not needs.isdisjoint(recipe):
+        return None
+    return f"`{name}` means nothing without one of {', '.join(sorted(needs))}"
 
 
 def _explain(problem: Any, settings: list[str]) -> str:
