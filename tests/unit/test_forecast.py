@@ -97,6 +97,17 @@ def test_fused_attention_draws_its_dropout_itself(kernel: str) -> None:
     )
 
 
+def test_offloaded_activations_leave_autocasts_copies_of_the_weights() -> None:
+    """They are in its cache until forward ends, whatever goes to the host; backward needs them no more."""
+    deep = {**SMALL, "num_hidden_layers": 24}
+    answer = predict.answer(row(model_config=deep, techniques={"bf16": {}, "activation_offload": {}}), TRACES)
+    held, by_phase = (
+        answer["predicted_memory_gib"]["by_category"]["parameters"],
+        answer["predicted_memory_gib"]["by_phase"],
+    )
+    assert by_phase["forward"] - by_phase["load"] > 0.45 * held, "two bytes beside each four"
+
+
 def test_only_what_a_device_does_is_counted() -> None:
     """A fake tensor is asked where it lies some seventy times for a layer, which moves nothing."""
     profile = TRACES.get(
