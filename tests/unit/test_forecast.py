@@ -100,7 +100,8 @@ def test_fused_attention_draws_its_dropout_itself(kernel: str) -> None:
 def test_offloaded_activations_leave_autocasts_copies_of_the_weights() -> None:
     """They are in its cache until forward ends, whatever goes to the host; backward needs them no more."""
     deep = {**SMALL, "num_hidden_layers": 24}
-    answer = predict.answer(row(model_config=deep, techniques={"bf16": {}, "activation_offload": {}}), TRACES)
+    techniques: dict[str, Any] = {"bf16": {}, "activation_offload": {}}
+    answer = predict.answer(row(model_config=deep, techniques=techniques, sequence_length=16), TRACES)
     held, by_phase = (
         answer["predicted_memory_gib"]["by_category"]["parameters"],
         answer["predicted_memory_gib"]["by_phase"],
