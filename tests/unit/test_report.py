@@ -910,6 +910,6 @@ def test_every_point_of_the_front_has_its_name_if_need_be_with_a_line_to_it() ->
     assert [one["recipe"] for one in named] == [one["recipe"] for one in front]
     assert {one["away"] for one in named} == {False, True}
     assert all(
-        (one["end_time"], one["end_memory"]) == (p["time"], p["memory"]) for one, p in zip(named, front, strict=True)
+        (one["to_time"], one["to_memory"]) == (p["time"], p["memory"]) for one, p in zip(named, front, strict=True)
     )
     assert len(placed) < len(front) + len(others)

@@ -86,7 +86,7 @@ def pareto(pair: Pair) -> list[Figure]:
                 ),
             ),
             layer("points", point, **place, **SAYS, shape=shape, color=colour),
-            only("datum.away", layer("names", {"type": "rule", "color": MUTED}, **place, x2=_END[0], y2=_END[1])),
+            only("datum.away", layer("names", {"type": "rule", "color": MUTED}, **_leader(place))),
             only("datum.front", layer("names", name | {"fontWeight": "bold", "color": INK}, **place, text=_TEXT)),
             only("!datum.front", layer("names", name | {"color": MUTED}, **place, text=_TEXT)),
         ],
@@ -103,7 +103,13 @@ def pareto(pair: Pair) -> list[Figure]:
 
 
 _TEXT = field("recipe", "N")
-_END = {"field": "end_time"}, {"field": "end_memory"}
+
+
+def _leader(place: dict[str, Any]) -> dict[str, Any]:
+    """Channels of the line from a name to its point."""
+    names = {"x": "from_time", "y": "from_memory"}
+    starts = {channel: place[channel] | {"field": name} for channel, name in names.items()}
+    return starts | {"x2": {"field": "to_time"}, "y2": {"field": "to_memory"}}
 
 
 def names(
@@ -125,25 +131,41 @@ def names(
     found = []
     for point, spot in zip(points, spots, strict=True):
         width = width_of(point["recipe"], bold=point["front"])
-        near = _beside(spot, width)
-        for number, box in enumerate([*near, *(_around(spot, width) if point["front"] else [])]):
+        for box in [*_beside(spot, width), *(_around(spot, width) if point["front"] else [])]:
             inside = box[0] >= 0 and box[1] >= 0 and box[2] <= WIDTH and box[3] <= HEIGHT
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                left, middle = _at(box[0] / WIDTH, times), _at(1 - (box[1] + box[3]) / 2 / HEIGHT, memories)
-                found.append(
-                    {
-                        "recipe": point["recipe"],
-                        "front": point["front"],
-                        "away": number >= len(near),
-                        "time": left,
-                        "memory": middle,
-                        "end_time": point["time"],
-                        "end_memory": point["memory"],
-                    }
-                )
-                break
+            if not inside or any(_overlap(box, other) for other in taken):
+                continue
+            # Nearer to another point than to its own, it would be taken for that one's.
+            away = _gap(box, spot) > min(2 * DOT, *(_gap(box, other) for other in spots))
+            if away and not point["front"]:
+                continue
+            taken.append(box)
+            edge = _edge(box, spot)
+            found.append(
+                {
+                    "recipe": point["recipe"],
+                    "front": point["front"],
+                    "away": away,
+                    "time": _at(box[0] / WIDTH, times),
+                    "memory": _at(1 - (box[1] + box[3]) / 2 / HEIGHT, memories),
+                    "from_time": _at(edge[0] / WIDTH, times),
+                    "from_memory": _at(1 - edge[1] / HEIGHT, memories),
+                    "to_time": point["time"],
+                    "to_memory": point["memory"],
+                }
+            )
+            break
     return found
+
+
+def _edge(box: Box, spot: tuple[float, float]) -> tuple[float, float]:
+    """Of a box what is nearest to a spot."""
+    left, top, right, bottom = box
+    return min(max(spot[0], left), right), min(max(spot[1], top), bottom)
+
+
+def _gap(box: Box, spot: tuple[float, float]) -> float:
+    return math.dist(_edge(box, spot), spot)
 
 
 def _line(spots: list[tuple[float, float]]) -> list[Box]:
