@@ -18,4 +18,5 @@ def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
     assert 1e9 < rates["matmul_fp32"] < 1e14
     assert 1e8 < rates["memory"] < 1e12
     assert 1e7 < rates["link"] < 1e12
-    assert 1e-7 < rates["launch"] < 1e-3
+    assert 1e-7 < rates["launch_backward"] < 1e-3
+    assert 1e-7 < rates["launch_forward"] < 1e-3
