@@ -20,7 +20,7 @@ GEMMA_3_27B = {
     "model_type": "gemma3_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 62,
     "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 262208, "sliding_window": 1024,
 }  # fmt: skip
-"""config.json of google/gemma-3-27b-pt: every sixth layer differs, so that twenty are traced."""
+"""config.json of google/gemma-3-27b-pt: every sixth layer differs, so that eight are traced."""
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"model": name} for name in ("meta-llama/Llama-2-7b-hf", "tiiuae/falcon-180B",
                                           "mistralai/Mixtral-8x7B-v0.1", "google/gemma-2-9b")},

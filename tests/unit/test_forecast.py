@@ -47,6 +47,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                  "num_attention_heads": 4, "vocab_size": 1024},
     "mistral": {**SMALL, "model_type": "mistral", "sliding_window": 512},
     "gemma2, whose layers alternate": {**SMALL, "model_type": "gemma2", "head_dim": 64, "sliding_window": 512},
+    "gemma3, whose every sixth layer differs": {
+        **SMALL, "model_type": "gemma3_text", "num_hidden_layers": 27, "head_dim": 64, "sliding_window": 512,
+    },
     "phi": {"model_type": "phi", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8,
             "num_attention_heads": 4, "vocab_size": 1024},
     "mixtral, a mixture of experts": {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "sliding_window": None},
@@ -135,7 +138,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         *(pytest.param(name, {"weights": "bfloat16"}, id=name) for name in ARCHITECTURES),
         *(
             pytest.param(name, {"autocast": "bfloat16", **settings}, id=f"{name}, autocast, checkpoints: {what}")
-            for name in ("llama", "gpt_neox", "gemma2, whose layers alternate")
+            for name in ("llama", "gpt_neox", *(name for name in ARCHITECTURES if name.startswith("gemma")))
             for what, settings in CHECKPOINTS.items()
         ),
     ],

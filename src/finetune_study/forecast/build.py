@@ -292,44 +292,50 @@ def layer_stack(model: Any) -> tuple[str, torch.nn.ModuleList]:
 
 @dataclass(frozen=True)
 class Stack:
-    """How a stack of layers repeats."""
+    """How a stack of layers repeats: one period is traced, with what comes before and after."""
 
     depth: int
     before: int
-    """Layers before the first period."""
+    """Layers before the traced period."""
     period: int
     """Layers of a period; 0: nothing repeats."""
     after: int
-    """Layers after the last whole period."""
+    """Layers after the last period."""
 
     @property
     def traced(self) -> list[int]:
-        """Numbers of the layers that are traced: three periods, and what does not repeat."""
+        """Numbers of the layers that are traced."""
         if not self.period:
             return list(range(self.depth))
-        first = self.before + 3 * self.period
-        return [*range(first), *range(self.depth - self.after, self.depth)]
+        return [*range(self.before + self.period), *range(self.depth - self.after, self.depth)]
 
     @property
     def middle(self) -> range:
-        """Positions among the traced layers whose leavings count several times."""
-        return range(self.before + self.period, self.before + 2 * self.period)
+        """Positions of the period among the traced layers."""
+        return range(self.before, self.before + self.period)
 
     @property
     def times(self) -> int:
-        """How often the middle period counts."""
-        return (self.depth - self.before - self.after) // self.period - 2 if self.period else 1
+        """How often the period counts."""
+        return (self.depth - self.before - self.after) // self.period if self.period else 1
 
 
-def find_stack(kinds: list[Any]) -> Stack:
-    """The shortest trace of layers of these kinds."""
+def find_stack(kinds: list["LayerKind"]) -> Stack:
+    """The shortest trace of layers of these kinds.
+
+    A layer of the repeating part lies on either side of the traced period, so that what it hands on and is handed is
+    what any period would be. Where checkpoints take layers in groups, whole periods do, which keeps the groups whole.
+    """
     depth = len(kinds)
     best = Stack(depth, 0, 0, 0)
-    for before in range(min(depth, 8)):
-        rest = kinds[before:]
+    grouped = any(kind.in_group for kind in kinds)
+    for start in range(min(depth, 8)):
+        rest = kinds[start:]
         for period in range(1, len(rest) // 3 + 1):
             if all(kind == rest[i % period] for i, kind in enumerate(rest)):
-                found = Stack(depth, before, period, len(rest) % period)
+                beside = period if grouped else 1
+                before = start + beside
+                found = Stack(depth, before, period, beside + (depth - before - beside) % period)
                 if len(found.traced) < len(best.traced):
                     best = found
                 break

@@ -9,9 +9,9 @@ make the answer exact and quick:
 - **Contexts repeat.** Where layers work on chunks of the context, and pad the last, a second trace takes a prime number
   of whole chunks; where they loop over positions, it takes few positions. What each turn of a loop leaves behind counts
   as often as the context has turns.
-- **Stacks repeat.** Only three periods of equal layers are traced. What the middle one leaves behind counts as often as
-  the model has it; layers before the period begins (dense layers of a mixture) and after it are traced as they are. A
-  stack that never repeats is traced in full.
+- **Stacks repeat.** One period of equal layers is traced, between layers before and after it. What it leaves behind
+  counts as often as the model has it, and its own moments as those of the first period and of the last. A stack that
+  never repeats is traced in full.
 
 Fake tensors pose as CPU tensors: there attention takes a fused kernel that saves what CUDA's does, while on fake CUDA
 and on meta tensors it would take the quadratic one. Where the CPU differs from CUDA, `tape.CudaManners` mends it.
@@ -421,14 +421,13 @@ class _Tracer:
     def _moments(self, tape: Tape) -> tuple[list[str], Any, Any, Any]:
         """The moments that can be a peak, with what is alive then."""
         columns: dict[tuple[str, Monomial], int] = {}
-        changes: list[tuple[int, int, int, float]] = []  # born, died, column, bytes
+        changes: list[tuple[int, int, int, float, float]] = []  # born, died, column, bytes, those of other periods
         looped = tape.looped()
         for number, storage in enumerate(tape.storages):
             coefficient, monomial = self.sizes.factor(storage.size, storage.shape)
             if number in looped:
                 coefficient, monomial = coefficient / self.sizes.context, (monomial[0], 1, monomial[2])
-            if _stays(storage, tape.end_of_forward):
-                coefficient *= self._times(storage.layer)
+            others = coefficient * (self._times(storage.layer) - 1) if _stays(storage, tape.end_of_forward) else 0.0
             died = tape.now + 1 if storage.died is None else storage.died
             if storage.accumulated is None:
                 kind = self._kind(storage, tape.end_of_forward, monomial, coefficient)
@@ -438,26 +437,40 @@ class _Tracer:
             for kind, begin, end in lives:
                 if end > begin:
                     column = columns.setdefault((kind, monomial), len(columns))
-                    changes.append((begin, end, column, coefficient))
-        delta = np.zeros((tape.now + 2, len(columns)))
-        for begin, end, column, coefficient in changes:
-            delta[begin, column] += coefficient
-            delta[end, column] -= coefficient
-        alive = np.cumsum(delta, axis=0)[: tape.now]
-        layer = np.array(tape.layer_of_time[: tape.now])
+                    changes.append((begin, end, column, coefficient, 0.0 if kind == NEW_GRADIENT else others))
+        delta = np.zeros((2, tape.now + 2, len(columns)))
+        for begin, end, column, *amounts in changes:
+            delta[:, begin, column] += amounts
+            delta[:, end, column] -= amounts
+        traced, others_alive = np.cumsum(delta, axis=1)[:, : tape.now]
         phases = (np.arange(tape.now) >= tape.end_of_forward).astype(np.int64)
         phases += 2 * np.array(tape.turn_of_time[: tape.now], dtype=np.int64)
-        keep = np.array(
-            [not (self.stack.period and number in self.stack.middle and self.stack.times > 1) for number in layer]
-        )
-        keep &= _local_peaks(delta[: tape.now]) | (phases >= 2)
-        alive, phases = _undominated(alive[keep], phases[keep])
+        keep = _local_peaks(delta[0, : tape.now]) | (phases >= 2)
+        rows = [(now, others) for now, others in self._states(tape) if keep[now]]
+        now, of_others = np.array(rows, dtype=np.int64).T
+        alive, phases = _undominated(traced[now] + others_alive[of_others], phases[now])
         return (
             [kind for kind, _ in columns],
             np.array([monomial for _, monomial in columns], dtype=np.int64).reshape(-1, 3),
             phases,
             alive,
         )
+
+    def _states(self, tape: Tape) -> Iterator[tuple[int, int]]:
+        """Every moment, with one at which the other periods are as they are at it.
+
+        While the traced period runs as the first of all, the others are as before it began, and while it runs as the
+        last, as after it ended.
+        """
+        inside = np.isin(tape.layer_of_time[: tape.now], self.stack.middle if self.stack.times > 1 else [])
+        spans = []
+        for begin, end in ((0, tape.end_of_forward), (tape.end_of_forward, tape.now)):
+            (moments,) = np.nonzero(inside[begin:end])
+            if moments.size:
+                spans.append((begin + int(moments[0]), begin + int(moments[-1]) + 1))
+        for now in range(tape.now):
+            span = next((span for span in spans if span[0] <= now < span[1]), None)
+            yield from [(now, now)] if span is None else [(now, span[0] - 1), (now, span[1])]
 
     def _parameters(self, model: Any) -> list[Parameters]:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
