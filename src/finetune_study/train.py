@@ -217,9 +217,11 @@ class Rank:
 
         def on_timing(begins: bool) -> None:
             if begins:
+                self.memory.pace(steps.last_seconds)
                 energy.start()
                 return
             energy.stop()
+            self.memory.pace(None)
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
         steps.on_timing = on_timing

@@ -13,16 +13,18 @@ from typing import Any, Protocol
 from finetune_study.measure.phases import Phases
 
 SAMPLING_SECONDS = 0.005
-"""Operations of a step that matter for the peak take longer; 200 reads a second cost under 1 % of a core."""
+"""Operations of a step that matter for the peak take longer. To be woken so often cost 3 % of the time of a rank with
+one core (benchmarks/overhead.py): it is done where nothing is timed."""
+SAMPLES_OF_A_TIMED_STEP = 10
+"""A step takes the same memory as those before it, which were sampled often."""
 
 _STATUS = Path("/proc/self/status")
 
 
 def _kib(field: bytes) -> int:
-    for line in _STATUS.read_bytes().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise OSError(f"{_STATUS} has no {field.decode()}")
+    status = _STATUS.read_bytes()
+    begin = status.index(field) + len(field)
+    return int(status[begin : status.index(b"kB", begin)])
 
 
 def data_memory_bytes() -> int:
@@ -40,6 +42,9 @@ class MemoryMeter(Protocol):
 
     def start(self) -> None:
         """Sets the baseline; a budget holds from here on."""
+
+    def pace(self, step_seconds: float | None) -> None:
+        """Spares steps that are timed, and take this long; None: nothing is timed."""
 
     def held_bytes(self) -> int:
         """Device memory in use now."""
@@ -68,6 +73,7 @@ class DataMemoryMeter:
         self._peaks: dict[str, int] = {}
         self._limits = resource.getrlimit(resource.RLIMIT_DATA)
         self._stop = threading.Event()
+        self._interval = SAMPLING_SECONDS
         self._thread = threading.Thread(target=self._sample, name="memory", daemon=True)
 
     def start(self) -> None:
@@ -79,6 +85,9 @@ class DataMemoryMeter:
         if self._budget is not None:
             # The soft limit alone: an OOM is written down after lifting it again.
             resource.setrlimit(resource.RLIMIT_DATA, (self._baseline + self._budget, self._limits[1]))
+
+    def pace(self, step_seconds: float | None) -> None:
+        self._interval = max(SAMPLING_SECONDS, (step_seconds or 0.0) / SAMPLES_OF_A_TIMED_STEP)
 
     def held_bytes(self) -> int:
         return data_memory_bytes() - self._baseline
@@ -113,7 +122,7 @@ class DataMemoryMeter:
             self._peaks[phase] = held
 
     def _sample(self) -> None:
-        while not self._stop.wait(SAMPLING_SECONDS):
+        while not self._stop.wait(self._interval):
             self._look(self._phases.current)
 
 
@@ -134,6 +143,9 @@ class CudaMemoryMeter:
         self._phases.listen(self._look)
         if self._keep_history:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+    def pace(self, step_seconds: float | None) -> None:
+        """The allocator keeps its peaks by itself."""
 
     def held_bytes(self) -> int:
         import torch
