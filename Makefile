@@ -12,7 +12,8 @@
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
-#                PART=report measures how long the report of 100,000 runs takes, PART=overhead what our instruments cost
+#                PART=report measures how long the report of 100,000 runs takes, PART=overhead what our instruments cost,
+#                PART=launches what it costs the host to start an operation
 #   make synthetic
 #                the report of a synthetic study, to look at every figure: build/synthetic/results/report/index.html
 #   make slurm-up, make slurm-down

@@ -9,6 +9,7 @@ best of some repeats, since whatever disturbs a measurement makes it slower.
 import argparse
 import json
 import socket
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,10 +27,13 @@ SIDE = {"cuda": 8192, "cpu": 1024}
 """Rows and columns of the matrices: large enough to fill the device."""
 BYTES = {"cuda": 2**30, "cpu": 2**28}
 """Size of what is copied and gathered."""
-TINY = {
-    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2, "vocab_size": 32
-}  # fmt: skip
-"""Of a Llama whose kernels take no time, so that a step waits for the host; its 8 layers make some hundred of them."""
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 8, "n_head": 2, "n_positions": 16},
+    "falcon": {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2},
+    "gpt_neox": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2},
+}
+"""Models whose kernels take no time, so that a step waits for the host; their 8 layers make hundreds of them."""
 CPU_WEIGHTS = 2**24
 """Their states are far larger than any cache."""
 PASSES = 10
@@ -92,12 +96,20 @@ class _Kernels(TorchDispatchMode):
 
 
 def _launches(device: str) -> dict[str, float]:
-    """Seconds in which the host starts an operation, in a forward pass and in backward."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Seconds in which the host starts an operation, in a forward pass and in backward: means over models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a kernel on a CPU shall not wait for other threads
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY)).to(device)
+    found = [launches_of(model_type, device) for model_type in TINY]
+    torch.set_num_threads(threads)
+    return {f"launch_{way}": statistics.fmean(one[way] for one in found) for way in found[0]}
+
+
+def launches_of(model_type: str, device: str) -> dict[str, float]:
+    """Seconds in which the host starts an operation of a model of this type, forward and backward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, vocab_size=32, **TINY[model_type])
+    model = AutoModelForCausalLM.from_config(config).to(device)
     tokens = torch.zeros(1, 4, dtype=torch.long, device=device)
     losses: list[torch.Tensor] = []
 
@@ -107,9 +119,7 @@ def _launches(device: str) -> dict[str, float]:
     def backward() -> None:
         losses[0].backward(retain_graph=True)
 
-    found = {f"launch_{work.__name__}": _seconds_of_kernel(work, device) for work in (forward, backward)}
-    torch.set_num_threads(threads)
-    return found
+    return {work.__name__: _seconds_of_kernel(work, device) for work in (forward, backward)}
 
 
 def _seconds_of_kernel(work: Callable[[], None], device: str) -> float:

@@ -24,9 +24,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zeropp": {"zero_quantized_weights": False, "zero_quantized_gradients": False, "zero_hpz_partition_size": 2},
     "galore_adamw": {"rank": 8},  # the tiny model's matrices are 64 wide
     "apollo_adamw": {"rank": 8},
-    "torch_compile": {"torch_compile_backend": "aot_eager"},  # all of it but g++
+    "torch_compile": {"torch_compile_backend": "aot_eager"},  # all of it but g++, which takes a minute
 }
 """What a CPU and a tiny model need; everything else is at its defaults."""
+
+AT_DEFAULTS = ("lora", "torch_compile")
+"""Of these, what runs on a CPU and a tiny model at its defaults, too."""
 
 PARTNERS = {"zeropp": "zero3", "offload_param": "zero3", "offload_optimizer": "zero2"}
 """What a technique that means nothing alone is run with."""
@@ -50,6 +53,8 @@ class Case:
     """One recipe of one or two techniques, and of what these need."""
 
     names: tuple[str, ...]
+    at_defaults: bool = False
+    """Whether `SETTINGS` are left out."""
 
     @property
     def recipe(self) -> dict[str, dict[str, Any]]:
@@ -57,7 +62,7 @@ class Case:
         for name in self.names:
             if (needs := techniques.ALL[name].needs) and not needs & set(names):
                 names.append(PARTNERS[name])
-        return {name: SETTINGS.get(name, {}) for name in names}
+        return {name: {} if self.at_defaults else SETTINGS.get(name, {}) for name in names}
 
     @property
     def num_gpus(self) -> int:
@@ -88,12 +93,17 @@ class Case:
         return None if rest == self.names else Case(rest)
 
     def __str__(self) -> str:
-        return "+".join(self.names) or "plain"
+        return ("+".join(self.names) or "plain") + (" at its defaults" if self.at_defaults else "")
 
 
 def singles() -> list[Case]:
     """Each technique."""
     return [Case((name,)) for name in techniques.ALL]
+
+
+def at_defaults() -> list[Case]:
+    """Techniques at their defaults that have settings of ours elsewhere."""
+    return [Case((name,), at_defaults=True) for name in AT_DEFAULTS]
 
 
 def pairs() -> list[Case]:

@@ -92,6 +92,7 @@ def test_an_exported_recipe_trains_one_epoch_checks_the_promise_and_goes_on_afte
     assert promised["promised_hours"] == pytest.approx(6 * 0.05 / 3600)
     assert promised["taken_over_promised"] == pytest.approx(promised["taken_hours"] / promised["promised_hours"])
     assert promised["promised_step_seconds"] == 0.05
+    assert promised["seconds_before_first_step"] > 0
     assert 0 < promised["taken_step_seconds_median"] < promised["taken_hours"] * 3600 / 3
     assert (folder / "output" / "adapter_model.safetensors").exists()
 

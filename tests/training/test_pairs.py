@@ -14,7 +14,7 @@ import pytest
 from finetune_study import techniques, techniques_docs
 from finetune_study.run import Run
 from tests.training.lab import STEPS, Lab
-from tests.training.pairs import ROUNDING, Case, Trained, pairs, singles
+from tests.training.pairs import ROUNDING, Case, Trained, at_defaults, pairs, singles
 from tests.training.pool import Answer
 
 FP32_TOLERANCE = 1e-4
@@ -51,6 +51,13 @@ def check(case: Case, lab: Lab, trained: Trained) -> None:
 @pytest.mark.training
 @pytest.mark.parametrize("case", singles(), ids=str)
 def test_a_technique_alone(case: Case, lab: Lab, trained: Trained) -> None:
+    check(case, lab, trained)
+
+
+@pytest.mark.training
+@pytest.mark.long
+@pytest.mark.parametrize("case", at_defaults(), ids=str)
+def test_a_technique_at_its_defaults(case: Case, lab: Lab, trained: Trained) -> None:
     check(case, lab, trained)
 
 

@@ -26,10 +26,9 @@ calibration measures it."""
 LINK_EFFICIENCY = 0.70
 """Of a link's bandwidth, what NCCL's rings reach (nccl-tests, bus bandwidth of large messages). A round number,
 without a source; a calibration measures it."""
-LAUNCH_SECONDS = {"forward": 12e-6, "backward": 6.5e-6}
-"""Host time of an operation of torch that starts a kernel: the model's Python, dispatch, autograd. Rounded means of the
-processor time of tiny Llama, GPT-2, Falcon and BERT models on an Intel Xeon (9 to 15 and 5 to 8 µs), where tensors of a
-few numbers stand for kernels that are queued; `calibrate` measures a Llama's (`launch_forward`, `launch_backward`)."""
+LAUNCH_SECONDS = {"forward": 12e-6, "backward": 5.6e-6}
+"""Host time of an operation of torch that starts a kernel: the model's Python, dispatch, autograd. Means over tiny
+models of four kinds on one core of an Intel Xeon (benchmarks/launches.py); `calibrate` measures the same."""
 COMPILED_KERNELS = 0.25
 """Of the operations, the kernels that are left when neighbours are fused. An assumption, without a source: that
 three of four operations of a layer are element-wise, and join a neighbour."""
