@@ -60,19 +60,27 @@ class Ran:
         runs = [(dict(recipe), number) for recipe, number in self.completed if name in dict(recipe)]
         if not runs:
             return "never run"
-        numbers = " and ".join(str(number) for number in sorted({number for _, number in runs}))
-        others = len({other for recipe, _ in runs for other in recipe} - {name})
-        settings = {recipe[name] for recipe, _ in runs}
-        return (
-            f"run on {numbers}"
-            + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
-            + (f", never but with {' or '.join(sorted(settings))}" if all(settings) else "")
-        )
+        others = sorted({recipe[name] for recipe, _ in runs} - {""})
+        at_defaults = [(recipe, number) for recipe, number in runs if not recipe[name]]
+        otherwise = [(recipe, number) for recipe, number in runs if recipe[name]]
+        if not others:
+            return f"run {_beside(name, runs)}"
+        settings = f"with {' or '.join(others)}"
+        if not at_defaults:
+            return f"run {_beside(name, runs)}, never but {settings}"
+        return f"run {_beside(name, at_defaults)}; {settings}, too, {_beside(name, otherwise)}"
 
     @property
     def settings(self) -> list[str]:
         """Techniques with the settings they had, where these were not the defaults."""
         return sorted({f"`{name}` with {text}" for recipe, _ in self.completed for name, text in recipe if text})
+
+
+def _beside(name: str, runs: list[tuple[dict[str, str], int]]) -> str:
+    """On how many devices a technique was run, and beside how many others."""
+    numbers = " and ".join(str(number) for number in sorted({number for _, number in runs}))
+    others = len({other for recipe, _ in runs for other in recipe} - {name})
+    return f"on {numbers}" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
 
 
 def read(folder: Path) -> list[Ran]:

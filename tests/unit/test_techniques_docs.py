@@ -111,7 +111,7 @@ def test_settings_are_said_where_they_were_stored(tmp_path: Path) -> None:
     store(tmp_path, "techniques-old.json", "CPU", [(["lora"], 1, "completed")])
     page = techniques_docs.page(tmp_path)
     assert "techniques-new.json), 2 recipes, at default settings, but for `lora` with `r: 4`\n" in page
-    assert row(page, "lora")[-2] == "run on 1", "an older file does not say with what"
+    assert row(page, "lora")[-2] == "run on 1; with `r: 4`, too, on 1", "an older file does not say with what"
     (tmp_path / "techniques-old.json").unlink()
     assert row(techniques_docs.page(tmp_path), "lora")[-2] == "run on 1, never but with `r: 4`"
     assert "techniques-defaults.json), 1 recipes, all at default settings\n" in page
