@@ -9,6 +9,9 @@
 #   make gpu-check
 #                on a machine with a GPU: the tests of tests/gpu and a small measured matrix, into benchmarks/results/gpu;
 #                it takes .venv-gpu where there is one, else PYTHON with whatever packages that has; MINUTES=20 of matrix
+#   make gpu-wheels
+#                for a machine that can fetch nothing: all that gpu-check needs beside PyTorch, into build/gpu-wheels (some
+#                250 MB), to be carried there; gpu-check takes them. GPU_PYTHON_VERSION=3.12 where it has another Python
 #   make check   format, lint, types, spelling, workflow, generated files
 #   make format  put format and generated files in order
 #   make bench   PART=driver and PART=pending measure on the test cluster, PART=predictor compares predictions with published tables,
@@ -41,7 +44,7 @@ FLASH_ATTN ?=
 GPU_PYTHON := $(GPU_ENV)/bin/python
 EXTRAS := controller,training,development
 
-.PHONY: demo test test-all techniques-ran gpu-check check bench synthetic slurm-up slurm-down format lock env gpu-env clean
+.PHONY: demo test test-all techniques-ran gpu-check gpu-wheels check bench synthetic slurm-up slurm-down format lock env gpu-env clean
 
 env: $(INSTALLED)
 
@@ -69,16 +72,31 @@ techniques-ran: env
 	@TECHNIQUES_RAN=benchmarks/results/techniques-cpu-$$(date +%F).json $(BIN)/python -m pytest -m '' tests/training/test_pairs.py
 	@$(BIN)/finetune-study techniques-docs
 
-CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(PYTHON))
+GPU_WHEELS ?= build/gpu-wheels
+GPU_PYTHON_VERSION ?= $(shell $(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")')
+gpu-wheels: env
+	@$(BIN)/python benchmarks/wheels.py $(GPU_WHEELS) --python $(GPU_PYTHON_VERSION)
+
+# Where there is no .venv-gpu: an environment that sees this project, what was carried, and all that PYTHON has. Ranks take
+# no PYTHONPATH over, and `--system-site-packages` would not show the packages of a PYTHON that is an environment itself.
+CHECKED := build/gpu-check
+CHECK_PYTHON := $(or $(wildcard $(GPU_PYTHON)),$(CHECKED)/bin/python)
 MINUTES ?= 20
-gpu-check:
-	@PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --check
-	@mkdir -p build
+gpu-check: $(if $(wildcard $(GPU_PYTHON)),,$(CHECKED))
+	@PYTHONPATH=. $(CHECK_PYTHON) benchmarks/gpu.py --check
 	@rm -f build/techniques-gpu.json; status=0; \
 	 if $(CHECK_PYTHON) -c 'import pytest' 2>/dev/null; then \
-	   TECHNIQUES_RAN=build/techniques-gpu.json PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) -m pytest -m gpu tests/gpu || status=$$?; \
+	   TECHNIQUES_RAN=build/techniques-gpu.json $(CHECK_PYTHON) -m pytest -m gpu tests/gpu || status=$$?; \
 	 else echo "make: $(CHECK_PYTHON) has no pytest: the measured matrix alone"; fi; \
-	 PYTHONPATH=src:.:$(PYTHONPATH) $(CHECK_PYTHON) benchmarks/gpu.py --write benchmarks/results/gpu --ran build/techniques-gpu.json --minutes $(MINUTES) && exit $$status
+	 PYTHONPATH=. $(CHECK_PYTHON) benchmarks/gpu.py --write benchmarks/results/gpu --ran build/techniques-gpu.json --minutes $(MINUTES) && exit $$status
+
+.PHONY: $(CHECKED)
+$(CHECKED):
+	@rm -rf $@ && $(PYTHON) -m venv --without-pip $@
+	@{ echo $(CURDIR)/src; $(PYTHON) -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")'; } \
+	   > $$($@/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/gpu-check.pth
+	@test -z "$(wildcard $(GPU_WHEELS)/*.whl)" || $(PYTHON) -m pip --python $@/bin/python install --quiet \
+	   --disable-pip-version-check --no-index --no-deps $(GPU_WHEELS)/*.whl
 
 check: env
 	@$(BIN)/ruff format --check .

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py --write benchmarks/results/gpu [--minutes 20] [--ran techniques.json]
     python benchmarks/gpu.py --check
 
-It needs Python, PyTorch with CUDA, and the packages of this project and its extra `training`; nothing is fetched, and
-the second call says what is missing. The file is written anew after every run, so that one that is stopped keeps what
-it measured; that of an earlier call stays, as <gpu>-<date>.json.
+It needs Python, PyTorch with CUDA, and the packages of this project and its extra `training` (`make gpu-wheels`
+collects them for a machine that can fetch nothing); the second call says what is missing. The file is written anew
+after every run, so that one that is stopped keeps what it measured; that of an earlier call stays, as
+<gpu>-<date>.json.
 """
 
 # ruff: noqa: E402  (what is missing is said before anything imports it)
@@ -34,7 +35,7 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
     raise SystemExit(
         f"gpu.py: {sys.executable} lacks {', '.join(missing)}\n"
         "  do: install this project there, `python -m pip install '.[training]' pytest`, or make an environment with "
-        "`make gpu-env`"
+        "`make gpu-env`; for a machine that can fetch nothing, carry what `make gpu-wheels` collects elsewhere"
     )
 
 from finetune_study import config, data, model_source, outcome, plan, record, techniques
