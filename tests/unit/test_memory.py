@@ -12,7 +12,7 @@ MIB = 2**20
 def in_a_process(script: str) -> Any:
     """What the script prints: limits and torch's allocations are of a process that ends."""
     head = (
-        "import json, resource, torch\n"
+        "import json, resource, time, torch\n"
         "from finetune_study import oom\n"
         "from finetune_study.measure.memory import DataMemoryMeter\n"
         "from finetune_study.measure.phases import Phases\n"
@@ -85,10 +85,12 @@ phases.enter("forward")
 kept = take(40)
 phases.enter("backward")
 passing = take(120)
+time.sleep(0.1)  # whether short peaks are seen is another test's
 del passing
 phases.enter("optimizer")
 phases.enter("evaluate")
 large = take(300)
+time.sleep(0.1)
 del large
 phases.enter("forward")
 report = meter.report()
@@ -119,6 +121,28 @@ print(json.dumps(report))
 """
     )
     assert report["peak_device_used_bytes"] >= 200 * MIB
+
+
+def test_timed_steps_are_sampled_seldom_and_others_often() -> None:
+    looks = in_a_process(
+        """
+meter = DataMemoryMeter(phases, None)
+looks = []
+meter._look = looks.append
+meter.start()
+counts = []
+for step_seconds in (None, 2.0, None):
+    meter.pace(step_seconds)
+    looks.clear()
+    time.sleep(1)
+    counts.append(len(looks))
+meter.close()
+print(json.dumps(counts))
+"""
+    )
+    often, seldom, again = looks
+    assert 1 <= seldom <= 7, "five, of ten in a step of two seconds"
+    assert min(often, again) > 3 * seldom
 
 
 def test_a_closed_meter_leaves_no_limit() -> None:
