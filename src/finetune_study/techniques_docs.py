@@ -50,6 +50,8 @@ class Ran:
     """What completed, and on how many devices."""
     has_settings: bool = False
     """Whether it says with which settings."""
+    commit: str = ""
+    """Of this project, as it was run."""
 
     @property
     def number_of_recipes(self) -> int:
@@ -95,18 +97,30 @@ def read(folder: Path) -> list[Ran]:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             runs = [*stored["technique_runs"], *stored.get("matrix", ())]
-            completed = [one for one in runs if one["ended"] == "completed"]
+            completed = [one for one in runs if one["ended"] == "completed" and _is_still_run(one, stored["device"])]
             found.append(
                 Ran(
                     stored["device"],
                     path.relative_to(folder).as_posix(),
                     frozenset((_recipe(one), int(one["num_gpus"])) for one in completed),
                     all("settings" in one for one in completed),
+                    str(stored.get("commit") or "")[:8],
                 )
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StudyError("Stored results can't be read", where=str(path), given=repr(error)) from None
     return found
+
+
+def _is_still_run(run: dict[str, Any], device: str) -> bool:
+    """Whether nothing has been found since that speaks against a recipe; what was run of it shows nothing then."""
+    if device not in PLACES:
+        return True
+    try:
+        recipe = techniques.parse({name: run.get("settings", {}).get(name, {}) for name in run["techniques"]})
+    except ConfigError:
+        return False
+    return techniques.why_not(recipe, PLACES[device]) is None
 
 
 def _recipe(run: dict[str, Any]) -> Recipe:
@@ -209,9 +223,11 @@ def page(results: Path) -> str:
         lines.append(f"| `{name}` | {technique.kind} | {' | '.join(cells)} | {' | '.join(seen)} |")
     lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in notes.items()), ""]
     lines += ["## Where this was run", ""]
+    lines += ["What was found since to do nothing, or to fail, is left out of the cells, whatever a file says.", ""]
     lines += [
-        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source}), {one.number_of_recipes} recipes, "
-        + _with_what(one)
+        f"- {one.device}: [{one.source}](../benchmarks/results/{one.source})"
+        + (f" at commit {one.commit}" if one.commit else "")
+        + f", {one.number_of_recipes} recipes, {_with_what(one)}"
         for one in ran
     ]
     if not on_gpus:

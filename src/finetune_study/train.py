@@ -185,7 +185,7 @@ class Rank:
         from finetune_study import model as model_module
         from finetune_study.measure.energy import EnergyMeter
         from finetune_study.measure.flops import model_flops
-        from finetune_study.measure.steps import StepMeter
+        from finetune_study.measure.steps import StepMeter, flattens
 
         run = self.run
         train_data, eval_data = data.load(results.data(run.data_key))
@@ -225,6 +225,7 @@ class Rank:
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
         steps.on_timing = on_timing
+        steps.flattens = flattens(model)
         evaluation = _Evaluation(self, trainer, eval_data, results.model(run.tokenizer_key))
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
@@ -496,15 +497,16 @@ class _Evaluation:
     def _loss(self) -> float:
         import torch
 
-        from finetune_study.measure.steps import collate
+        from finetune_study.measure.steps import collate, flattens
 
+        is_flat = flattens(self.trainer.model)
         model, size = self.trainer.model_wrapped, self.rank.run.micro_batch
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
             for start in range(0, len(self.eval_data), size):
                 rows = [self.eval_data[i] for i in range(start, min(start + size, len(self.eval_data)))]
-                batch = {k: v.to(self.trainer.args.device) for k, v in collate(rows).items()}
+                batch = {k: v.to(self.trainer.args.device) for k, v in collate(rows, flattens=is_flat).items()}
                 predicted = int((batch["labels"] != IGNORED).sum())
                 total += float(model(**batch).loss) * predicted
                 count += predicted

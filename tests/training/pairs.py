@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What a CPU and a tiny model need; everything else is at its defaults."""
 
+LARGE_LORA = {"r": 64, "lora_alpha": 64}
+"""Matrices of 4096 weights: bitsandbytes and torchao keep the states of smaller ones in 32 bit."""
+
 AT_DEFAULTS = ("lora", "torch_compile")
 """Of these, what runs on a CPU and a tiny model at its defaults, too."""
 
@@ -41,10 +44,10 @@ EXACT = frozenset({
 })  # fmt: skip
 """They promise to change no loss."""
 
-ROUNDING = frozenset({
-    "bf16", "bf16_pure", "fp16", "fp8",
-    "adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit", "paged_adamw_8bit",
-})  # fmt: skip
+LOW_BIT = frozenset({"adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit", "paged_adamw_8bit"})
+"""Their states are quantised."""
+
+ROUNDING = frozenset({"bf16", "bf16_pure", "fp16", "fp8"}) | LOW_BIT
 """They round, and beside them an exact technique changes what is rounded."""
 
 
@@ -62,7 +65,10 @@ class Case:
         for name in self.names:
             if (needs := techniques.ALL[name].needs) and not needs & set(names):
                 names.append(PARTNERS[name])
-        return {name: {} if self.at_defaults else SETTINGS.get(name, {}) for name in names}
+        chosen = {} if self.at_defaults else SETTINGS
+        if "lora" in names and LOW_BIT & set(names):
+            chosen = chosen | {"lora": LARGE_LORA}
+        return {name: chosen.get(name, {}) for name in names}
 
     @property
     def num_gpus(self) -> int:

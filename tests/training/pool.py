@@ -159,12 +159,14 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _forget() -> None:
-    """What transformers, accelerate, DeepSpeed and torch keep of a run for the whole process."""
+    """What transformers, accelerate, DeepSpeed, bitsandbytes and torch keep of a run for the whole process."""
+    import bitsandbytes
     import deepspeed
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    bitsandbytes.optim.GlobalOptimManager._instance = None
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -108,3 +108,40 @@ def test_optimizer_in_backward_is_the_same_optimizer(trained: Trained) -> None:
     assert fused.eval_losses == pytest.approx(plain.eval_losses, rel=1e-4)
     assert states(fused) == states(plain)
     assert fused.ranks[0]["optimizer_class"] == plain.ranks[0]["optimizer_class"] == "torch.optim.adamw.AdamW"
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_optimizer_in_backward_keeps_states_of_embeddings_in_32_bit(name: str, trained: Trained) -> None:
+    settings: dict[str, Any] = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
+    fused = trained.run({"optimizer_in_backward": {}, name: {}}, **settings)
+    plain = trained.run({name: {}}, **settings)
+    assert states(fused) == states(plain)
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr", "oft", "ia3", "adalora", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_without_linear_layers_nothing_is_projected(name: str, method: str, lab: Lab, trained: Trained) -> None:
+    """What the exclusion says: they would be AdamW under another name."""
+    recipe: dict[str, Any] = {method: {}, name: {"rank": 1}}
+    planned = lab.plan(recipe)
+    assert "silently" in str(planned.unsupported)
+    assert states(trained.train(planned.run)) == states(trained.run({method: {}}))
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_of_low_rank_matrices_only_a_lower_rank_makes_states_smaller(name: str, lab: Lab, trained: Trained) -> None:
+    lora: dict[str, Any] = {"lora": {"r": 8}}
+    planned = lab.plan(lora | {name: {"rank": 8}})
+    assert "have rank 8" in str(planned.unsupported)
+    whole = states(trained.run(lora))
+    assert states(trained.train(planned.run))[1] >= whole[1]
+    assert states(trained.run(lora | {name: {"rank": 2}}))[1] < 0.5 * whole[1]
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+def test_weight_decay_does_not_reach_projecting_optimizers(name: str, lab: Lab, trained: Trained) -> None:
+    recipe = {name: SETTINGS[name]}
+    planned = lab.plan(recipe, training={"weight_decay": 5.0})
+    assert "weight decay" in str(planned.unsupported)
+    assert trained.train(planned.run).losses == trained.run(recipe).losses

@@ -234,3 +234,19 @@ def test_three_methods_side_by_side(lab: Lab, trained: Trained) -> None:
     together = trained(Case(names), 2)
     assert together.ranks[0]["trainable_parameters"] == sum(alone)
     assert together.losses[-1] < together.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({"lora": {"modules_to_save": ["nope"]}}, "lora.modules_to_save"),
+        ({"oft": {"oft_block_size": 48}}, "oft.oft_block_size"),
+    ],
+)
+def test_what_peft_would_pass_over_ends_the_run(recipe: dict[str, Any], says: str, lab: Lab) -> None:
+    run = lab.plan(recipe).run
+    lab.prepare(run)
+    net = model.load(run, lab.results.model(run.model_key))
+    (technique,) = (one for name, one in run.parsed_techniques.items() if name in recipe)
+    with pytest.raises(RunFailedError, match=says):
+        technique.wrap(net, run)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from finetune_study.measure.steps import StepMeter, collate
+from finetune_study.measure.steps import StepMeter, collate, flattens
 from finetune_study.sequences import IGNORED
 
 
@@ -105,3 +105,29 @@ def test_packed_sequences_go_without_a_mask() -> None:
     assert set(collate([row, row])) == {"input_ids", "attention_mask", "labels"}
     packed = collate([row | {"position_ids": torch.tensor([0, 1, 0, 1])}])
     assert set(packed) == {"input_ids", "labels", "position_ids"}
+
+
+def test_packed_sequences_become_one_where_flash_attention_tells_examples_apart_in_one_alone() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    torch.manual_seed(0)
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=64, attn_implementation="eager", **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.config.use_cache = False  # as in training
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4])
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones(8, dtype=torch.int64), "position_ids": positions,
+         "labels": ids.masked_fill(positions == 0, -100)}
+        for ids in torch.randint(0, 64, (3, 8))
+    ]  # fmt: skip
+    apart, flat = collate(rows), collate(rows, flattens=True)
+    assert flat["input_ids"].shape == (1, 24)
+    assert not _is_packed_sequence(apart["position_ids"], batch_size=3)
+    assert _is_packed_sequence(flat["position_ids"], batch_size=1)
+    with torch.no_grad():
+        assert float(model(**flat).loss) == pytest.approx(float(model(**apart).loss), rel=1e-5)
+    assert not flattens(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert flattens(model)

@@ -299,3 +299,21 @@ def test_starts_that_peft_makes_of_whole_weights_alone(start: str) -> None:
     assert "peft" in str(why_not({"qlora": {"init_lora_weights": start}}, "A100"))
     assert why_not({"lora": {"init_lora_weights": start}}, "A100") is None
     assert why_not({"qlora": {"init_lora_weights": "olora"}}, "A100") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("p_tuning", {"encoder_dropout": 0.5}, "an LSTM's"),
+        ("p_tuning", {"encoder_num_layers": 3}, "an LSTM's"),
+        ("prefix_tuning", {"encoder_hidden_size": 64}, "prefix_projection, which is off"),
+        ("qlora", {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}, "of 4 bits"),
+        ("qlora", {"load_in_8bit": True, "bnb_4bit_use_double_quant": False}, "of 4 bits"),
+        ("torch_compile", {"torch_compile_mode": "fastest"}, "reduce-overhead"),
+        ("torch_compile", {"torch_compile_backend": "nonsense"}, "inductor"),
+        ("galore_adamw", {"adam_beta1": 0.5}, "unknown setting"),
+    ],
+)
+def test_settings_without_effect_are_refused(name: str, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        techniques.parse({name: settings})

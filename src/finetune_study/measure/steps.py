@@ -16,13 +16,27 @@ def finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A micro-batch of sequences, as the model takes it."""
+def collate(rows: list[dict[str, Any]], *, flattens: bool = False) -> dict[str, Any]:
+    """A micro-batch of sequences, as the model takes it.
+
+    Args:
+        rows: sequences of one length.
+        flattens: packed sequences become one, [1, batch × context], as transformers' DataCollatorWithFlattening makes
+            it: with FlashAttention transformers tells examples apart in a single sequence alone
+            (modeling_flash_attention_utils.py, _is_packed_sequence). No example's first token carries loss.
+    """
     batch: dict[str, Any] = default_data_collator(rows)
     if "position_ids" in batch:
         # Packed examples are told apart by their positions, as long as no mask speaks for the whole sequence.
         del batch["attention_mask"]
+        if flattens:
+            batch = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
     return batch
+
+
+def flattens(model: Any) -> bool:
+    """Whether packed sequences of a micro-batch have to become one, for this model's attention."""
+    return "flash" in str(model.config._attn_implementation)
 
 
 class StepMeter(TrainerCallback):
@@ -55,6 +69,8 @@ class StepMeter(TrainerCallback):
         self._real_tokens = 0
         self._loss_tokens = 0
         self.num_stepped = 0
+        self.flattens = False
+        """Whether packed sequences of a micro-batch become one; see `collate`."""
         self.on_timing: Callable[[bool], None] = lambda _: None
         """Called with True when timing starts and with False when it ends."""
 
@@ -67,7 +83,7 @@ class StepMeter(TrainerCallback):
         """A micro-batch, its tokens counted while they are still in the host's memory."""
         real = sum(int(row["attention_mask"].sum()) for row in rows)
         self._counts.append((real, sum(int((row["labels"] != IGNORED).sum()) for row in rows)))
-        return collate(rows)
+        return collate(rows, flattens=self.flattens)
 
     def count(self, *_: Any) -> None:
         """A forward pre-hook of the model: batches are fetched ahead, so tokens count when their batch is used."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from finetune_study.errors import RunFailedError
 from finetune_study.techniques.base import Recipe
 from finetune_study.techniques.peft_method import MIXED, PeftMethod, in_format_of_training, model_type
 
@@ -193,6 +194,19 @@ class Oft(PeftMethod):
     """Inputs that are rotated together; it divides the width of every layer."""
     target_modules: TargetModules = "all-linear"
     """Names of the layers that are rotated, or `all-linear`: all but the output layer."""
+
+    def wrap(self, model: Any, run: "Run") -> Any:
+        model = super().wrap(model, run)
+        sizes = (getattr(module, "oft_block_size", {}) for module in model.modules())
+        taken = {size for of_layer in sizes if isinstance(of_layer, dict) for size in of_layer.values()}
+        if others := taken - {self.oft_block_size}:  # peft takes the nearest that divides the width, and goes on
+            raise RunFailedError(
+                "The blocks do not divide the width of every layer",
+                where="oft.oft_block_size",
+                given=self.oft_block_size,
+                allowed=f"a number that does; peft would take {', '.join(map(str, sorted(others)))} instead",
+            )
+        return model
 
 
 class AdaptionPrompt(PeftMethod):

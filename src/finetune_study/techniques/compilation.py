@@ -1,6 +1,6 @@
 """The model as one compiled program."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from finetune_study.techniques.base import Kind, Recipe, Technique
 
@@ -17,9 +17,9 @@ class TorchCompile(Technique):
     )
     source: ClassVar[str] = "Ansel et al., ASPLOS 2024, https://docs.pytorch.org/docs/stable/torch.compiler.html"
 
-    torch_compile_backend: str = "inductor"
-    """What makes the kernels."""
-    torch_compile_mode: str | None = None
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager", "cudagraphs"] = "inductor"
+    """What makes the kernels; `eager` and `aot_eager` make none, to find out what fails."""
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """`default`, `reduce-overhead` or `max-autotune`; null: the backend's own choice."""
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:

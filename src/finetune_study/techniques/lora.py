@@ -49,6 +49,9 @@ class Lora(PeftMethod):
     def packages_needed(self) -> tuple[str, ...]:
         return (*self.packages, *(("bitsandbytes", "scipy") if self.init_lora_weights == "loftq" else ()))
 
+    def rank_of_linear(self) -> float | None:
+        return self.r
+
     def peft_settings(self, run: "Run") -> dict[str, Any]:
         settings = super().peft_settings(run)
         if self.init_lora_weights == "loftq":

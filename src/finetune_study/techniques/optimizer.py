@@ -1,10 +1,15 @@
 """Optimizers, by the names of transformers' `optim`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from finetune_study.techniques.base import Kind, Recipe, Technique
+from finetune_study.techniques.peft_method import PeftMethod
+
+if TYPE_CHECKING:
+    from finetune_study.config import Hardware
+    from finetune_study.run import Run
 
 
 class Optimizer(Technique):
@@ -144,7 +149,7 @@ class Adafactor(Optimizer):
     source: ClassVar[str] = "Shazeer and Stern, arXiv 1804.04235"
 
 
-class _LowRank(_Adam):
+class _LowRank(Optimizer):
     """An optimizer whose states live in a low-rank projection of the gradients of linear layers."""
 
     rank: PositiveInt = 128
@@ -156,8 +161,31 @@ class _LowRank(_Adam):
     optim_target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """Layers whose gradients are projected."""
 
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        methods = [technique for technique in recipe.values() if isinstance(technique, PeftMethod)]
+        ranks = [rank for method in methods if (rank := method.rank_of_linear()) is not None]
+        if methods and not ranks:
+            return (
+                f"{self.name} projects gradients of torch's linear layers, and {methods[0].name} trains none: every "
+                "weight would be stepped by plain AdamW, silently: use adamw_torch"
+            )
+        if ranks and self.rank >= max(ranks):
+            return (
+                f"{self.name} projects to rank {self.rank}, and the trained matrices have rank {max(ranks)}: nothing "
+                "would become smaller, silently: choose a lower rank, or use adamw_torch"
+            )
+        return None
+
+    def why_not_run(self, run: "Run") -> str | None:
+        if run.training.weight_decay:
+            return (
+                f"transformers hands no weight decay to {self.name} (trainer_optimizer.py, _setup_low_rank_optimizer): "
+                "set training.weight_decay: 0"
+            )
+        return None
+
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
-        adam = self.model_dump(include={"adam_beta1", "adam_beta2", "adam_epsilon"})
+        adam = self.model_dump(include=set(_Adam.model_fields))
         projection = ",".join(f"{name}={getattr(self, name)}" for name in ("rank", "update_proj_gap", "scale"))
         return {
             "optim": self.name,
@@ -168,7 +196,7 @@ class _LowRank(_Adam):
 
 
 class GaloreAdamw(_LowRank):
-    """AdamW on gradients that are projected to a low rank by SVD, by galore-torch."""
+    """AdamW on gradients that are projected to a low rank by SVD, by galore-torch, with the moments' usual decays."""
 
     name: ClassVar[str] = "galore_adamw"
     packages: ClassVar[tuple[str, ...]] = ("galore_torch",)
@@ -181,7 +209,7 @@ class GaloreAdamw(_LowRank):
     source: ClassVar[str] = "Zhao et al., arXiv 2403.03507"
 
 
-class ApolloAdamw(_LowRank):
+class ApolloAdamw(_LowRank, _Adam):
     """AdamW's learning rates for whole channels, learned in a random low-rank projection, by apollo-torch."""
 
     name: ClassVar[str] = "apollo_adamw"

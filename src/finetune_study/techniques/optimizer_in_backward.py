@@ -82,11 +82,16 @@ class OptimizerInBackward(Technique):
 
 def in_backward(model: Any, kind: Any, settings: dict[str, Any], weight_decay: float) -> Any:
     """An optimizer for each trained weight, as one that steps them only after `step_in_backward`."""
+    import torch
+
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    # Trainer keeps bitsandbytes' states of embeddings in 32 bit.
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    full = settings | ({"optim_bits": 32} if "optim_bits" in settings else {})
     # Trainer spares norms and biases as well.
     decays = [weight_decay if weight.ndim > 1 else 0.0 for weight in weights]
     parts = [
-        kind([{"params": [weight], "weight_decay": decay}], **settings)
+        kind([{"params": [weight], "weight_decay": decay}], **(full if id(weight) in embeddings else settings))
         for weight, decay in zip(weights, decays, strict=True)
     ]
     return joined(parts, steps=False)

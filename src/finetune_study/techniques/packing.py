@@ -9,7 +9,8 @@ class Packing(Technique):
     """Puts whole examples one after another until the context is full; without it each is padded to the context alone.
 
     Positions start anew with every example, attention does not look across them only where the model honours
-    `position_ids`; finetune_study.data does the work when the data is prepared.
+    `position_ids`; finetune_study.data does the work when the data is prepared. With FlashAttention the sequences of a
+    micro-batch become one, in which transformers tells examples apart.
     """
 
     name: ClassVar[str] = "packing"

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from finetune_study.errors import StudyError
+from finetune_study.errors import RunFailedError, StudyError
 from finetune_study.techniques.base import Kind, Technique
 from finetune_study.techniques.precision import Bf16Pure, is_deepspeed
 
@@ -33,6 +33,10 @@ class PeftMethod(Technique):
             return f"peft: Target module Conv1D() is not supported by {self.name}, and a {found} has no other: use lora"
         return None
 
+    def rank_of_linear(self) -> float | None:
+        """The least side of the linear layers that are trained; None where it trains none."""
+        return None
+
     def peft_settings(self, run: "Run") -> dict[str, Any]:
         """Fields of the method's `PeftConfig` for a run."""
         return self.model_dump()
@@ -47,6 +51,7 @@ class PeftMethod(Technique):
     def wrap(self, model: Any, run: "Run") -> Any:
         import peft
 
+        self._check_saved(model)
         names = [name for name, other in run.parsed_techniques.items() if isinstance(other, PeftMethod)]
         if len(names) == 1:
             return in_format_of_training(peft.get_peft_model(model, self.peft_config(run)), run)
@@ -60,6 +65,22 @@ class PeftMethod(Technique):
         model.add_adapter(self.name, config)
         model.set_adapter(names[: names.index(self.name) + 1])
         return in_format_of_training(model, run)
+
+    def _check_saved(self, model: Any) -> None:
+        """peft passes over names in `modules_to_save` that no module has, without a word.
+
+        Raises:
+            RunFailedError: naming them.
+        """
+        asked = getattr(self, "modules_to_save", None) or ()
+        modules = [name for name, _ in model.named_modules()]
+        if unknown := [name for name in asked if not any(module.endswith(name) for module in modules)]:
+            raise RunFailedError(
+                "The model has no such modules",
+                where=f"{self.name}.modules_to_save",
+                given=", ".join(unknown),
+                allowed=", ".join(sorted({module.rpartition(".")[2] for module in modules} - {""})),
+            )
 
 
 def format_of_training(recipe: "Recipe") -> str | None:

@@ -1,8 +1,9 @@
 """Methods of peft that train the beginning of the sequence instead of layers."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from finetune_study.techniques.peft_method import PeftMethod
 
@@ -52,9 +53,18 @@ class PTuning(_Prompt):
     encoder_hidden_size: PositiveInt | None = None
     """Its width; null: the model's."""
     encoder_num_layers: PositiveInt = 2
-    """Its layers; peft gives an MLP always two."""
+    """Layers of an LSTM; peft gives an MLP always two."""
     encoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout in it."""
+    """Dropout in an LSTM; peft gives an MLP none."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.encoder_reparameterization_type == "MLP" and (self.encoder_num_layers != 2 or self.encoder_dropout):
+            raise ValueError("encoder_num_layers and encoder_dropout are an LSTM's; peft gives an MLP two and none")
+        return self
+
+    def rank_of_linear(self) -> float | None:
+        return math.inf  # as wide as the model
 
 
 class PrefixTuning(_Prompt):
@@ -79,3 +89,12 @@ class PrefixTuning(_Prompt):
     """Make them by a small network."""
     encoder_hidden_size: PositiveInt | None = None
     """Width of this network; null: the model's."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size is the width of the network of prefix_projection, which is off")
+        return self
+
+    def rank_of_linear(self) -> float | None:
+        return math.inf if self.prefix_projection else None

@@ -1,6 +1,8 @@
 """Low-rank adaptation of quantised weights, by bitsandbytes and peft."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from finetune_study.techniques.base import Recipe
 from finetune_study.techniques.lora import Lora
@@ -38,6 +40,12 @@ class Qlora(Lora):
     """Weights in 8 bit (arXiv 2208.07339) instead of 4; not beside fsdp."""
     prepare_model_for_kbit_training: bool = True
     """Hold what is not quantised in fp32, as peft's function of this name does."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.load_in_8bit and (self.bnb_4bit_quant_type != "nf4" or not self.bnb_4bit_use_double_quant):
+            raise ValueError("bnb_4bit_quant_type and bnb_4bit_use_double_quant are of 4 bits, and load_in_8bit is on")
+        return self
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if self.load_in_8bit and "fsdp" in recipe:
