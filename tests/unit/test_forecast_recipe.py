@@ -7,10 +7,13 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import apollo_torch
+import galore_torch
 import peft
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_study import techniques
 from finetune_study.errors import ModelError, StudyError
@@ -18,6 +21,7 @@ from finetune_study.forecast import hardware, memory, predict, recipe, time, tra
 from finetune_study.forecast.build import Stack
 from finetune_study.forecast.layout import Layout, canonical
 from finetune_study.forecast.profile import SAVED, Profile
+from finetune_study.techniques import muon
 from finetune_study.techniques.peft_method import MIXED, PeftMethod
 
 LLAMA: dict[str, Any] = {
@@ -445,3 +449,100 @@ def test_the_host_updates_weights_of_fsdp_by_torchs_optimizer() -> None:
     plain, fused, deepspeed = (timed(chosen).parts["CPU optimizer"] for chosen in recipes)
     assert fused == pytest.approx(deepspeed)
     assert plain == pytest.approx(fused * 60 / 28)
+
+
+SQUARE: dict[str, Any] = {**LLAMA, "num_key_value_heads": 4}
+"""No matrix of its layers is narrower than the model."""
+
+
+def stepped(optimizer: torch.optim.Optimizer, weights: list[torch.nn.Parameter]) -> int:
+    """Operations of the matrix products of a real step, the second: in its first GaLore makes its projections."""
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step()
+    return int(counted.get_total_flops())
+
+
+def products(shape: dict[str, Any], chosen: dict[str, Any], **rates: Any) -> float:
+    """Predicted operations of the matrix products of an optimizer's step, where the device makes one a second."""
+
+    def seconds(chosen: dict[str, Any]) -> float:
+        asked = {"model_config": shape, "hardware": "a100-80gb", "sequence_length": 64, "techniques": chosen}
+        question = predict.read_question(asked)
+        profile = TRACES.get(question.recipe.layout(question.config, 64))
+        found = time.rates_of(question.device, 1)
+        assert found is not None
+        alone = dataclasses.replace(found, **{"matmul": dict.fromkeys(("fp32", "bf16"), 1.0), **rates})
+        return time.predict(profile, question.recipe, memory.Situation(1, 64, 1, 1), alone).parts["compute"]
+
+    without = {name: settings for name, settings in chosen.items() if name not in recipe.OPTIMIZERS}
+    return seconds(chosen) - seconds(without)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("method", [{}, {"lora": {"r": 8}}], ids=["full", "lora"])
+def test_muons_products_are_those_of_a_real_step(method: dict[str, Any], steps: int) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SQUARE))
+    if method:
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    optimizer = muon.muon_with_adamw(model, lr=0.1, weight_decay=0.0, ns_steps=steps)
+    real = stepped(optimizer, [weight for weight in model.parameters() if weight.requires_grad])
+    assert products(SQUARE, {"muon": {"ns_steps": steps}, **method}) == pytest.approx(real, rel=1e-3)
+
+
+def test_muons_products_with_shared_keys_are_estimated_near_those_of_a_real_step() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**LLAMA))
+    real = stepped(muon.muon_with_adamw(model, lr=0.1, weight_decay=0.0), list(model.parameters()))
+    assert real <= products(LLAMA, {"muon": {}}) < 1.35 * real
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("galore_adamw", galore_torch.GaLoreAdamW), ("apollo_adamw", apollo_torch.APOLLOAdamW)]
+)
+@pytest.mark.parametrize("rank", [16, 1024])
+def test_projections_and_their_states_are_those_of_a_real_step(name: str, kind: Any, rank: int) -> None:
+    """The rank of a projection is at most the shorter side of what it projects."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SQUARE))
+    matrices = [w for n, w in model.named_parameters() if "layers" in n and w.ndim == 2]
+    settings = {"rank": rank, "update_proj_gap": 200, "scale": 1.0, "proj_type": "std"}
+    if name == "apollo_adamw":
+        settings |= {"scale_type": "channel", "proj": "random"}
+    optimizer = kind([{"params": matrices, **settings}], lr=0.1)
+    real = stepped(optimizer, matrices)
+    if rank < SQUARE["hidden_size"]:
+        assert products(SQUARE, {"fp32": {}, name: {"rank": rank}}) == pytest.approx(real, rel=1e-3)
+    elif name == "galore_adamw":
+        held = sum(
+            state.numel() * 4
+            for one in optimizer.state.values()
+            for state in (one["exp_avg"], one["exp_avg_sq"], one["projector"].ortho_matrix)
+        )
+        found = answer({"fp32": {}, name: {"rank": rank}}, model_config=SQUARE, num_gpus=1)
+        ends = sum(w.numel() for w in model.parameters()) - sum(w.numel() for w in matrices)
+        predicted = found["predicted_memory_gib"]["by_category"]["optimizer"] * memory.GIB - 8 * ends
+        assert predicted == pytest.approx(held, rel=0.1)
+
+
+def test_a_host_that_multiplies_for_muon_leaves_the_time_open() -> None:
+    found = answer({"fsdp": {}, "offload_param": {}, "muon": {}})
+    assert found["predicted_step_time_seconds"] is None
+    assert any("the products of muon" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
+@pytest.mark.parametrize(
+    ("method", "side"), [({}, LLAMA["hidden_size"]), ({"lora": {"r": 8}}, 8)], ids=["full", "lora"]
+)
+def test_a_projection_that_saves_nothing_is_warned_of(name: str, method: dict[str, Any], side: int) -> None:
+    def ask(rank: int) -> dict[str, Any]:
+        return answer({**method, "bf16_pure": {}, name: {"rank": rank}}, num_gpus=1)
+
+    def warns(found: dict[str, Any]) -> bool:
+        return any("is not below the shorter side" in warning for warning in found["warnings"])
+
+    assert not warns(ask(side // 2))
+    assert warns(ask(side))
+    states = [ask(rank)["predicted_memory_gib"]["by_category"]["optimizer"] for rank in (side, 65536)]
+    assert states[0] == pytest.approx(states[1])

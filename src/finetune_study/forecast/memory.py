@@ -244,8 +244,8 @@ class _States:
             if kind.factored:
                 total += 4 * sum(c * rank ** m[2] for m, c in part.rows.items())
             elif kind.low_rank and part.matrix:
-                projected = self.recipe.setting(self.recipe.optimizer, "rank", 128) * value(part.rows, 1, 1, rank)
-                total += kind.low_rank * projected * self._state_bytes(part)
+                projected = min(self.recipe.projection_rank, part.narrow(rank, self.profile.hidden_size))
+                total += kind.low_rank * projected * value(part.rows, 1, 1, rank) * self._state_bytes(part)
             elif kind.full_embedding and part.role == "embedding":
                 total += 8 * number
             else:

@@ -386,6 +386,12 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         )
     if resolved.rank > profile.hidden_size:
         warnings.append(f"rank {resolved.rank} is above the model's width of {profile.hidden_size}: nothing is saved")
+    side = _narrowest(profile, resolved)
+    if side is not None and resolved.projection_rank >= side:
+        warnings.append(
+            f"rank {resolved.projection_rank} of {resolved.optimizer} is not below the shorter side of matrices that "
+            f"it projects, about {side:.0f}: it saves nothing of their states"
+        )
     if found.paged:
         warnings.append(
             f"{found.paged / memory.GIB:.2f} GiB of paged optimizer states move to the host when memory is short"
@@ -411,6 +417,12 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _narrowest(profile: Profile, resolved: recipe.Recipe) -> float | None:
+    """Shorter side of the narrowest sort of the layers' trained matrices."""
+    sorts = [part for part in profile.parameters if part.trained and part.matrix]
+    return min((part.narrow(resolved.rank, profile.hidden_size) for part in sorts), default=None)
 
 
 def _may_run_as_math(question: Question) -> list[str]:

@@ -59,6 +59,20 @@ class Parameters:
     def count(self, rank: int) -> float:
         return value(self.numbers, 1, 1, rank)
 
+    def narrow(self, rank: int, width: int) -> float:
+        """The shorter side of its matrices: of LoRA's the rank, of others the model's width, as far as the sums of
+        sides and of elements allow it. Matrices that are narrower, such as those of shared keys, are taken as wide."""
+        of_rank = all(in_rank for _, _, in_rank in self.numbers)
+        # A matrix has at most half as many elements as its shorter side times the sum of both
+        return min(rank if of_rank else width, 2 * self.count(rank) / value(self.rows, 1, 1, rank))
+
+    def newton_schulz(self, rank: int, width: int) -> float:
+        """Operations of one Newton-Schulz iteration over its matrices, 4 m² n + 2 m³ each for m ≤ n (torch/optim/
+        _muon.py, _zeropower_via_newtonschulz: X Xᵀ, its square, and their product with X)."""
+        side, numbers = self.narrow(rank, width), self.count(rank)
+        matrices = (value(self.rows, 1, 1, rank) - numbers / side) / side
+        return 4 * side * numbers + 2 * min(max(matrices, 0.0), numbers / side**2) * side**3
+
 
 @dataclass(frozen=True)
 class Work:

@@ -61,6 +61,8 @@ class Optimizer:
     """States of embeddings stay in 32 bit."""
     low_rank: float = 0.0
     """Of the layers' matrices m × n, states for rank × (m + n) numbers, so often; 0: full states."""
+    projections: int = 0
+    """Products of a gradient of such a matrix with a projection, in each step."""
 
 
 # Dettmers et al., arXiv 2110.02861: one byte for a state, one fp32 maximum for each block of 256 of them
@@ -76,8 +78,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw_torch_4bit": Optimizer(0, 2 * _FOUR_BIT_STATE),
     # Zhao et al., arXiv 2403.03507, table 1: two moments of r × n and a projection of m × r, taken as square;
     # Zhu et al., arXiv 2412.05270: the projection is drawn anew from its seed
-    "galore_adamw": Optimizer(2, low_rank=1.5),
-    "apollo_adamw": Optimizer(2, low_rank=1.0),
+    # galore_torch/adamw.py projects there and back; apollo_torch/apollo.py scales the gradient itself
+    "galore_adamw": Optimizer(2, low_rank=1.5, projections=2),
+    "apollo_adamw": Optimizer(2, low_rank=1.0, projections=1),
     "adamw_hf": Optimizer(2),
     "adamw_apex_fused": Optimizer(2, transient="none"),
     "adamw_anyprecision": Optimizer(2),
@@ -418,6 +421,10 @@ class Recipe:
             )
         if self.has("liger"):
             found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
+        if self.optimizer == "galore_adamw":
+            found.append("the SVD of galore_adamw is not counted: a step takes longer than this every update_proj_gap")
+        if self.optimizer == "muon" and self.sharding == "fsdp":
+            found.append("what muon's products send between the shards is not counted: a step takes longer than this")
         if self.precision == "fp8" and not self.emulates_fp8:
             found.append("casts to fp8 and their scales are not counted: a step takes longer than this")
         return found
@@ -489,6 +496,11 @@ class Recipe:
     def compute(self) -> Dtype:
         """Number format of matrix products."""
         return self.autocast or self.weights
+
+    @property
+    def projection_rank(self) -> int:
+        """Of GaLore and APOLLO; 0: nothing is projected."""
+        return self.setting(self.optimizer, "rank", 128) if OPTIMIZERS[self.optimizer].low_rank else 0
 
     @property
     def state_bytes(self) -> int:

@@ -170,7 +170,13 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
         total += (at.gradient_accumulation_steps - 1) * together + last
         for name, seconds in zip(BOTTLENECKS, (compute, memory, link, pcie + moved, 0.0, launch), strict=True):
             parts[name] += at.gradient_accumulation_steps * seconds
-    total += _update(profile, recipe, at, rates, parts)
+    products = _products_of_update(profile, recipe, at, rates)
+    if products is None:
+        return StepTime(
+            None, None, warnings=(f"no rate is known for the products of {recipe.optimizer}: no step time",)
+        )
+    parts["compute"] += products
+    total += products + _update(profile, recipe, at, rates, parts)
     missing = at.num_gpus > 1 and rates.link is None
     warnings = ("the link between the GPUs is not known: communication is left out",) if missing else ()
     return StepTime(total, max(parts, key=lambda name: parts[name]), parts, warnings)
@@ -311,6 +317,36 @@ def _gradient_offload_seconds(profile: Profile, recipe: Recipe, at: Situation, r
         return (0.0, of_sum) if recipe.accumulates_whole and steps > 1 else (of_sum, 0.0)
     copies = {"zero2": (2 * steps - 1) / steps if steps > 1 else 0.0, "zero3": 2.0}.get(str(recipe.sharding), 0.0)
     return seconds * BYTES[recipe.weights] * copies, of_sum
+
+
+def _products_of_update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates) -> float | None:
+    """Matrix products of the optimizer's step: Muon's iterations, in bf16 always (torch/optim/_muon.py), and
+    projections of GaLore and APOLLO in the gradients' format. GaLore's SVD is not counted.
+
+    Returns:
+        None where no rate is known for them: on the host, or in this format.
+    """
+    kind, rank, width = OPTIMIZERS[recipe.optimizer], recipe.rank, profile.hidden_size
+    matrices = [part for part in profile.parameters if part.trained and part.matrix]
+    if kind.muon:
+        unit, faster = "bf16", None
+        steps = recipe.setting(recipe.optimizer, "ns_steps", 5)
+        work = steps * sum(part.newton_schulz(rank, width) for part in matrices)
+    elif kind.projections:
+        held = "float32" if recipe.state_bytes == BYTES["float32"] else recipe.weights
+        unit = next(unit for unit, dtype in FORMATS.items() if dtype == held)
+        faster = "tf32" if recipe.precision == "tf32" else None
+        work = (
+            2
+            * kind.projections
+            * sum(part.count(rank) * min(recipe.projection_rank, part.narrow(rank, width)) for part in matrices)
+        )
+    else:
+        return 0.0
+    rate = rates.matmul.get(faster or unit) or rates.matmul.get(unit) or _instead_of(unit, rates.matmul)
+    if not work:
+        return 0.0
+    return None if rate is None or "optimizer states" in recipe.offloaded else work / _shards(recipe, at) / rate
 
 
 def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts: dict[str, float]) -> float:
