@@ -245,6 +245,11 @@ def test_emulated_fp8_multiplies_in_fp32() -> None:
         ({"lora": {"rank_pattern": {"q_proj": 10**9}}}, "rank_pattern.q_proj"),
         ({"lora": {"alpha_pattern": [8]}}, "alpha_pattern"),
         ({"lora": {"modules_to_save": 3}}, "modules_to_save"),
+        *(
+            ({name: {"layers_to_transform": layers}}, rf"techniques.{name}.layers_to_transform")
+            for name in ("lora", "loha")
+            for layers in ([1.5], [True], "x", {"a": 1}, 1.0)
+        ),
         ({"qlora": {"llm_int8_skip_modules": 3}}, "llm_int8_skip_modules"),
         ({"chunked_cross_entropy": {"num_chunks": 0}}, "num_chunks"),
         ({"zero3": {"stage3_max_live_parameters": -1}}, "stage3_max_live_parameters"),
@@ -546,3 +551,42 @@ def test_a_projection_that_saves_nothing_is_warned_of(name: str, method: dict[st
     assert warns(ask(side))
     states = [ask(rank)["predicted_memory_gib"]["by_category"]["optimizer"] for rank in (side, 65536)]
     assert states[0] == pytest.approx(states[1])
+
+
+GIVEN: dict[str, Any] = {
+    "memory_gib": 80, "compute_capability": 8.0, "tflops": {"bf16": 312, "fp32": 19.5}, "memory_gb_per_s": 2039,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num_gpus", "key"),
+    [
+        ({"activation_offload": {}}, 1, "pcie_gb_per_s"),
+        ({"zero3": {}, "offload_param": {}}, 1, "pcie_gb_per_s"),
+        ({"zero2": {}, "offload_optimizer": {}}, 1, "pcie_gb_per_s"),
+        ({"fsdp": {}, "offload_param": {}}, 1, "pcie_gb_per_s"),
+        ({}, 2, "link_gb_per_s"),
+        ({"zero3": {}, "lora": {}}, 2, "link_gb_per_s"),
+    ],
+)
+def test_a_step_over_an_unknown_link_has_no_time(chosen: dict[str, Any], num_gpus: int, key: str) -> None:
+    found = answer(chosen, hardware=GIVEN, num_gpus=num_gpus)
+    assert found["predicted_step_time_seconds"] is None
+    assert found["predicted_tokens_per_second"] is None
+    assert found["bottleneck"] is None
+    assert [key in warning for warning in found["warnings"] if "no step time" in warning] == [True]
+    known = answer(chosen, hardware={**GIVEN, key: 25}, num_gpus=num_gpus)
+    assert known["predicted_step_time_seconds"] > 0
+    assert not any("no step time" in warning for warning in known["warnings"])
+
+
+def test_a_step_that_uses_no_link_needs_none() -> None:
+    assert answer({"zero3": {}}, hardware=GIVEN, num_gpus=1)["predicted_step_time_seconds"] > 0
+
+
+def test_accumulation_with_the_optimizer_in_backward_is_warned_of() -> None:
+    def warned(steps: int) -> bool:
+        found = answer({"optimizer_in_backward": {}}, num_gpus=1, gradient_accumulation_steps=steps)
+        return any(f"can't accumulate {steps} of them" in warning for warning in found["warnings"])
+
+    assert [warned(1), warned(4)] == [False, True]

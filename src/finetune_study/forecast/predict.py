@@ -25,6 +25,7 @@ from finetune_study.forecast import time as time_module
 from finetune_study.forecast.layout import CODE, Layout
 from finetune_study.forecast.profile import Profile
 from finetune_study.forecast.quiet import quiet
+from finetune_study.techniques.optimizer_in_backward import OptimizerInBackward, why_not_accumulate
 
 INPUT = (
     "model_config",
@@ -377,6 +378,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         *profile.warnings,
         *resolved.why_not(device),
         *resolved.not_modelled,
+        *_can_not_accumulate(question),
         *_may_run_as_math(question),
         *took.warnings,
     ]
@@ -417,6 +419,13 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         "bottleneck": took.bottleneck,
         "warnings": warnings,
     }
+
+
+def _can_not_accumulate(question: Question) -> list[str]:
+    if not question.recipe.has(OptimizerInBackward.name):
+        return []
+    why_not = why_not_accumulate(question.accumulation)
+    return [why_not] if why_not else []
 
 
 def _narrowest(profile: Profile, resolved: recipe.Recipe) -> float | None:

@@ -292,6 +292,11 @@ def _check_value(where: str, key: str, settings: Mapping[str, Any]) -> None:
         return
     if key in RANGES:
         _number(settings, key, 0, where, *RANGES[key])
+    if key == "layers_to_transform" and not all(
+        isinstance(number, int) and not isinstance(number, bool)
+        for number in (value if isinstance(value, list | tuple) else [value])
+    ):
+        raise _wrong(f"{where}.{key}", value, "a layer's number, counted from 0, or a list of such numbers")
     if key in NAMES and not isinstance(value, str) and not _are_names(value):
         raise _wrong(f"{where}.{key}", value, "a list of names of layers")
     if key in PATTERNS:

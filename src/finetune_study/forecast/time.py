@@ -143,6 +143,8 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
         return StepTime(None, None, warnings=(UNKNOWN_RATES,))
     if recipe.swaps_to_nvme:
         return StepTime(None, None, warnings=("how fast the NVMe drive is is not known: no step time",))
+    if unknown := _unknown_links(recipe, at, rates):
+        return StepTime(None, None, warnings=unknown)
     parts = dict.fromkeys(BOTTLENECKS, 0.0)
     total = 0.0
     for phases in (("forward",), ("recompute", "backward")):
@@ -177,9 +179,23 @@ def predict(profile: Profile, recipe: Recipe, at: Situation, rates: Rates | None
         )
     parts["compute"] += products
     total += products + _update(profile, recipe, at, rates, parts)
-    missing = at.num_gpus > 1 and rates.link is None
-    warnings = ("the link between the GPUs is not known: communication is left out",) if missing else ()
-    return StepTime(total, max(parts, key=lambda name: parts[name]), parts, warnings)
+    return StepTime(total, max(parts, key=lambda name: parts[name]), parts)
+
+
+def _unknown_links(recipe: Recipe, at: Situation, rates: Rates) -> tuple[str, ...]:
+    """A warning for each bandwidth that a step needs and nobody knows. On a CPU the host is the device itself, and what
+    is offloaded passes through no bus."""
+    offloads = at.device != "cpu" and bool(recipe.offloaded or recipe.has("activation_offload"))
+    needed = {
+        ("link between the GPUs", "link_gb_per_s"): at.num_gpus > 1 and rates.link is None,
+        ("bus to the host, which offload needs", "pcie_gb_per_s"): offloads and rates.pcie is None,
+    }
+    return tuple(
+        f"how fast the {what} is is not known: no step time until `hardware` of a row gives {key}, or, in a study, "
+        "`snakemake --cores all calibrate` measures it"
+        for (what, key), is_missing in needed.items()
+        if is_missing
+    )
 
 
 def _matmul_seconds(

@@ -49,11 +49,8 @@ class OptimizerInBackward(Technique):
                 "optimizer_in_backward makes a step of every micro-batch, so one size alone is possible: name it in "
                 "per_device_train_batch_size, instead of `max`"
             )
-        if run.gradient_accumulation_steps > 1:
-            return (
-                "optimizer_in_backward makes a step of every micro-batch, so it can't accumulate "
-                f"{run.gradient_accumulation_steps} of them: raise per_device_train_batch_size"
-            )
+        if why_not := why_not_accumulate(run.gradient_accumulation_steps):
+            return why_not
         if run.training.max_grad_norm:
             return (
                 "optimizer_in_backward never sees all gradients, so it can't clip them: set training.max_grad_norm: 0"
@@ -78,6 +75,16 @@ class OptimizerInBackward(Technique):
                 step_in_backward(bare(optimizer))
 
         return [StepInBackward()]
+
+
+def why_not_accumulate(steps: int) -> str | None:
+    """Why so many micro-batches can't make a step; None where nothing is accumulated."""
+    if steps == 1:
+        return None
+    return (
+        "optimizer_in_backward makes a step of every micro-batch, so it can't accumulate "
+        f"{steps} of them: raise per_device_train_batch_size"
+    )
 
 
 def in_backward(model: Any, kind: Any, settings: dict[str, Any], weight_decay: float) -> Any:
