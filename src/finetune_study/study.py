@@ -340,9 +340,26 @@ class Study:
         return ", ".join(parts) + self._bill()
 
     def predicted_cost(self, run_id: str) -> tuple[float | None, float | None]:
-        """GPU-hours and US dollars that the last forecast expects of a run; None where it knows none."""
-        hours, dollars = self._last_forecast.get("runs", {}).get(run_id, [None, None])
+        """GPU-hours and US dollars that its last forecast expects of a run; None where it knows none."""
+        hours, dollars, _ = self._expected.get(run_id, (None, None, True))
         return hours, dollars
+
+    @cached_property
+    def _expected(self) -> dict[str, tuple[float | None, float | None, bool]]:
+        """GPU-hours, US dollars, and whether it may fit, of each run to train of which there is a forecast.
+
+        That of the folder is the last study's; a run that is in none of its rows has one of its own."""
+        of_folder, too_large = self._last_forecast.get("runs", {}), set(self._last_forecast.get("do_not_fit", []))
+        found: dict[str, tuple[float | None, float | None, bool]] = {}
+        for run_id in self.pending:
+            if run_id in of_folder:
+                hours, dollars = of_folder[run_id]
+                found[run_id] = hours, dollars, run_id not in too_large
+            elif row := prior.expected(self.results.run(run_id)):
+                margin = row.get("margin_gib")
+                may_fit = margin is None or margin >= 0
+                found[run_id] = row.get("predicted_gpu_hours"), row.get("predicted_cost_usd"), may_fit
+        return found
 
     def _bill(self) -> str:
         """What the runs to train are predicted to take, and of how many of them that is known.
@@ -350,9 +367,9 @@ class Study:
         Runs that are predicted not to fit end before their first step: they are counted, and not charged."""
         if not self.pending:
             return ""
-        if not self._last_forecast:
+        if not self._expected:
             return "; no forecast yet (snakemake --cores all forecast)"
-        too_large = set(self._last_forecast.get("do_not_fit", [])) & set(self.pending)
+        too_large = {run_id for run_id, (_, _, may_fit) in self._expected.items() if not may_fit}
         expected = [self.predicted_cost(run_id) for run_id in self.pending if run_id not in too_large]
         hours = [gpu_hours for gpu_hours, _ in expected if gpu_hours is not None]
         dollars = [cost for _, cost in expected if cost is not None]

@@ -75,8 +75,29 @@ def test_the_bill_says_of_how_many_runs_it_is(gpu_raw: Raw, tmp_path: Path) -> N
     document["runs"][first["run_id"]] = [None, None]
     hours, dollars = second["predicted_gpu_hours"], second["predicted_cost_usd"]
     assert bill() == f"predicted: {hours:.1f} GPU-hours, {dollars:.2f} US dollars of 1 of 2 runs"
-    document["runs"] = {}
+    document["runs"][second["run_id"]] = [None, None]
     assert bill() == "predicted: no time of 2 runs"
+
+
+def test_the_bill_outlives_the_forecast_of_another_study_in_the_same_folder(gpu_raw: Raw, tmp_path: Path) -> None:
+    forecast.write(opened(gpu_raw, tmp_path))
+    bill = open_study(gpu_raw, Results(tmp_path)).summary().partition("; ")[2]
+    other = {**gpu_raw, "protocol": {**gpu_raw.get("protocol", {}), "num_timed_steps": 7}}
+    assert opened(other, tmp_path).summary().endswith("no forecast yet (snakemake --cores all forecast)")
+    forecast.write(opened(other, tmp_path))
+    assert bill.startswith("predicted: ")
+    assert open_study(gpu_raw, Results(tmp_path)).summary().partition("; ")[2] == bill
+
+
+def test_the_bill_of_forecasts_of_runs_charges_none_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:
+    study = opened(gpu_raw, tmp_path)
+    first, second = forecast.write(study)
+    study.results.forecast.unlink()
+    own = study.results.run(first["run_id"]).forecast
+    own.write_text(json.dumps({**json.loads(own.read_text()), "margin_gib": -1.0}))
+    hours, dollars = second["predicted_gpu_hours"], second["predicted_cost_usd"]
+    expected = f"predicted: {hours:.1f} GPU-hours, {dollars:.2f} US dollars without 1 that do not fit"
+    assert open_study(gpu_raw, Results(tmp_path)).summary().endswith(expected)
 
 
 def test_the_summary_charges_no_run_that_does_not_fit(gpu_raw: Raw, tmp_path: Path) -> None:

@@ -32,12 +32,18 @@ def is_hopeless(row: Mapping[str, Any], margin: float | None) -> bool:
 
 def still_hopeless(paths: RunPaths, margin: float | None) -> bool:
     """The same of a run that was not tried, from its forecast as it lies there; where it does not say, it holds."""
-    try:
-        row = json.loads(paths.forecast.read_text(encoding="utf-8"))
-        known = row["margin_gib"] is not None and row["memory_gib"] is not None
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
+    row = expected(paths)
+    known = row.get("margin_gib") is not None and row.get("memory_gib") is not None
     return is_hopeless(row, margin) if known else margin is not None
+
+
+def expected(paths: RunPaths) -> dict[str, Any]:
+    """The forecast of a run as it lies there; empty where there is none."""
+    try:
+        found = json.loads(paths.forecast.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def freeze(paths: RunPaths) -> None:
