@@ -982,6 +982,13 @@ LIMITS = """## What is not modelled, and where it is wrong
   one for grouped heads in FlashAttention alone, so that the step may run as `math`, with scores as tensors: a warning
   of the row says so. It was not measured here.
 - **Windows under SDPA.** Beyond a model's attention window transformers makes a mask of context × context, too.
+- **Windows under FlashAttention** save no time here: its kernels skip what lies outside a window, and all of the causal
+  half is counted. At 32768 positions a window of 4096 leaves 23 % of it, so that attention takes less than predicted.
+- **Optimizers' matrix products** are counted for Muon, GaLore and APOLLO, from the sums of their matrices' sides: a
+  matrix narrower than the model, such as that of shared keys, counts as one that is as wide. Not counted are the SVD of
+  GaLore every `update_proj_gap` steps, and what Muon sends between FSDP's shards.
+- **Links and PCIe that are not known**, of a `hardware` object without `link_gb_per_s` or `pcie_gb_per_s`: no step time
+  is predicted where the step needs them, and a warning names the key. Paged optimizers' traffic is never counted.
 - **Compilers** are a rule: what backward's products read is kept, the rest computed again and fused.
 - **Selective checkpointing by operation**, tensor, pipeline and context parallelism and GPTQ are not known.
 - **Kernels' own scratch memory** is counted for FlashAttention-2 and cuBLAS alone.

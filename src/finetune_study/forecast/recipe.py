@@ -427,7 +427,7 @@ class Recipe:
         if self.has("liger"):
             found.append("of liger its loss alone is modelled: its other kernels need less memory and time than this")
         if self.optimizer == "galore_adamw":
-            found.append("the SVD of galore_adamw is not counted: a step takes longer than this every update_proj_gap")
+            found.append("the SVD of galore_adamw is not counted: of update_proj_gap steps one takes longer than this")
         if self.optimizer == "muon" and self.sharding == "fsdp":
             found.append("what muon's products send between the shards is not counted: a step takes longer than this")
         if self.precision == "fp8" and not self.emulates_fp8:

@@ -188,10 +188,10 @@ def _unknown_links(recipe: Recipe, at: Situation, rates: Rates) -> tuple[str, ..
     offloads = at.device != "cpu" and bool(recipe.offloaded or recipe.has("activation_offload"))
     needed = {
         ("link between the GPUs", "link_gb_per_s"): at.num_gpus > 1 and rates.link is None,
-        ("bus to the host, which offload needs", "pcie_gb_per_s"): offloads and rates.pcie is None,
+        ("bus to the host that offload needs", "pcie_gb_per_s"): offloads and rates.pcie is None,
     }
     return tuple(
-        f"how fast the {what} is is not known: no step time until `hardware` of a row gives {key}, or, in a study, "
+        f"the bandwidth of the {what} is not known: no step time until `hardware` of a row gives {key}, or, in a study, "
         "`snakemake --cores all calibrate` measures it"
         for (what, key), is_missing in needed.items()
         if is_missing
