@@ -191,8 +191,8 @@ def _unknown_links(recipe: Recipe, at: Situation, rates: Rates) -> tuple[str, ..
         ("bus to the host that offload needs", "pcie_gb_per_s"): offloads and rates.pcie is None,
     }
     return tuple(
-        f"the bandwidth of the {what} is not known: no step time until `hardware` of a row gives {key}, or, in a study, "
-        "`snakemake --cores all calibrate` measures it"
+        f"the bandwidth of the {what} is not known: no step time until `hardware` of a row gives {key}, or, in a "
+        "study, `snakemake --cores all calibrate` measures it"
         for (what, key), is_missing in needed.items()
         if is_missing
     )
