@@ -26,7 +26,10 @@ from finetune_study.forecast.build import (
     build,
     find_stack,
     layer_kinds,
+    layer_stack,
     make_config,
+    overrides_of_layers,
+    shorten,
     traced_model,
 )
 from finetune_study.forecast.layout import Layout, canonical
@@ -144,7 +147,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     ],
 )
 def test_depth_is_extended_exactly(name: str, layout: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Layout(canonical(ARCHITECTURES[name]), **layout)
+    assert_extended_exactly(Layout(canonical(ARCHITECTURES[name]), **layout), monkeypatch)
+
+
+def assert_extended_exactly(asked: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace says what one of all layers says."""
     short = trace.trace(asked)
     monkeypatch.setattr(trace, "find_stack", lambda kinds: Stack(len(kinds), 0, 0, 0))
     full = trace.trace(asked)
@@ -152,12 +159,90 @@ def test_depth_is_extended_exactly(name: str, layout: dict[str, Any], monkeypatc
         for phase in (False, True):
             extended, whole = (_peak_of(one, batch, context, phase) for one in (short, full))
             assert extended == pytest.approx(whole, rel=0.005)
-    for kind in ("matmul_bf16", "bytes_pointwise"):
-        for phases in (("forward", "backward"), ("recompute",)):
+    for kind in ("matmul_bf16", "bytes_pointwise", "kernels"):
+        for phases in (("forward",), ("backward",), ("recompute",)):
             assert short.amount(phases, kind, 2, 128, 1) == pytest.approx(
                 full.amount(phases, kind, 2, 128, 1), rel=0.005
             )
-    assert sum(p.count(1) for p in short.parameters) == sum(p.count(1) for p in full.parameters)
+    for trained in (False, True):
+        counts = [sum(p.count(1) for p in one.parameters if p.trained == trained) for one in (short, full)]
+        assert counts[0] == counts[1]
+
+
+GEMMA_4 = {
+    **SMALL, "model_type": "gemma4_text", "num_hidden_layers": 18, "head_dim": 64, "global_head_dim": 128,
+    "hidden_size_per_layer_input": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(GEMMA_4, id="gemma4, whose every sixth layer has settings of its own"),
+        pytest.param(
+            {**GEMMA_4, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 1024},
+            id="gemma4, with embeddings of each layer in one weight",
+        ),
+        pytest.param({**GEMMA_4, "num_kv_shared_layers": 6}, id="gemma4, of which fewer layers can't be built"),
+        pytest.param(
+            {**SMALL, "model_type": "smollm3", "num_hidden_layers": 16, "pad_token_id": 0},
+            id="smollm3, whose every fourth layer has no rotary embedding",
+        ),
+        pytest.param(
+            {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True},
+            id="mixtral, with a loss of all routers",
+        ),
+    ],
+)
+def test_layers_that_settings_tell_apart_are_extended_exactly(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_extended_exactly(Layout(canonical(config), weights="bfloat16"), monkeypatch)
+
+
+def test_settings_of_single_layers_go_with_their_layers() -> None:
+    short = shorten(make_config(GEMMA_4), [0, 5, 6, 17])
+    assert overrides_of_layers(short) == {1: {"head_dim": 128}, 3: {"head_dim": 128}}
+    with torch.device("meta"):
+        _, layers = layer_stack(build(short, torch.float32, "eager"))
+    assert [layer.self_attn.q_norm.weight.numel() for layer in layers] == [64, 128, 64, 128]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": r".*layers\.\d\.self_attn\.q_proj"},
+        {"target_modules": r".*layers\..\.self_attn\.q_proj"},
+        {"target_modules": r".*layers\.\d\d\.self_attn\.q_proj"},
+        {"target_modules": r".*\.(?!4\.)\w+\.self_attn\.q_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*layers\.\d\d\..*"},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {r"layers\.\d\.self_attn\.q_proj": 64}},
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 8], [4, 12]]},
+    ],
+    ids=str,
+)
+def test_modules_that_patterns_name_are_those_of_the_whole_model(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = canonical({**SMALL, "num_hidden_layers": 12})
+    layout = Layout(config, weights="bfloat16", peft=canonical([{"method": "LORA", **settings}]))
+    assert_extended_exactly(layout, monkeypatch)
+
+
+def test_patterns_that_treat_all_layers_alike_are_traced_short() -> None:
+    """A digit in a name says nothing about layers."""
+    config = {"model_type": "falcon", "hidden_size": 256, "num_hidden_layers": 100, "num_attention_heads": 4}
+    settings = {"method": "LORA", "target_modules": r".*\.dense_4h_to_h"}
+    layout = Layout(canonical({**config, "vocab_size": 1024}), peft=canonical([settings]))
+    with torch.device("meta"):
+        kinds = layer_kinds(build(make_config(json.loads(layout.config)), torch.float32, "eager"), layout)
+    assert len(find_stack(kinds).traced) == 3
+
+
+def test_prefixes_of_all_layers_are_extended_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = canonical([{"method": "PREFIX_TUNING", "num_virtual_tokens": 20}])
+    layout = Layout(canonical(SMALL), weights="bfloat16", peft=peft, virtual_tokens=20)
+    assert_extended_exactly(layout, monkeypatch)
 
 
 def _peak_of(profile: Profile, batch: int, context: int, backward: bool) -> float:

@@ -353,26 +353,69 @@ class LayerKind:
 
     of_model: tuple[Any, ...]
     """Shapes of their weights, and kinds of their attention."""
+    settings: tuple[Any, ...]
+    """What the configuration gives for each layer by itself, such as whether it has a rotary embedding (SmolLM3)."""
     in_group: int
     """Place among the layers after which checkpoints repeat."""
     adapted: tuple[bool, ...]
     """Whether each method of peft adapts it."""
+    named: tuple[tuple[str, ...], ...]
+    """Its modules that each name in peft's settings means; by the layer's number, for some."""
 
 
 def layer_kinds(model: Any, layout: Layout) -> list[LayerKind]:
     """Kinds of a model's layers, first to last."""
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    _, layers = layer_stack(model)
+    stack_name, layers = layer_stack(model)
+    lists, overrides = lists_of_layers(config), overrides_of_layers(config)
+    expressions = [re.compile(expression) for _, _, expression in _names(layout)]
     size = group_size(layout.checkpoint_every, len(layers))
     methods = [adapted_layers(settings, len(layers)) for settings in json.loads(layout.peft or "[]")]
     kinds = []
     for number, layer in enumerate(layers):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         windows = tuple(getattr(m, "sliding_window", None) for m in layer.modules() if hasattr(m, "sliding_window"))
-        adapted = tuple(number in adapted for adapted in methods)
-        kinds.append(LayerKind((shapes, windows, types[number]), number % size if size else 0, adapted))
+        inner = [name for name, _ in layer.named_modules()]
+        kinds.append(
+            LayerKind(
+                of_model=(shapes, windows, types[number]),
+                settings=(*(values[number] for values in lists.values()), overrides.get(number)),
+                in_group=number % size if size else 0,
+                adapted=tuple(number in adapted for adapted in methods),
+                named=tuple(
+                    tuple(name for name in inner if one.fullmatch(f"{stack_name}.{number}.{name}".removesuffix(".")))
+                    for one in expressions
+                ),
+            )
+        )
     return kinds
+
+
+def outside_layers(model: Any) -> dict[str, torch.Size]:
+    """Shapes of a model's weights that are in none of its layers."""
+    start = f"{layer_stack(model)[0]}."
+    return {name: p.shape for name, p in model.named_parameters() if not name.startswith(start)}
+
+
+def joins_layers(model: Any, layout: Layout) -> bool:
+    """Whether something is computed of all layers at once: the loss of their routers, or the prefixes of all."""
+    methods = json.loads(layout.peft or "[]")
+    return getattr(model.config.get_text_config(), "output_router_logits", False) or any(
+        settings["method"] == "PREFIX_TUNING" or settings.get("layer_replication") for settings in methods
+    )
+
+
+def lists_of_layers(text: Any) -> dict[str, list[Any]]:
+    """Settings of a configuration that have a value for each layer."""
+    depth = text.num_hidden_layers
+    settings = vars(text).items()
+    return {k: v for k, v in settings if isinstance(v, list) and len(v) == depth and k != "architectures"}
+
+
+def overrides_of_layers(text: Any) -> dict[int, Any]:
+    """Settings of single layers, by their numbers (transformers' `per_layer_config`, which Gemma 4 has)."""
+    return {int(number): settings for number, settings in (text.to_dict().get("per_layer_config") or {}).items()}
 
 
 def adapted_layers(settings: Mapping[str, Any], depth: int) -> Collection[int]:
@@ -514,22 +557,18 @@ def _unmatched(model: Any, layout: Layout) -> list[str]:
     ]
 
 
-def names_single_layers(layout: Layout) -> bool:
-    """Whether a method names modules of single layers by the layers' numbers, or by an expression that may do so."""
-    return any(re.search(r"\d", name) and re.search(r"[.\\]", name) for _, name, _ in _names(layout))
-
-
 def shorten(config: Any, layers: list[int]) -> Any:
     """The configuration with some of its layers alone."""
     config = type(config).from_dict(config.to_dict())
     text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == depth and name != "architectures":
-            setattr(text, name, [value[i] for i in layers])
+    depth, overrides = text.num_hidden_layers, overrides_of_layers(text)
+    for name, values in lists_of_layers(text).items():
+        setattr(text, name, [values[i] for i in layers])
     for name in ("num_hidden_layers", "num_blocks"):  # xLSTM's own name
         if getattr(text, name, None) == depth:
             setattr(text, name, len(layers))
+    if overrides:
+        text.per_layer_config = {place: overrides[i] for place, i in enumerate(layers) if i in overrides}
     return config
 
 

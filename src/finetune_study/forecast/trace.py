@@ -38,6 +38,7 @@ from torch._subclasses.fake_tensor import (
 from finetune_study.errors import ModelError, StudyError
 from finetune_study.forecast.build import (
     DEEPEST,
+    LayerKind,
     QuantizedLinear,
     Stack,
     build,
@@ -45,10 +46,11 @@ from finetune_study.forecast.build import (
     check_layers,
     find_stack,
     first_line,
+    joins_layers,
     layer_kinds,
     layer_stack,
     make_config,
-    names_single_layers,
+    outside_layers,
     shorten,
     traced_model,
     warnings_of,
@@ -149,14 +151,28 @@ def _trace(layout: Layout) -> Profile:
     check_layers(layout, depth)
     kinds = layer_kinds(skeleton, layout)
     stack = find_stack(kinds)
-    short = shorten(config, stack.traced)
-    with torch.device("meta"):
-        found = layer_kinds(build(short, torch.float32, "eager"), layout)
-    if [k.of_model for k in found] != [kinds[i].of_model for i in stack.traced]:
-        stack, short = Stack(len(kinds), 0, 0, 0), config  # what decides is not in the lists that we shorten
-    if names_single_layers(layout):
-        stack, short = Stack(len(kinds), 0, 0, 0), config  # the numbers are those of the whole model
+    short = None if joins_layers(skeleton, layout) else _shortened(config, skeleton, kinds, stack, layout)
+    if short is None:
+        stack, short = Stack(len(kinds), 0, 0, 0), config
     return _traced(short, stack, layout, skeleton)
+
+
+def _shortened(config: Any, skeleton: Any, kinds: list[LayerKind], stack: Stack, layout: Layout) -> Any | None:
+    """The configuration of the traced layers alone; None where the model would not be the rest of the whole one.
+
+    What decides may lie outside of the lists that we shorten, or in a layer's number, which peft's settings may name;
+    and weights beside the layers may grow with their number (Gemma 4's embeddings for each layer).
+    """
+    try:
+        short = shorten(config, stack.traced)
+        with torch.device("meta"):
+            model = build(short, torch.float32, "eager")
+        found = layer_kinds(model, layout)
+    except Exception:  # transformers' own checks raise what they like; the whole configuration has passed them
+        return None
+    expected = [kinds[number] for number in stack.traced]
+    same = [(kind.of_model, kind.named) for kind in found] == [(kind.of_model, kind.named) for kind in expected]
+    return short if same and outside_layers(model) == outside_layers(skeleton) else None
 
 
 def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
