@@ -183,7 +183,17 @@ GEMMA_4 = {
             {**GEMMA_4, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 1024},
             id="gemma4, with embeddings of each layer in one weight",
         ),
-        pytest.param({**GEMMA_4, "num_kv_shared_layers": 6}, id="gemma4, of which fewer layers can't be built"),
+        pytest.param(
+            {
+                **GEMMA_4,
+                "num_hidden_layers": 28,
+                "layer_types": ["sliding_attention", "full_attention"] * 14,
+                "hidden_size_per_layer_input": 32,
+                "vocab_size_per_layer_input": 1024,
+                "num_kv_shared_layers": 24,
+            },
+            id="gemma4, of which fewer layers can't be built",
+        ),
         pytest.param(
             {**SMALL, "model_type": "smollm3", "num_hidden_layers": 16, "pad_token_id": 0},
             id="smollm3, whose every fourth layer has no rotary embedding",
