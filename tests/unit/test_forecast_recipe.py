@@ -590,3 +590,15 @@ def test_accumulation_with_the_optimizer_in_backward_is_warned_of() -> None:
         return any(f"can't accumulate {steps} of them" in warning for warning in found["warnings"])
 
     assert [warned(1), warned(4)] == [False, True]
+
+
+def test_stacked_experts_are_no_matrices_to_muon() -> None:
+    """Its step takes two dimensions alone; the rest is AdamW's (techniques/muon.py), with a state more."""
+    experts = {
+        "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024, "num_local_experts": 4,
+    }  # fmt: skip
+    profile = TRACES.get(Layout(canonical(experts)))
+    stacked = 8 * 4 * 3 * 256 * 512
+    apart = sum(part.count(1) for part in profile.parameters if part.role == "layers" and not part.matrix)
+    assert apart == pytest.approx(stacked, rel=0.01), "and norms"

@@ -503,7 +503,7 @@ class _Tracer:
             layer = int(name.split(marker, 1)[1].split(".")[0]) if inside else OWN_OF_NO_LAYER
             role = roles.get(id(parameter), "layers" if inside else "other")
             dtype = str(parameter.dtype).removeprefix("torch.")
-            matrix = parameter.dim() >= 2 and role == "layers"
+            matrix = parameter.dim() == 2 and role == "layers"  # no optimizer takes stacked experts for matrices
             sort = (parameter.requires_grad, dtype, id(parameter) in quantized, role, matrix)
             numbers, rows = sums.setdefault(sort, (defaultdict(float), defaultdict(float)))
             _add(numbers, self.sizes.factor(parameter.numel()), self._times(layer))
