@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import polars as pl
 
 from finetune_study import table
-from finetune_study.cells import of_outcomes
+from finetune_study.cells import FAILED, of_outcomes
 from finetune_study.claims import LITTLE
 from finetune_study.config import Config
 from finetune_study.errors import StudyError
@@ -40,7 +40,7 @@ VERDICTS: dict[Verdict, str] = {
     f"by median is named, unless one at most {LITTLE:.0%} slower takes at least {LITTLE:.0%} less peak memory.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
     f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
-    f"{MIN_REPEATS} completed runs, too.",
+    f"{MIN_REPEATS} completed runs, too, and no other one that merely ran out of time.",
     "only_one_fits": f"It completed {MIN_REPEATS} times or more; every other recipe did not fit, at least once, and "
     "never completed.",
     "contradictory": "At most one recipe fits, and repeats of another contradict each other: some completed, some did "
@@ -48,7 +48,7 @@ VERDICTS: dict[Verdict, str] = {
     "not_comparable": "Runs with different software, weights, data or effective batch are not compared; measure them "
     "again.",
     "nothing_fits": "Every recipe has an outcome, and none completed.",
-    "no_data": "No recipe is known to fit, and some have no outcome yet.",
+    "no_data": "No recipe is known to fit, and some have no outcome yet, or ran out of time, which proves nothing.",
 }
 """Each verdict and what it means."""
 
@@ -103,6 +103,11 @@ class Evidence(Section):
     def pending(self) -> bool:
         """No answer yet: no repeat has an outcome."""
         return {*self.states} <= OPEN
+
+    @property
+    def timed_out(self) -> bool:
+        """Nothing but its time ran out: with more of it the recipe may fit."""
+        return self.num_completed == 0 and {*ended_without(self.states)} == {"timeout"}
 
     @property
     def missing(self) -> list[str]:
@@ -239,17 +244,35 @@ class Default(Section):
     """Settings where it was tried and does not fit."""
 
 
-def recommend(comparisons: pl.DataFrame) -> list[Recommendation]:
-    """One recommendation per setting, in the order of the comparisons (`table.SCHEMA`)."""
+def recommend(comparisons: pl.DataFrame, given_up: Mapping[str, int] | None = None) -> list[Recommendation]:
+    """One recommendation per setting, in the order of the comparisons.
+
+    Args:
+        comparisons: configurations (`table.SCHEMA`).
+        given_up: runs that no call tries again, and how often each was tried (`given_up`); default: none.
+    """
     needed = comparisons.select(*table.SETTING, *Evidence.model_fields)
-    return [_setting(group.to_dicts()) for _, group in needed.group_by(table.SETTING, maintain_order=True)]
+    groups = needed.group_by(table.SETTING, maintain_order=True)
+    return [_setting(group.to_dicts(), given_up or {}) for _, group in groups]
+
+
+def given_up(cells: pl.DataFrame, config: Config) -> dict[str, int]:
+    """Runs that failed as often as the protocol allows, and how often each was tried.
+
+    Args:
+        cells: one row per planned run (`cells.SCHEMA`).
+        config: of the study.
+    """
+    found = cells.filter(pl.col("state") == FAILED, pl.col("attempts") >= config.protocol.max_attempts)
+    return dict(found.select("run_id", "attempts").iter_rows())
 
 
 def aggregate(config: Config, planned: list[PlannedRun], results: Results) -> None:
     """Writes comparisons.parquet and recommendations.json from outcomes.parquet."""
-    comparisons = table.compare(of_outcomes(planned, results), table.baseline_of(config))
+    cells = of_outcomes(planned, results)
+    comparisons = table.compare(cells, table.baseline_of(config))
     comparisons.write_parquet(results.comparisons)
-    recommendations = recommend(comparisons)
+    recommendations = recommend(comparisons, given_up(cells, config))
     facts = {"format": FORMAT, "min_repeats": MIN_REPEATS, "min_nodes": MIN_NODES}
     members = [f'"{name}": {json.dumps(value)}' for name, value in facts.items()]
     members += [f'"defaults": {_lines(defaults(recommendations))}', f'"recommendations": {_lines(recommendations)}']
@@ -320,7 +343,7 @@ def _techniques(one: Evidence | None) -> list[str]:
     return one.techniques.split("+") if one and one.techniques else []
 
 
-def _setting(rows: list[dict[str, Any]]) -> Recommendation:
+def _setting(rows: list[dict[str, Any]], given_up: Mapping[str, int]) -> Recommendation:
     by_recipe: dict[str, list[Evidence]] = {}
     for row in rows:
         by_recipe.setdefault(row["recipe"], []).append(Evidence(**{name: row[name] for name in Evidence.model_fields}))
@@ -336,7 +359,7 @@ def _setting(rows: list[dict[str, Any]]) -> Recommendation:
         per_device_train_batch_size=named[0].per_device_train_batch_size if named else None,
         tied_with=[other.recipe for other in named[1:]],
         reason=reason + _beside(told, named[0] if named else None),
-        settled_by=_settled_by(verdict, evidence, versus),
+        settled_by=_settled_by(verdict, evidence, versus, given_up),
         versus=versus,
         evidence=[*evidence, *told],
     )
@@ -394,13 +417,19 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
     others = [one for one in evidence if not one.fits]
     pending = [one for one in others if one.pending]
     unclear = [one for one in others if one.contradictory]
+    late = [one for one in others if one.timed_out]
     beside = f" Not compared: {_endings(others)}." if others else ""
     if not fitting:
+        # What may yet fit is told first: of many recipes a sentence names the first alone.
+        endings = _endings(sorted(others, key=lambda one: (not one.timed_out, not one.pending)))
         if pending:
             some = "No recipe fits so far" if len(pending) < len(others) else "Nothing completed yet"
-            return "no_data", [], f"{some}: {_endings(others)}.", []
+            return "no_data", [], f"{some}: {endings}.", []
         if unclear:
-            return "contradictory", [], f"Nothing is known to fit; {_contradict(unclear)}: {_endings(others)}.", []
+            return "contradictory", [], f"Nothing is known to fit; {_contradict(unclear)}: {endings}.", []
+        if late:
+            number = f"of {len(late)} of {len(others)} recipes" if len(late) < len(others) else "of each recipe"
+            return "no_data", [], f"Nothing is known to fit; {number} only the time ran out: {endings}.", []
         return "nothing_fits", [], f"Nothing fits: {_endings(others)}.", []
     if mixed:
         sizes = len({one.recipe for one in mixed}) < len(mixed)
@@ -409,7 +438,7 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
         return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
     if not rivals:
-        verdict, why = _alone(best, others, pending, unclear)
+        verdict, why = _alone(best, others)
         return verdict, [best], f"{_timing(best)}{why}.{beside}", []
     versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
     told = [_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals[:MAX_NAMES])]
@@ -466,16 +495,18 @@ def _taken(chosen: Evidence, fastest: Evidence) -> str:
     )
 
 
-def _alone(
-    best: Evidence, others: list[Evidence], pending: list[Evidence], unclear: list[Evidence]
-) -> tuple[Verdict, str]:
+def _alone(best: Evidence, others: list[Evidence]) -> tuple[Verdict, str]:
     """Verdict on the one recipe that fits, and why, to follow its step time."""
+    unclear = [one for one in others if one.contradictory]
+    late = [one.recipe for one in others if one.timed_out]
     if not others:
         return "too_few_data", "; no other recipe is planned here"
-    if pending:
+    if any(one.pending for one in others):
         return "too_few_data", "; no other recipe completed yet"
     if unclear:
         return "contradictory", f"; {_contradict(unclear)}"
+    if late:
+        return "too_few_data", f"; whether {_names(late)} would fit is not known, since only the time ran out"
     if best.num_completed < MIN_REPEATS:
         return "too_few_data", f"; that no other one fits takes {MIN_REPEATS} runs of it"
     return "only_one_fits", " is the only one that fits"
@@ -530,7 +561,9 @@ def _in_blocks(first: list[str | None], second: list[str | None]) -> bool:
     return max(one) < min(two) or max(two) < min(one)
 
 
-def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]) -> list[str]:
+def _settled_by(
+    verdict: Verdict, evidence: list[Evidence], versus: list[Versus], given_up: Mapping[str, int]
+) -> list[str]:
     """Runs that are planned and missing and can change the verdict, then what else to add."""
     if verdict in ("ranked", "only_one_fits", "nothing_fits"):
         return []
@@ -539,9 +572,20 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
         return [f"remeasure {_names([one.recipe for one in fitting])} with one set of software"]
     if verdict == "contradictory":
         unclear = [one for one in evidence if one.contradictory]
-        return [f"another repeat of {one.recipe}: remeasure {i}" for one in unclear for i in one.ended_without]
+        return [
+            *(f"another repeat of {one.recipe}: remeasure {i}" for one in unclear for i in one.ended_without),
+            *_more_time(evidence),
+        ]
     # A recipe that ended without completing once does not fit, whatever its missing repeats do.
-    steps = [run_id for one in evidence if one.fits or one.pending for run_id in one.missing]
+    missing = [run_id for one in evidence if one.fits or one.pending for run_id in one.missing]
+    steps = [run_id for run_id in missing if run_id not in given_up]
+    steps += [
+        f"{run_id}: given up after {table.tries(given_up[run_id])}; the next call tries it again once its failure.json "
+        "is deleted, or remeasure it"
+        for run_id in missing
+        if run_id in given_up
+    ]
+    steps += _more_time(evidence)
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(evidence) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
@@ -558,6 +602,14 @@ def _settled_by(verdict: Verdict, evidence: list[Evidence], versus: list[Versus]
     if undated and any("started" in lack for lack in lacking):
         steps.append(f"remeasure {_names(undated)}: when they started is not known")
     return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
+
+
+def _more_time(evidence: list[Evidence]) -> list[str]:
+    """What shows whether recipes fit whose time ran out; where two fit, a ranking does without them."""
+    late = [run_id for one in evidence if one.timed_out for run_id in one.ended_without]
+    if not late or sum(one.fits for one in evidence) > 1:
+        return []
+    return [f"raise protocol.time_limit_minutes, then remeasure what ran out of time: {_names(late)}"]
 
 
 def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:

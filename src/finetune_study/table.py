@@ -212,6 +212,11 @@ def runs(number: int) -> str:
     return f"{number:,} {'run' if number == 1 else 'runs'}"
 
 
+def tries(number: int) -> str:
+    """For example `1 try`, `3 tries`."""
+    return f"{number:,} {'try' if number == 1 else 'tries'}"
+
+
 def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     """One row per configuration, in the order of the cells.
 

@@ -99,6 +99,11 @@ def unsupported(run: Run, reason: str) -> Record:
     return Record(run=run, ending=Ending(status="unsupported", reason=reason))
 
 
+def timed_out(run: Run) -> Record:
+    ending = Ending(status="timeout", reason="the time limit is over")
+    return Record(run=run, ending=ending, environment=environment(), duration_seconds=1800.0)
+
+
 def failure(run: Run, cause: str = "a bug", log_tail: str = "", attempt: int = 1) -> Failure:
     return Failure(run_id=run.run_id, attempt=attempt, cause=cause, log="results/launch.log", log_tail=log_tail)
 

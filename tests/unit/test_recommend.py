@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from finetune_study import outcome, recommend
+from finetune_study import outcome, recommend, table
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.record import Failure, Record
@@ -375,6 +375,56 @@ def test_nothing_fits(tmp_path: Path) -> None:
     one = the_only(study, tmp_path, *records)
     assert (one.verdict, one.recipe) == ("nothing_fits", None)
     assert one.reason == "Nothing fits: full (out of memory), lora (unsupported)."
+
+
+def test_a_timeout_proves_nothing_about_memory(tmp_path: Path) -> None:
+    """It is told before the many that are out of memory, and with more time it may fit."""
+    recipes = {f"r{n}": ["lora"] for n in range(10)}
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": [*recipes], "sequence_length": 128}
+    study = repeats(1, recipes=recipes, grid=[block])
+    *ran_out, last = handmade.runs(study).values()
+    one = the_only(study, tmp_path, *map(handmade.out_of_memory, ran_out), handmade.timed_out(last))
+    assert (one.verdict, one.recipe) == ("no_data", None)
+    assert one.reason.startswith(
+        "Nothing is known to fit; of 1 of 10 recipes only the time ran out: r9 (timeout), r0 (out of memory), "
+    )
+    assert one.settled_by == [f"raise protocol.time_limit_minutes, then remeasure what ran out of time: {last.run_id}"]
+    said = answer([one], recommend.defaults([one]))
+    assert "(nothing is known to fit yet)" in said[0].text
+    assert "nothing fits" not in " ".join(f"{text} {support}" for text, support in said).lower()
+
+
+def test_a_timeout_beside_an_out_of_memory_of_one_recipe_changes_nothing(tmp_path: Path) -> None:
+    study = repeats(2)
+    runs = handmade.runs(study)
+    ran_out = [handmade.out_of_memory(runs[recipe, 1]) for recipe in ("full", "lora")]
+    one = the_only(study, tmp_path, *ran_out, handmade.timed_out(runs["full", 2]))
+    assert (one.verdict, one.settled_by) == ("nothing_fits", [])
+
+
+def test_a_recipe_is_not_the_only_one_that_fits_where_the_time_of_another_ran_out(tmp_path: Path) -> None:
+    study = repeats(3)
+    late = [handmade.timed_out(run) for (recipe, _), run in handmade.runs(study).items() if recipe == "full"]
+    one = the_only(study, tmp_path, *timed(study, lora=(1.0, 1.01, 1.02)), *late)
+    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert "; whether full would fit is not known, since only the time ran out." in one.reason
+    (step,) = one.settled_by
+    assert step.startswith("raise protocol.time_limit_minutes, then remeasure") and late[0].run.run_id in step
+
+
+def test_a_run_that_is_given_up_is_not_one_that_the_next_call_makes(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    records = timed(study, full=(2.0, 2.01, 2.02), lora=(1.0,))
+    failures = [handmade.failure(runs["lora", 2], attempt=2), handmade.failure(runs["lora", 3], attempt=3)]
+    cells = handmade.frame(study, tmp_path, *records, *failures)
+    comparisons = table.compare(cells, table.baseline_of(study))
+    (one,) = recommend.recommend(comparisons, recommend.given_up(cells, study))
+    assert one.settled_by == [
+        runs["lora", 2].run_id,
+        f"{runs['lora', 3].run_id}: given up after 3 tries; the next call tries it again once its failure.json is "
+        "deleted, or remeasure it",
+    ]
 
 
 def test_no_data_yet(tmp_path: Path) -> None:

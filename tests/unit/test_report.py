@@ -251,6 +251,8 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
         ([["implied_oom"]], ("implied_oom", "")),
         ([["predicted_oom"]], ("predicted_oom", "")),
         ([["timeout"]], ("timeout", "")),
+        ([["predicted_oom"], ["implied_oom"], ["implied_oom"], ["timeout"]], ("timeout", "1 ≫ 2 ⇒ 1 ◷")),
+        ([["device_oom"], ["device_oom", "timeout"]], ("device_oom", "2 ✕ 1 ◷")),
         ([], ("not_run", "")),
     ],
 )

@@ -39,7 +39,7 @@ def gather(config: Config, cells: pl.DataFrame, options: str = "") -> page.Conte
     """Everything that the report says of a study; its figures are drawn from that."""
     comparisons = table.compare(cells, table.baseline_of(config))
     rows = comparisons.to_dicts()
-    recommendations = recommend.recommend(comparisons)
+    recommendations = recommend.recommend(comparisons, recommend.given_up(cells, config))
     defaults = recommend.defaults(recommendations)
     pairs = pair_module.pairs(config, rows, recommendations)
     return page.Contents(
@@ -93,9 +93,10 @@ def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, f
         StudyError: when the study has no such pair.
     """
     comparisons = table.compare(cells, table.baseline_of(config))
+    recommendations = recommend.recommend(comparisons, recommend.given_up(cells, config))
     every = {
         (pair.target, pair.hardware): pair
-        for pair in pair_module.pairs(config, comparisons.to_dicts(), recommend.recommend(comparisons))
+        for pair in pair_module.pairs(config, comparisons.to_dicts(), recommendations)
     }
     if (target, hardware) not in every:
         raise recommend.no_such_pair(target, hardware, every)

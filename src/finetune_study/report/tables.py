@@ -75,16 +75,20 @@ def size(gib: float) -> str:
 def how_it_failed(configurations: Iterable[list[str]]) -> tuple[str, str]:
     """The state that stands for configurations that did not fit, and how often each occurs, by its symbol.
 
-    What is still open comes first, since more runs may change it; then what happened most often. A missing repeat of
-    a configuration that did not complete once changes nothing, and is left out.
+    What is still open comes first, since more runs may change it; then a configuration of which only the time ran out,
+    which with more of it may fit; then what happened most often. A missing repeat of a configuration that did not
+    complete once changes nothing, and is left out.
 
     Args:
         configurations: how the repeats of each ended.
     """
-    told = Counter(state for states in configurations for state in that_count(states))
+    counted = [that_count(states) for states in configurations]
+    told = Counter(state for states in counted for state in states)
     found = told if set(told) == {"completed"} else Counter({s: n for s, n in told.items() if s != "completed"})
     found = found or Counter(["not_run"])
-    state = next((one for one in ("failed", "not_run") if found[one]), found.most_common(1)[0][0])
+    may_change = [one for one in ("failed", "not_run") if found[one]]
+    may_change += ["timeout"] if any({*states} == {"timeout"} for states in counted) else []
+    state = may_change[0] if may_change else found.most_common(1)[0][0]
     several = len(told) > 1
     return state, " ".join(f"{number} {STATES[name].symbol}" for name, number in told.items()) if several else ""
 
