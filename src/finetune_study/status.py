@@ -137,6 +137,8 @@ class Status:
     expected_gpu_hours: float | None
     """Of the runs without an outcome; None where nothing is known that they could be compared with."""
     num_left: int
+    """Runs that are still to be trained: not those that are given up, can't run here, or that others decide."""
+    num_given_up: int
     driver: str
     """Of the executor; empty where none has been at work."""
     problems: list[str] = field(default_factory=list)
@@ -156,7 +158,8 @@ def look(
     seen = (queue or squeue)([job.slurm_id for job in jobs if job.slurm_id])
     runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
     states = [_state(document) for document in runs.values()]
-    used, expected = _gpu_hours(study, runs)
+    left = [i for i in study.pending if not isinstance(runs[i], record.Record)]
+    used, expected = _gpu_hours(study, runs, left)
     failures = sorted((d for d in runs.values() if isinstance(d, record.Failure)), key=lambda one: one.started_at or "")
     return Status(
         counts=[(state, Counter(states)[state]) for state in STATES if state in states],
@@ -166,7 +169,8 @@ def look(
         num_failures=len(failures),
         used_gpu_hours=used,
         expected_gpu_hours=expected,
-        num_left=sum(state in ("failed", "not_run") for state in states),
+        num_left=len(left),
+        num_given_up=len(study.given_up),
         driver=_driver(ledger.parent / "lock"),
         problems=problems,
     )
@@ -212,8 +216,8 @@ def _state(document: Document) -> str:
     return "not_run" if document is None else "failed"
 
 
-def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float | None]:
-    """GPU-hours that the last tries took, and what those to come may take.
+def _gpu_hours(study: Study, runs: Mapping[str, Document], left: Iterable[str]) -> tuple[float, float | None]:
+    """GPU-hours that the last tries took, and what the runs that are left may take.
 
     The latter is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
     """
@@ -227,10 +231,9 @@ def _gpu_hours(study: Study, runs: Mapping[str, Document]) -> tuple[float, float
         used += hours
         if isinstance(document, record.Record):
             by_kind.setdefault(_kind(run), []).append(hours)
-    left = [study.run(i) for i in study.pending if not isinstance(runs.get(i), record.Record)]
     every = [hours for values in by_kind.values() for hours in values]
     expected = []
-    for run in left:
+    for run in map(study.run, left):
         predicted = study.predicted_cost(run.run_id)[0]
         like = by_kind.get(_kind(run)) or ([predicted] if predicted is not None else every)
         expected.append(sum(like) / len(like) if like else None)
@@ -384,10 +387,11 @@ def render(status: Status, now: float | None = None) -> Group:
         Text(f"{runs(total)}: " + ", ".join(f"{n} {STATES[state].words}" for state, n in status.counts))
     ]
     expected = "not known yet" if status.expected_gpu_hours is None else f"about {show(status.expected_gpu_hours)}"
+    given_up = f"; {status.num_given_up:,} given up" if status.num_given_up else ""
     parts.append(
         Text(
             f"GPU-hours: {show(status.used_gpu_hours)} used by the last try of each run; "
-            f"of {runs(status.num_left)} still to come: {expected}"
+            f"of {runs(status.num_left)} still to come: {expected}{given_up}"
         )
     )
     if status.driver:

@@ -409,7 +409,8 @@ def test_a_recipe_is_not_the_only_one_that_fits_where_the_time_of_another_ran_ou
     assert (one.verdict, one.recipe) == ("too_few_data", "lora")
     assert "; whether full would fit is not known, since only the time ran out." in one.reason
     (step,) = one.settled_by
-    assert step.startswith("raise protocol.time_limit_minutes, then remeasure") and late[0].run.run_id in step
+    assert step.startswith("raise protocol.time_limit_minutes, then remeasure")
+    assert late[0].run.run_id in step
 
 
 def test_a_run_that_is_given_up_is_not_one_that_the_next_call_makes(tmp_path: Path) -> None:

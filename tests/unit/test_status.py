@@ -77,6 +77,17 @@ def test_runs_are_counted_and_hours_expected_of_what_is_left(tmp_path: Path) -> 
     assert "GPU-hours: 0.0100 used by the last try of each run; of 1 run still to come: about 0.0100" in shown(seen)
 
 
+def test_a_run_that_is_given_up_is_not_still_to_come(tmp_path: Path) -> None:
+    found = study(tmp_path, handmade.completed(LORA, 1.0), handmade.failure(FULL, attempt=3))
+    seen = status.look(found, tmp_path / "none.jsonl", no_slurm)
+    assert seen.counts == [("completed", 1), ("failed", 1)]
+    assert (seen.num_left, seen.num_given_up, seen.expected_gpu_hours) == (0, 1, 0)
+    assert "of 0 runs still to come: about 0.00; 1 given up" in shown(seen)
+    again = status.look(study(tmp_path / "again", handmade.failure(FULL, attempt=2)), tmp_path / "none.jsonl", no_slurm)
+    assert (again.num_left, again.num_given_up) == (2, 0)
+    assert "given up" not in shown(again)
+
+
 def test_nothing_is_expected_where_nothing_is_known(tmp_path: Path) -> None:
     seen = status.look(study(tmp_path), tmp_path / "none.jsonl", no_slurm)
     assert seen.expected_gpu_hours is None
