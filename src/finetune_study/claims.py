@@ -1,5 +1,6 @@
 """What the literature claims, checked on this study's own numbers, and the decision tree walked with them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,11 +14,13 @@ from finetune_study.table import (
     Row,
     completed_everywhere,
     devices,
+    joined,
     micro_batch_order,
     one_kind,
     padded,
     ratio_of,
     show,
+    show_ratio,
 )
 
 Answer = Literal["holds", "does not hold", "not enough data"]
@@ -48,6 +51,8 @@ class Comparison:
     speaks_for: bool | None
     """None: it decides nothing, for example because the interval holds both answers."""
     run_ids: tuple[str, ...] = ()
+    against: str = ""
+    """Which of several things speaks against the claim here."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,13 @@ class Claim:
     @cached_property
     def number_for(self) -> int:
         return sum(one.speaks_for is True for one in self.deciding)
+
+    @cached_property
+    def tally(self) -> str:
+        """How many comparisons speak for it; of those against it, by what, where that has kinds."""
+        kinds = Counter(one.against for one in self.deciding if one.speaks_for is False and one.against)
+        against = f"; against it: {joined(f'{number} where {kind}' for kind, number in kinds.items())}" if kinds else ""
+        return f"{self.number_for} of {len(self.deciding)} for it{against}"
 
     @cached_property
     def answer(self) -> Answer:
@@ -149,8 +161,8 @@ def _all(*sides: bool | None) -> bool | None:
 def _text(name: str, found: tuple[float, float | None, float | None] | None) -> str:
     if found is None:
         return f"{name}: no number"
-    spread = f" ({show(found[1])} to {show(found[2])})" if found[1] is not None else " (no interval)"
-    return f"{name} × {show(found[0])}{spread}"
+    value, low, high = show_ratio(*found)
+    return f"{name} × {value} ({low} to {high})" if low else f"{name} × {value} (no interval)"
 
 
 def _pair_text(first: Row, second: Row, *parts: str) -> str:
@@ -257,12 +269,12 @@ def _very_large(rows: list[Row]) -> Claim:
         "For models of tens of billions of parameters ZeRO-3, LoRA and gradient checkpointing together avoid running "
         "out of memory where lesser mixes do not.",
         PAPER,
-        "The mix completes, every recipe that has fewer of the three and is the same otherwise (the host's memory "
-        "used, or not) has an outcome, none of them completes and at least one ran out of memory. Against it speaks "
-        "that one of them completes, or that the mix ran out itself.",
+        "On several GPUs, since ZeRO-3 shards nothing on one: the mix completes, every recipe that has fewer of the "
+        "three and is the same otherwise (the host's memory used, or not) has an outcome, none of them completes "
+        "and at least one ran out of memory. Against it speaks that one of them completes, or that the mix ran out itself.",
     )
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
-    for group in _settings(row for row in rows if row["target"] in large):
+    for group in _settings(row for row in rows if row["target"] in large and row["num_gpus"] > 1):
         by_rest: dict[frozenset[str], list[Row]] = {}
         for row in group:
             by_rest.setdefault(techniques(row) - _THREE - _LESSER_SHARDING, []).append(row)
@@ -287,7 +299,8 @@ def _mix_against_lesser(rows: list[Row]) -> Comparison | None:
     what += f", {len(fitting)} fit"
     what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
     what += f", {len(unanswered)} have no outcome" if unanswered else ""
-    return Comparison(where(mixes[0]), what, speaks, _ids(mixes[0]))
+    against = "" if speaks is not False else "a lesser mix fits" if fitting else "the mix ran out of memory itself"
+    return Comparison(where(mixes[0]), what, speaks, _ids(mixes[0]), against)
 
 
 def _flash_long(rows: list[Row]) -> Claim:

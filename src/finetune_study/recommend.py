@@ -18,7 +18,7 @@ from finetune_study.ratio import Repeat, ratio, student
 from finetune_study.record import write_atomically
 from finetune_study.section import Section
 from finetune_study.states import OPEN, ended_without, in_words
-from finetune_study.table import show
+from finetune_study.table import show, show_ratio
 
 FORMAT = 5
 """Version of recommendations.json."""
@@ -150,7 +150,8 @@ class Versus(Section):
 
     @property
     def numbers(self) -> str:
-        return f"{self.recipe} × {show(self.ratio)}, {show(self.low)} to {show(self.high)}"
+        ratio, low, high = show_ratio(self.ratio, self.low, self.high)
+        return f"{self.recipe} × {ratio}, {low} to {high}"
 
 
 class Recommendation(Section):
@@ -662,7 +663,8 @@ def _timing(one: Evidence, versus: Versus | None = None) -> str:
 def _ratio(versus: Versus | None) -> str:
     if versus is None or versus.low is None or versus.high is None:
         return ""
-    return f"; ratio {show(versus.ratio)}, {show(versus.low)} to {show(versus.high)}"
+    value, low, high = show_ratio(versus.ratio, versus.low, versus.high)
+    return f"; ratio {value}, {low} to {high}"
 
 
 def _endings(group: list[Evidence]) -> str:

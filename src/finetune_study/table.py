@@ -201,6 +201,18 @@ def show(value: float | None, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
+def show_ratio(value: float, low: float | None, high: float | None) -> tuple[str, str, str]:
+    """A ratio and its interval for a reader: as `show`, or with the digits that tell on which side of 1 each is.
+
+    An interval that leaves out 1 by little, such as 1.0008 to 1.0012, would else read as 1.00 to 1.00.
+    """
+    known = [one for one in (value, low, high) if one is not None]
+    if low is None or high is None or low <= 1 <= high or all(f"{one:.2f}" != "1.00" for one in known):
+        return show(value), show(low), show(high)
+    decimals = next((d for d in range(2, 6) if all(float(f"{one:.{d}f}") != 1 for one in known)), 6)
+    return f"{value:.{decimals}f}", f"{low:.{decimals}f}", f"{high:.{decimals}f}"
+
+
 def joined(parts: Iterable[str]) -> str:
     """For example `a, b and c`."""
     *first, last = [*parts] or [""]

@@ -198,6 +198,30 @@ def test_very_large_counts_what_its_criterion_says(tmp_path: Path) -> None:
         assert one.speaks_for is speaks, name
 
 
+def test_very_large_counts_where_zero3_can_shard_and_says_what_speaks_against(tmp_path: Path) -> None:
+    recipes: dict[str, Any] = {
+        "zero3-lora": {"zero3": {}, "lora": {}},
+        "zero3-lora-gc": {"zero3": {}, "lora": {}, "gradient_checkpointing": {}},
+    }
+    large = {"total_parameters": 70_000_000_000}
+    numbers: dict[tuple[str, int], tuple[float, float] | None] = {
+        ("zero3-lora", 128): (1.0, 60.0),
+        ("zero3-lora-gc", 128): (1.0, 50.0),
+        ("zero3-lora", 256): None,
+        ("zero3-lora-gc", 256): (1.0, 70.0),
+        ("zero3-lora", 512): None,
+        ("zero3-lora-gc", 512): None,
+    }
+    config = study(recipes, [128, 256, 512])
+    found = checked(config, tmp_path / "two", numbers, **large)["very-large"]
+    assert (
+        found.tally
+        == "1 of 3 for it; against it: 1 where a lesser mix fits and 1 where the mix ran out of memory itself"
+    )
+    alone = checked(study(recipes, [128, 256, 512], num_gpus=1), tmp_path / "one", numbers, **large)["very-large"]
+    assert alone.comparisons == []
+
+
 def test_very_large_mixes_are_compared_with_those_that_use_the_host_alike(tmp_path: Path) -> None:
     """The paper keeps optimizer states on the host throughout."""
     recipes: dict[str, Any] = {

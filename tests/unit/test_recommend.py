@@ -62,6 +62,16 @@ def test_three_repeats_that_do_not_overlap_are_ranked(tmp_path: Path) -> None:
     assert (versus.recipe, versus.num_nodes, versus.differs, versus.too_few) == ("full", 3, True, None)
 
 
+def test_a_ranking_by_little_shows_how_little(tmp_path: Path) -> None:
+    study = repeats(3)
+    seconds = {"full": 1.001, "lora": 1.0}
+    one = the_only(
+        study, tmp_path, *placed(study, **{name: [(node, s) for node in "abc"] for name, s in seconds.items()})
+    )
+    assert (one.verdict, one.recipe) == ("ranked", "lora")
+    assert "; ratio 1.001, 1.001 to 1.001)" in one.reason
+
+
 def test_overlapping_spreads_are_a_tie(tmp_path: Path) -> None:
     study = repeats(3)
     one = the_only(study, tmp_path, *timed(study, full=(1.0, 1.1, 1.2), lora=(0.95, 1.0, 1.05)))

@@ -698,7 +698,7 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
         "The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
         "on cpu. Nothing that was tried fits in "
     )
-    found = {target: (at.num_gpus, recipe) for (target, _), (at, recipe) in longest(recommendations).items()}
+    found = {target: (one.at.num_gpus, one.recipe) for (target, _), one in longest(recommendations).items()}
     assert found == {"tiny-1": (1, "full"), **dict.fromkeys(names[1:-1], (2, "lora"))}
     two = [one for one in recommendations if one.target in names[:2]]
     assert answer(two, defaults[:2])[1].support.startswith(
@@ -706,6 +706,16 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
         "(lora)."
     )
     assert cost.text.startswith("An epoch, one pass over the training data, costs ")
+    short = [one for one in recommendations if one.sequence_length < 512]
+    assert answer(short, defaults)[1].support.startswith(
+        "The longest context that is known to fit is 256 (the longest tried) for tiny-2, tiny-3, tiny-4 and tiny-5 on "
+        "cpu; 128 for tiny-1 on cpu."
+    )
+    waiting = [d for d in documents if isinstance(d, Record) and d.run.sequence_length < 512]
+    assert all(
+        one.none_longer_tried is (target != "tiny-1")
+        for (target, _), one in longest(said(study, tmp_path / "waiting", *waiting)[0]).items()
+    )
     (_, beyond, _) = answer(
         *said(study, tmp_path / "none", *(handmade.out_of_memory(d.run) for d in handmade.planned(study)))
     )

@@ -193,3 +193,20 @@ def test_numbers_are_shown_with_three_digits(value: float | None, text: str) -> 
 def test_a_unit_follows_a_number_and_never_stands_alone() -> None:
     assert table.show(1.5, "s") == "1.50 s"
     assert table.show(None, "s") == ""
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        ((2.0, 1.781, 2.25), ("2.00", "1.78", "2.25")),
+        ((1.001, 0.999, 1.003), ("1.00", "0.999", "1.00")),
+        ((1.001, 1.001, 1.001), ("1.001", "1.001", "1.001")),
+        ((1.2, 1.0004, 1.44), ("1.2000", "1.0004", "1.4400")),
+        ((0.9996, 0.9994, 0.9998), ("0.9996", "0.9994", "0.9998")),
+        ((1.001, None, None), ("1.00", "", "")),
+    ],
+)
+def test_a_ratio_that_leaves_out_1_is_not_shown_as_1(
+    ratio: tuple[float, float | None, float | None], text: tuple[str, str, str]
+) -> None:
+    assert table.show_ratio(*ratio) == text

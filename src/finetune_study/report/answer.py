@@ -158,16 +158,37 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> S
     return Sentence(text, " ".join(filter(None, [_longest(recommendations), none])))
 
 
-def longest(recommendations: list[Recommendation]) -> dict[tuple[str, str], tuple[Recommendation, str]]:
-    """The longest context that fits each model on each hardware, on the fewest GPUs that it does on, and a recipe."""
+class Longest(NamedTuple):
+    """The longest context that fits a model on some hardware, on the fewest GPUs that it does on."""
+
+    at: Recommendation
+    recipe: str
+    """One that fits there."""
+    none_longer_tried: bool
+    """No longer one has an outcome: it may fit."""
+
+    @property
+    def in_words(self) -> str:
+        return f"{self.at.sequence_length}{' (the longest tried)' if self.none_longer_tried else ''}"
+
+
+def longest(recommendations: list[Recommendation]) -> dict[tuple[str, str], Longest]:
+    """The longest context that fits, of each model on each hardware that one fits on."""
     found: dict[tuple[str, str], Recommendation] = {}
+    tried: dict[tuple[str, str], int] = {}
     for one in recommendations:
+        if not all(evidence.pending for evidence in one.evidence):
+            tried[_pair(one)] = max(one.sequence_length, tried.get(_pair(one), 0))
         if any(evidence.fits for evidence in one.evidence):
             best = found.get(_pair(one), one)
             found[_pair(one)] = min(best, one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
     # Where none can be named, as of runs that are not compared, the first that fits shows that one does.
     return {
-        pair: (at, at.recipe or next(evidence.recipe for evidence in at.evidence if evidence.fits))
+        pair: Longest(
+            at,
+            at.recipe or next(evidence.recipe for evidence in at.evidence if evidence.fits),
+            tried[pair] <= at.sequence_length,
+        )
         for pair, at in found.items()
     }
 
@@ -178,14 +199,14 @@ def _longest(recommendations: list[Recommendation]) -> str:
         return ""
     if len(found) <= MAX_DETAILED:
         named = [
-            f"{at.sequence_length} for {target} on {devices(hardware, at.num_gpus, at.nodes)} ({recipe})"
-            for (target, hardware), (at, recipe) in found.items()
+            f"{one.in_words} for {target} on {devices(hardware, one.at.num_gpus, one.at.nodes)} ({one.recipe})"
+            for (target, hardware), one in found.items()
         ]
     else:
-        contexts: dict[int, list[tuple[str, str]]] = {}
-        for pair, (at, _) in found.items():
-            contexts.setdefault(at.sequence_length, []).append(pair)
-        named = [f"{length} for {_places(pairs)}" for length, pairs in sorted(contexts.items(), reverse=True)]
+        contexts: dict[str, list[tuple[str, str]]] = {}
+        for pair, one in sorted(found.items(), key=lambda item: -item[1].at.sequence_length):
+            contexts.setdefault(one.in_words, []).append(pair)
+        named = [f"{length} for {_places(pairs)}" for length, pairs in contexts.items()]
     return f"The longest context that is known to fit is {'; '.join(named)}."
 
 

@@ -24,7 +24,7 @@ from finetune_study.report.grammar import (
 from finetune_study.report.pair import MAX_PAIRS, Pair
 from finetune_study.report.tables import against_limit, how_it_failed, some
 from finetune_study.states import STATES, in_words
-from finetune_study.table import Row, count, devices, runs, show
+from finetune_study.table import Row, count, devices, runs, show, show_ratio
 
 MIN_WIDTH, PADDING = 84, 18
 """Of a cell, and beside its text, pixels."""
@@ -146,8 +146,8 @@ def _why(one: Recommendation, best: Evidence, limit: float) -> list[tuple[str, s
 
 
 def _ratio(versus: Versus) -> str:
-    interval = f" ({show(versus.low)} to {show(versus.high)})" if versus.low is not None else ""
-    return f"{versus.recipe} {show(versus.ratio)}{interval}"
+    ratio, low, high = show_ratio(versus.ratio, versus.low, versus.high)
+    return f"{versus.recipe} {ratio}" + (f" ({low} to {high})" if low else "")
 
 
 def _endings(evidence: list[Evidence], limit: float) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ def markdown(contents: Contents) -> str:
     decided = [claim for claim in contents.claims if claim.deciding]
     if decided:
         lines += ["Claims of the literature:", ""]
-        lines += [f"- **{c.answer}** ({c.number_for} of {len(c.deciding)}): {c.statement}" for c in decided]
+        lines += [f"- **{c.answer}** ({c.tally}): {c.statement}" for c in decided]
         lines.append("")
     return "\n".join(lines)
 
