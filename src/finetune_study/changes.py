@@ -18,7 +18,7 @@ from finetune_study.errors import StudyError
 from finetune_study.ratio import Ratio
 from finetune_study.record import write_atomically
 from finetune_study.states import in_words
-from finetune_study.table import CONFIGURATION, Row, completed_everywhere, ratio_of, show
+from finetune_study.table import BETWEEN, CONFIGURATION, PROVENANCE, Row, completed_everywhere, ratio_of, show
 
 ORDER = ("better", "worse", "differs", "same", "not known")
 """Of a change; the first two are what a reader looks for."""
@@ -163,14 +163,13 @@ def _change(now: Row, then: Row) -> Row:
     }
 
 
-_OTHER = ("not known", "weights, data or effective batch differ: not compared")
+_OTHER = ("not known", "device, weights, data or effective batch differ: not compared")
 
 
 def _kinds(row: Row) -> list[set[str]]:
-    """What is known of software, weights, data and effective batch of the repeats that ended (`table.provenance`)."""
-    kinds = [kind.split(" ") for kind in row["provenance_of_ended"]]
-    parts = [(words[0], " ".join(words[1:-2]), words[-2], words[-1]) for words in kinds]
-    return [{*column} - {"unknown"} for column in zip(*parts, strict=True)] or [set() for _ in range(4)]
+    """What is known of each of `table.PROVENANCE` of the repeats that ended, software first."""
+    kinds = [kind.split(BETWEEN) for kind in row["provenance_of_ended"]]
+    return [{*column} - {"unknown"} for column in zip(*kinds, strict=True)] or [set() for _ in PROVENANCE]
 
 
 def _software(now: Row, then: Row) -> str:

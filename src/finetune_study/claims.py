@@ -271,7 +271,8 @@ def _very_large(rows: list[Row]) -> Claim:
         PAPER,
         "On several GPUs, since ZeRO-3 shards nothing on one: the mix completes, every recipe that has fewer of the "
         "three and is the same otherwise (the host's memory used, or not) has an outcome, none of them completes "
-        "and at least one ran out of memory. Against it speaks that one of them completes, or that the mix ran out itself.",
+        "and at least one ran out of memory. Against it speaks that one of them completes, or that the mix "
+        "ran out itself.",
     )
     large = {row["target"] for row in rows if (row["total_parameters"] or 0) >= VERY_LARGE}
     for group in _settings(row for row in rows if row["target"] in large and row["num_gpus"] > 1):

@@ -45,8 +45,8 @@ VERDICTS: dict[Verdict, str] = {
     "never completed.",
     "contradictory": "At most one recipe fits, and repeats of another contradict each other: some completed, some did "
     "not.",
-    "not_comparable": "Runs with different software, weights, data or effective batch are not compared; measure them "
-    "again.",
+    "not_comparable": "Runs with different software, devices, weights, data or effective batch are not compared; "
+    "measure them again.",
     "nothing_fits": "Every recipe has an outcome, and none completed.",
     "no_data": "No recipe is known to fit, and some have no outcome yet, or ran out of time, which proves nothing.",
 }
@@ -387,7 +387,7 @@ def _beside(packed: list[Evidence], best: Evidence | None) -> str:
 
 
 def _one_kind(group: list[Evidence]) -> bool:
-    """Whether all had the same software, weights, data and effective batch."""
+    """Whether all had the same software, device, weights, data and effective batch."""
     return len({kind for one in group for kind in one.provenance}) <= 1
 
 
@@ -435,7 +435,7 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
     if mixed:
         sizes = len({one.recipe for one in mixed}) < len(mixed)
         names = ", ".join(one.recipe + (f" at micro-batch {one.micro_batch}" if sizes else "") for one in mixed)
-        differ = "not all with the same software, weights, data and effective batch"
+        differ = "not all with the same software, device, weights, data and effective batch"
         return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
     best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
     if not rivals:
@@ -570,7 +570,7 @@ def _settled_by(
         return []
     fitting = [one for one in evidence if one.fits]
     if verdict == "not_comparable":  # no missing run makes those comparable that are there
-        return [f"remeasure {_names([one.recipe for one in fitting])} with one set of software"]
+        return [f"remeasure {_names([one.recipe for one in fitting])} with one set of software, on one kind of device"]
     if verdict == "contradictory":
         unclear = [one for one in evidence if one.contradictory]
         return [

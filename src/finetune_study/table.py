@@ -37,8 +37,8 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "num_repeats": (pl.Int64, "Repeats that are planned."),
     "num_completed": (
         pl.Int64,
-        "Repeats that completed; every number is over these alone, and empty where their software, weights or data "
-        "differ.",
+        "Repeats that completed; every number is over these alone, and empty where their software, device, "
+        "weights, data or effective batch differ.",
     ),
     "states": (pl.List(pl.String), "How each repeat ended, or `failed` or `not_run`."),
     "step_time_seconds_median": (pl.Float64, "Median over the repeats of their median step time, seconds."),
@@ -50,7 +50,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "peak_memory_gib_max": (pl.Float64, "Largest peak memory of a repeat, GiB."),
     "provenance": (
         pl.List(pl.String),
-        "Software, weights, data and effective batch of the completed repeats, one entry per kind.",
+        "Software, device, weights, data and effective batch of the completed repeats, one entry per kind.",
     ),
     "provenance_of_ended": (pl.List(pl.String), "The same of every repeat that ended, however it did."),
     "run_ids": (pl.List(pl.String), "Every repeat, in the order of `states`."),
@@ -119,7 +119,7 @@ def completed_everywhere(row: Row) -> bool:
 
 
 def one_kind(rows: Iterable[Row]) -> bool:
-    """Whether the completed runs of all these had the same software, weights, data and effective batch."""
+    """Whether the completed runs of all these had the same software, device, weights, data and effective batch."""
     return len({kind for row in rows for kind in row["provenance"]}) <= 1
 
 
@@ -163,10 +163,16 @@ def peak_memory() -> pl.Expr:
     return pl.coalesce("peak_memory_allocated_gib", "peak_device_used_gib")
 
 
+PROVENANCE = ("software_sha256", "gpu_name", "model_source", "data_sha256", "effective_batch_size")
+"""Columns of the outcomes that must be equal for numbers to be compared: one hardware entry may have several."""
+BETWEEN = " | "
+"""Parts of a provenance: the name of a device, and of a source, holds spaces."""
+
+
 def provenance() -> pl.Expr:
-    """What must be equal for numbers to be compared: software, source of the weights, data, effective batch."""
-    parts = ("software_sha256", "model_source", "data_sha256", "effective_batch_size")
-    return pl.concat_str([pl.col(name).cast(pl.String).fill_null("unknown") for name in parts], separator=" ")
+    """What must be equal for numbers to be compared: software, device, source of the weights, data, batch."""
+    parts = [pl.col(name).cast(pl.String).fill_null("unknown") for name in PROVENANCE]
+    return pl.concat_str(parts, separator=BETWEEN)
 
 
 def micro_batch_order(row: Row) -> int:
@@ -232,8 +238,8 @@ def tries(number: int) -> str:
 def compare(cells: pl.DataFrame, baseline: str) -> pl.DataFrame:
     """One row per configuration, in the order of the cells.
 
-    Numbers of runs with different software, weights or data are never brought together: repeats that differ in them
-    have no statistics, and a recipe that differs in them from its baseline has no ratio; `not_compared` says so.
+    Numbers of runs with different software, devices, weights or data are never brought together: repeats that differ in
+    them have no statistics, and a recipe that differs in them from its baseline has no ratio; `not_compared` says so.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
@@ -314,7 +320,7 @@ def _why_not_compared() -> pl.Expr:
         pl.when(pl.col("num_completed") == 0)
         .then(None)
         .when(own.list.len() > 1)
-        .then(pl.lit("software, weights, data or effective batch differ between its repeats"))
+        .then(pl.lit("software, device, weights, data or effective batch differ between its repeats"))
         .when(pl.col("baseline_num_completed").is_null())
         .then(pl.lit("the baseline is not planned here"))
         .when(pl.col("baseline_num_completed") == 0)
@@ -322,7 +328,7 @@ def _why_not_compared() -> pl.Expr:
         .when(pl.col("is_packed") != pl.col("baseline_is_packed"))
         .then(pl.lit("a step holds more examples where they are packed: compare real_tokens_per_second_median"))
         .when(~same_provenance)
-        .then(pl.lit("software, weights, data or effective batch differ from the baseline's"))
+        .then(pl.lit("software, device, weights, data or effective batch differ from the baseline's"))
         .otherwise(None)
     )
 

@@ -72,8 +72,12 @@ def test_other_data_are_not_compared_and_other_software_is(tmp_path: Path) -> No
         record.environment["data"] = {"sha256": "e" * 64}
     assert compared(tmp_path, other_data, then)["full"] == (
         "not known",
-        "weights, data or effective batch differ: not compared",
+        "device, weights, data or effective batch differ: not compared",
     )
+    elsewhere = timed("full", 1.0, 1.01, 1.02)
+    for record in elsewhere:
+        record.environment["device_name"] = "Another CPU"
+    assert compared(tmp_path / "device", elsewhere, then)["full"][1].startswith("device, weights, data or effective")
     newer = timed("full", 1.0, 1.01, 1.02, software="b" * 64)
     assert compared(tmp_path / "b", newer, then)["full"] == ("better", "step time × 0.500")
 

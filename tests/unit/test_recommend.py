@@ -444,6 +444,16 @@ def test_no_data_yet(tmp_path: Path) -> None:
     assert (one.verdict, one.recipe) == ("no_data", None)
 
 
+def test_devices_that_differ_inside_a_hardware_entry_are_never_ranked(tmp_path: Path) -> None:
+    study = repeats(3)
+    runs = handmade.runs(study)
+    other = [handmade.completed(runs["lora", n], 1.0, device="Another CPU") for n in (1, 2, 3)]
+    one = the_only(study, tmp_path, *timed(study, full=(2.0, 2.0, 2.0)), *other)
+    assert (one.verdict, one.recipe) == ("not_comparable", None)
+    assert "not all with the same software, device, weights" in one.reason
+    assert one.settled_by == ["remeasure full, lora with one set of software, on one kind of device"]
+
+
 def test_differing_software_is_never_ranked(tmp_path: Path) -> None:
     study = repeats(3)
     runs = handmade.runs(study)
@@ -474,7 +484,7 @@ def test_micro_batches_with_differing_software_are_not_chosen_between(tmp_path: 
     assert "full at micro-batch 1, full at micro-batch 2" in one.reason
     assert "not all with the same software" in one.reason
     assert {e.recipe: e.micro_batch for e in one.evidence}["full"] == "1"
-    assert one.settled_by == ["remeasure full, lora with one set of software"]
+    assert one.settled_by == ["remeasure full, lora with one set of software, on one kind of device"]
 
 
 def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_repeats_of_one_recipe_with_differing_software_give_a_page_with_a_warnin
         for number, digest in ((1, "a"), (2, "b"))
     ]
     seen = Text(built(study, tmp_path, *documents)).text
-    assert "Software, weights or data differ among runs of one setting." in seen
+    assert "Software, device, weights or data differ among runs of one setting." in seen
     assert "completed runs differ in software (" in seen
     contents = report.gather(study, handmade.frame(study, tmp_path))
     assert contents.costs == []
@@ -341,12 +341,19 @@ def test_labels_of_a_figure(states: list[str], value: float | None, expected: st
     assert grammar.label(row, value, "s") == expected
 
 
+def test_differing_devices_are_warned_of(tmp_path: Path) -> None:
+    records = [handmade.completed(FULL, 2.0), handmade.completed(LORA, 1.0, device="Another CPU @ 3.0GHz")]
+    text = Text(built(STUDY, tmp_path, *records)).text
+    assert "completed runs differ in device ( Some CPU @ 2.5GHz , Another CPU @ 3.0GHz )" in text
+    assert "not comparable" in text
+
+
 def test_differing_software_is_warned_of(tmp_path: Path) -> None:
     records = [handmade.completed(FULL, 2.0), handmade.completed(LORA, 1.0, software="b" * 64)]
     text = Text(built(STUDY, tmp_path, *records)).text
-    assert "Software, weights or data differ among runs of one setting." in text
+    assert "Software, device, weights or data differ among runs of one setting." in text
     assert "completed runs differ in software ( aaaaaaaaaaaa , bbbbbbbbbbbb )" in text
-    assert "software, weights, data or effective batch differ from the baseline's" in text
+    assert "software, device, weights, data or effective batch differ from the baseline's" in text
     assert "not comparable" in text
 
 

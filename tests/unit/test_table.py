@@ -83,7 +83,7 @@ def test_recipes_with_differing_software_are_never_compared(tmp_path: Path) -> N
     assert full["step_time_ratio"] == 1.0
     assert lora["step_time_seconds_median"] == 1.0
     assert (lora["step_time_ratio"], lora["peak_memory_ratio"]) == (None, None)
-    assert lora["not_compared"] == "software, weights, data or effective batch differ from the baseline's"
+    assert lora["not_compared"] == "software, device, weights, data or effective batch differ from the baseline's"
 
 
 def test_unknown_software_is_not_taken_for_the_same(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_repeats_with_differing_software_are_not_pooled(tmp_path: Path) -> None:
     runs = handmade.runs(THRICE)
     records = [handmade.completed(runs["full", 1], 2.0), handmade.completed(runs["full", 2], 1.0, software="b" * 64)]
     full = handmade.compared(THRICE, tmp_path, *records).row(0, named=True)
-    assert [one.split()[0] for one in full["provenance"]] == ["a" * 64, "b" * 64]
-    assert full["not_compared"] == "software, weights, data or effective batch differ between its repeats"
+    assert [one.split(table.BETWEEN)[0] for one in full["provenance"]] == ["a" * 64, "b" * 64]
+    assert full["not_compared"] == "software, device, weights, data or effective batch differ between its repeats"
     assert full["num_completed"] == 2
     for column in full:
         if column.endswith(("_median", "_min", "_max", "_ratio")):

@@ -119,7 +119,7 @@ _NONE = {
     "nothing_fits": "nothing that was tried fits",
     "no_data": "nothing is known to fit yet",
     "contradictory": "repeats contradict each other",
-    "not_comparable": "the runs differ in software, weights or data",
+    "not_comparable": "the runs differ in software, device, weights or data",
 }
 """Why no recipe is named, by verdict."""
 

@@ -208,10 +208,12 @@ def for_page(svg: str) -> str:
 
 
 def mixed_provenance(cells: pl.DataFrame) -> list[dict[str, Any]]:
-    """Settings whose completed runs differ in software, weights or data, with what each of them was."""
+    """Settings whose completed runs differ in software, device, weights or data, with what each of them was."""
     completed = cells.filter(pl.col("state") == "completed")
     seen = completed.group_by(SETTING, maintain_order=True).agg(
-        pl.col("software_sha256", "model_source", "data_sha256").fill_null("unknown").unique(maintain_order=True),
+        pl.col("software_sha256", "gpu_name", "model_source", "data_sha256")
+        .fill_null("unknown")
+        .unique(maintain_order=True),
         differs=table.provenance().n_unique() > 1,
     )
     return seen.filter("differs").to_dicts()
