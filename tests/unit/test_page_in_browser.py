@@ -125,6 +125,31 @@ def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -
     assert page.locator("#find").evaluate("(it) => it === document.activeElement")
 
 
+def test_the_search_finds_each_word_wherever_the_row_has_it(opened: Opened) -> None:
+    page = opened.page
+
+    def found(words: str) -> str:
+        page.fill("#find", words)
+        return str(page.locator("#place").inner_text()).partition(" of ")[2]
+
+    for state in ("completed", "timeout", "device_oom"):
+        page.select_option("select[data-filter=state]", state)
+        every = found("")
+        page.select_option("select[data-filter=state]", "")
+        assert int(every.replace(",", "")) > 0
+        assert found(state) == every
+        words = str(page.locator(f"select[data-filter=state] option[value={state}]").inner_text())
+        page.select_option("select[data-filter=state]", state)
+        assert found(words.upper()) == every, "as the table says it"
+        page.select_option("select[data-filter=state]", "")
+    found("zero3-lora  llama2-70b a100")
+    assert {*opened.column("Target")} == {"llama2-70b"}
+    assert {*opened.column("Hardware")} == {"a100-80gb"}
+    assert all("zero3-lora" in recipe for recipe in opened.column("Recipe"))
+    found("llama2-70b llama2-7b")
+    assert page.locator("#place").inner_text() == "no run"
+
+
 def test_a_click_anywhere_in_a_row_opens_its_run(opened: Opened) -> None:
     page = opened.page
     page.locator("#rows tr").nth(2).locator("td").nth(3).click()

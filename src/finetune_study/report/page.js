@@ -133,7 +133,7 @@ function start(study) {
     return made;
   };
 
-  // Filters: a choice for each of some columns, and a word anywhere in the names.
+  // Filters: a choice for each of some columns, and words anywhere in the status, the names and the reasons.
   const filters = study.filters.map((name) => {
     const title = study.table.find((one) => one.name === name)?.title ?? name;
     const label = element("label", title);
@@ -167,17 +167,24 @@ function start(study) {
   });
 
   let order = { column: null, direction: 1 }, first = 0, view = [];
-  const searched = ["run_id", "techniques", "reason", "failure_cause", "host", "slurm_job_id"].filter((name) => get[name]);
+  const searched = ["state", "target", "hardware", "recipe", "run_id", "techniques", "reason", "failure_cause", "host", "slurm_job_id"]
+    .filter((name) => get[name]);
+  let texts; // what is searched of each run, put together at the first search
+  function text(i) {
+    const parts = searched.map((name) => value(name, i)).filter((part) => part !== null);
+    return [...parts, study.states[value("state", i)]?.words].join("\n").toLowerCase();
+  }
 
   function refresh(changed) {
     if (changed) {
       first = 0;
       const wanted = filters.filter(({ select }) => select.value !== "");
-      const word = by("find").value.trim().toLowerCase();
+      const words = by("find").value.toLowerCase().split(/\s+/).filter(Boolean); // each may be anywhere
+      if (words.length) texts ??= Array.from({ length: study.count }, (_, i) => text(i));
       view = [];
       for (let i = 0; i < study.count; i++) {
         if (wanted.every(({ name, select }) => String(value(name, i)) === select.value)
-          && (!word || searched.some((name) => String(value(name, i) ?? "").toLowerCase().includes(word)))) view.push(i);
+          && words.every((word) => texts[i].includes(word))) view.push(i);
       }
       if (order.column !== null) {
         const read = get[order.column];
