@@ -16,6 +16,15 @@ FAILED = "failed"
 NOT_RUN = "not_run"
 """There was no try yet."""
 
+CONTROL = (
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"  # Bidi_Control, Unicode Standard Annex 9
+)
+"""What a text of a program could do something with to its reader: characters of control, and of the direction of text,
+which show it in another order than it has."""
+_OF_PROGRAMS = ("reason", "failure_cause", "failure_log_tail", "log_tail")
+"""Columns of what programs wrote, whatever it is."""
+
 COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     **outcome.COLUMNS,
     "state": (pl.String, "The status of the outcome; `failed` or `not_run` where there is none."),
@@ -39,7 +48,7 @@ def cells(config_plan: list[PlannedRun], results: Results, hardware: dict[str, H
         results: the study's results.
         hardware: entries of the config, for their prices.
     """
-    return _frame([_read(planned, results, hardware) for planned in config_plan])
+    return _readable(_frame([_read(planned, results, hardware) for planned in config_plan]))
 
 
 def of_outcomes(config_plan: list[PlannedRun], results: Results) -> pl.DataFrame:
@@ -54,9 +63,13 @@ def complete(outcomes: pl.DataFrame, config_plan: list[PlannedRun], results: Res
     known = frozenset(outcomes["run_id"])
     missing = _frame([_without_outcome(one, results) for one in config_plan if one.run.run_id not in known])
     order = pl.DataFrame({"run_id": [one.run.run_id for one in config_plan]}, schema={"run_id": pl.String})
-    return order.join(pl.concat([ended, missing]), on="run_id", how="left", maintain_order="left").select(
-        SCHEMA.names()
-    )
+    every = order.join(pl.concat([ended, missing]), on="run_id", how="left", maintain_order="left")
+    return _readable(every.select(SCHEMA.names()))
+
+
+def _readable(frame: pl.DataFrame) -> pl.DataFrame:
+    """With a replacement character for each one of control in what programs wrote."""
+    return frame.with_columns(pl.col(_OF_PROGRAMS).str.replace_all(CONTROL, "\N{REPLACEMENT CHARACTER}"))
 
 
 def table_column(frame: pl.DataFrame, name: str, dtype: pl.DataType | type[pl.DataType]) -> pl.Expr:

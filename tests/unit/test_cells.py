@@ -50,6 +50,24 @@ def test_a_failure_is_shown_with_its_cause_and_log(tmp_path: Path) -> None:
     assert row["failure_log"] == "results/launch.log"
 
 
+def test_characters_of_control_in_a_log_are_replaced(tmp_path: Path) -> None:
+    """A right-to-left override shows a text in another order than it has."""
+    said = "a\tb\n\x1b[31mred\x9b2J\x07 \u202etxt.exe\u202c \u2066it\u2069 \u200f\u061c ü 学 \N{GRINNING FACE}"
+    shown = "a\tb\n�[31mred�2J� �txt.exe� �it� �� ü 学 \N{GRINNING FACE}"
+    planned = handmade.planned(handmade.study())
+    failed, ended = planned[0].run, planned[1].run
+    handmade.write(tmp_path, handmade.failure(failed, cause=said, log_tail=said))
+    handmade.write(tmp_path, handmade.out_of_memory(ended))
+    results = Results(tmp_path)
+    results.run(ended.run_id).log.write_text(said, encoding="utf-8")
+    outcome.write(results, [ended.run_id], {})
+    of_records, of_outcomes = cells_module.cells(planned, results, {}), cells_module.of_outcomes(planned, results)
+    for frame in (of_records, of_outcomes):
+        rows = {row["run_id"]: row for row in frame.to_dicts()}
+        assert rows[failed.run_id]["failure_cause"] == rows[failed.run_id]["failure_log_tail"] == shown
+        assert rows[ended.run_id]["log_tail"] == shown
+
+
 def test_an_outcome_outranks_a_failure_left_beside_it(tmp_path: Path) -> None:
     results = handmade.write(tmp_path, handmade.failure(FULL))
     stale = results.run(FULL.run_id).failure.read_text()
