@@ -151,12 +151,13 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
         "training_arguments.json": kept | FULL_TRAINING | {"save_steps": _save_steps(best.step_time_seconds_median)},
         "deepspeed.json": deepspeed,
         "peft.json": _peft(run),
-        "recipe.json": _about(run, one) | {"versions": _versions(study, run)},
+        "recipe.json": _about(run, one) | {"versions": _versions(study, run), "notice": study.config.report.notice},
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
     write_atomically(written[0], _resource("train.py.txt").replace("{torchrun}", _torchrun(run)))
     write_atomically(written[1], _job(study, run, best.epoch_hours_median, is_deepspeed=deepspeed is not None))
-    write_atomically(written[2], _readme(run, one, [name for name, value in files.items() if value is not None]))
+    there = [name for name, value in files.items() if value is not None]
+    write_atomically(written[2], _readme(run, one, there, study.config.report.notice))
     for name, value in files.items():
         (folder / name).unlink(missing_ok=True)  # of an earlier export
         if value is not None:
@@ -268,7 +269,7 @@ def _torchrun(run: Run) -> str:
     return f"torchrun --nnodes {run.nodes} --nproc-per-node {run.gpus_per_node} {meeting}"
 
 
-def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
+def _readme(run: Run, one: Recommendation, files: list[str], notice: str | None) -> str:
     best = one.best
     hours = best.epoch_hours_median if best else None
     words = {
@@ -281,6 +282,7 @@ def _readme(run: Run, one: Recommendation, files: list[str]) -> str:
         f"# {run.recipe} for {run.target} on {table.devices(run.hardware.name, run.num_gpus, run.nodes)}, "
         f"context {run.sequence_length}",
         "",
+        *([f"**{notice}**", ""] if notice else []),
         one.reason,
         "",
         f"Verdict: {one.verdict.replace('_', ' ')}. "

@@ -87,6 +87,18 @@ def test_on_several_nodes_each_has_a_launcher(tmp_path: Path) -> None:
     assert "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d" in readme
 
 
+@pytest.mark.parametrize("notice", [None, "Synthetic: no run took place."])
+def test_what_the_study_says_of_its_numbers_goes_with_them(tmp_path: Path, notice: str | None) -> None:
+    study, frame = opened(tmp_path)
+    asked = handmade.study(hardware={"a100": GPU}, grid=[BLOCK], report={"notice": notice})
+    noticed = Study(study.config.model_copy(update={"report": asked.report}), study.results, study.planned)
+    exporter.export(noticed, exporter.choose(noticed, frame, "tiny", "a100", None, None), tmp_path / "export")
+    title, _, below, *_ = (tmp_path / "export" / "README.md").read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ")
+    assert (below == f"**{notice}**") is (notice is not None)
+    assert json.loads((tmp_path / "export" / "recipe.json").read_text(encoding="utf-8"))["notice"] == notice
+
+
 def test_each_turn_of_a_job_compiles_deepspeeds_operations_in_a_folder_of_its_own(tmp_path: Path) -> None:
     """The lock of a compilation that was killed would hold up the next turn for ever."""
     block = BLOCK | {"recipes": ["zero2"], "num_gpus": 4}
