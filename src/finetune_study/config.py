@@ -342,7 +342,7 @@ class Report(Section):
     title: str = "Fine-tuning study"
     """Heading of the report."""
     notice: str | None = None
-    """A text that stands above everything else, for example that the numbers are not final."""
+    """A text that stands above everything else, for example that the numbers are not final; exports have it, too."""
     baseline: str | None = None
     """Recipe that the others are compared with. Default: the first one in the grid."""
     earlier_outcomes: str | None = None
