@@ -567,8 +567,8 @@ def set_aside(paths: RunPaths, number: int) -> None:
 def report_what_there_is(study: Study) -> None:
     """Outcomes, comparisons and report from the records that exist, for when runs failed.
 
-    The files get a modification time in the past, so that the next `snakemake` makes them properly: it did not see
-    which records these were made of.
+    What the page is made of gets a modification time in the past, so that the next `snakemake` makes it properly, and
+    then the page: it did not see which records these were made of.
     """
     from finetune_study import cells, outcome, recommend, report
 
@@ -582,8 +582,6 @@ def report_what_there_is(study: Study) -> None:
         results.outcomes_csv,
         results.comparisons,
         results.recommendations,
-        results.summary,
-        results.report,
     ):
         os.utime(path, (1, 1))
 

@@ -60,6 +60,8 @@ def test_several_files_are_one_study_and_the_page_says_how_to_name_it(raw: dict[
     study = open_study(merged, Results(results), files=[str(first), str(second)])
     page = html.unescape(study.results.report.read_text(encoding="utf-8"))
     assert "<h1>Ours</h1>" in page
+    assert study.results.report.stat().st_mtime > first.stat().st_mtime - 1, "it says when it was made"
+    assert study.results.comparisons.stat().st_mtime < first.stat().st_mtime, "for Snakemake, which makes it again"
     assert study.options == f" -c {first} -c '{second}' -r {results}"
     run = next(iter(study.planned.values())).run
     handmade.write(results, handmade.completed(run, 1.0))
