@@ -22,6 +22,8 @@ FILLS = {"good": "#cfe3f3", "memory": "#f9dccd", "limit": "#f4e9c3", "problem": 
 SERIES = ("#0072b1", "#d55e01", "#009e74", "#cc79a8", "#8c6d00", "#56b4ea", "#6f42c2", "#5a5a5a")
 """Lines: Okabe and Ito's palette for colour-blind readers, its yellow darkened; each has a mark of its own, too."""
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+"""Lines of the same colour: on and off, pixels."""
 SHARES = {"in tensors": "#3f7cad", "held by the allocator, unused": "#8fb8d9", "beside the allocator": "#c9cdd3"}
 FONT = "Helvetica, Arial, DejaVu Sans, sans-serif"
 FONT_SIZE = 11

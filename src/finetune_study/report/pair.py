@@ -28,6 +28,7 @@ class Pair:
     """Configurations (`table.SCHEMA`)."""
     recommendations: list[Recommendation]
     recipes: list[str] = field(default_factory=list)
+    """Of the whole study, in the order of the config."""
 
     @property
     def where(self) -> str:
@@ -82,11 +83,14 @@ def _best(rows: list[Row]) -> Row:
 def pairs(config: Config, rows: Iterable[Row], recommendations: Iterable[Recommendation]) -> list[Pair]:
     """Targets on hardware, in the order of the comparisons."""
     found: dict[tuple[str, str], Pair] = {}
+    rows = list(rows)
+    used = {row["recipe"] for row in rows}
+    recipes = [name for name in config.recipes if name in used]
     for row in rows:
         key = row["target"], row["hardware"]
         if key not in found:
             entry = config.hardware[row["hardware"]]
-            found[key] = Pair(*key, entry.device, entry.memory_gib, [], [], [*config.recipes])
+            found[key] = Pair(*key, entry.device, entry.memory_gib, [], [], recipes)
         found[key].rows.append(row)
     for one in recommendations:
         found[one.target, one.hardware].recommendations.append(one)

@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_study.recommend import MAX_NAMES
 from finetune_study.report.grammar import (
+    DASHES,
     MUTED,
     SAYS,
     SERIES,
@@ -108,7 +109,7 @@ def _scaling(kind: str, pair: Pair, rows: list[Row], along: _Axis, heading: str)
     crosses = max(len(_failing(rows, group)) for group in groups)
     figures = []
     for number, group in enumerate(groups, start=1):
-        panels, datasets = _panels(rows, group, crosses, along, pair.limit)
+        panels, datasets = _panels(pair, rows, group, crosses, along)
         chart: Spec = {"hconcat": panels, "spacing": 26, "resolve": {"scale": {"color": "shared", "shape": "shared"}}}
         last = number == len(groups)
         if last and nowhere:
@@ -128,10 +129,11 @@ def _groups(names: list[str]) -> list[list[str]]:
 
 
 def _panels(
-    rows: list[Row], group: list[str], crosses: int, along: _Axis, limit: float
+    pair: Pair, rows: list[Row], group: list[str], crosses: int, along: _Axis
 ) -> tuple[list[Spec], dict[str, list[Row]]]:
     """A panel of memory and one of time, of those that have a number in them."""
     titles = {name: _legend(rows, name, along.column) for name in group}
+    looks, limit = _looks(pair, rows, titles), pair.limit
     datasets: dict[str, list[Row]] = {"limit": [{"limit": limit}]}
     panels = []
     for name, column, title, most in (
@@ -144,8 +146,22 @@ def _panels(
             datasets[name] = _points(rows, titles, ends, along.column, column, most)
             top = _above(ends, most, crosses + 0.4) if crosses else ends[1]
             shown = ends[0], max(ends[1], top)
-            panels.append(_panel(name, datasets[name], shown, [*titles.values()], along.title, title, crosses))
+            panels.append(_panel(name, datasets[name], shown, looks, along.title, title, crosses))
     return panels, datasets
+
+
+def _looks(pair: Pair, rows: list[Row], titles: dict[str, str]) -> dict[str, Spec]:
+    """Scales of the series of a figure: a recipe has one colour, shape and dash over all figures of the study."""
+    order = {name: number for number, name in enumerate(pair.recipes)}
+    of = {_series(row): order[row["recipe"]] + len(order) * (row["nodes"] - 1) for row in rows}
+    # Of two with the same colour the shapes and dashes differ.
+    rounds = [divmod(of[name], len(SERIES)) for name in titles]
+    ranges: dict[str, list[Any]] = {
+        "color": [SERIES[place] for _, place in rounds],
+        "shape": [SHAPES[(place + turn) % len(SHAPES)] for turn, place in rounds],
+        "strokeDash": [DASHES[turn % len(DASHES)] for turn, _ in rounds],
+    }
+    return {channel: {"domain": [*titles.values()], "range": values} for channel, values in ranges.items()}
 
 
 def _ending(row: Row, along: _Axis) -> Row:
@@ -255,11 +271,12 @@ def _panel(
     name: str,
     points: list[dict[str, Any]],
     ends: tuple[float, float],
-    titles: list[str],
+    looks: dict[str, Spec],
     along: str,
     heading: str,
     crosses: int,
 ) -> Spec:
+    titles = looks["color"]["domain"]
     legend = {
         "orient": "bottom",
         "columns": 3 if max(map(len, titles)) < 26 else 2,
@@ -267,8 +284,9 @@ def _panel(
         "title": "Recipe (exponent of memory, of time)" if any("(" in title for title in titles) else None,
     }
     shared = {"title": legend["title"], "sort": titles, "legend": legend}
-    colour = field("series", "N", scale={"domain": titles, "range": [*SERIES[: len(titles)]]}, **shared)
-    shape = field("series", "N", scale={"domain": titles, "range": [*SHAPES[: len(titles)]]}, **shared)
+    colour = field("series", "N", scale=looks["color"], **shared)
+    shape = field("series", "N", scale=looks["shape"], **shared)
+    dash = field("series", "N", scale=looks["strokeDash"], legend=None)
     ticks = sorted({point["x"] for point in points})
     place = {
         "x": field(
@@ -282,7 +300,7 @@ def _panel(
     symbol = {"type": "text", "fontWeight": "bold"}
     name_of_row = {"type": "text", "color": MUTED}
     layers = [
-        only("!datum.failed", layer(name, {"type": "line", "strokeWidth": 1.6}, **place, color=colour)),
+        only("!datum.failed", layer(name, {"type": "line", "strokeWidth": 1.6}, **place, color=colour, strokeDash=dash)),
         only(
             "!datum.failed",
             layer(

@@ -27,6 +27,8 @@ from finetune_study.table import TIMES, Row, count, one_kind, padded
 
 WIDTH, HEIGHT, DOT = 500, 280, 6
 """Of the panel and of half a point, pixels."""
+MAX_NAMED = 20
+"""Points that all have a name; of more, those that lie in a crowd have none."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, pixels."""
 
@@ -117,8 +119,8 @@ def names(
 ) -> list[dict[str, Any]]:
     """Where the name of each point stands, beside no other one.
 
-    Each point of the front gets one, if need be farther off, with a line to it (`away`); another one that lies too deep
-    in a crowd gets none.
+    Each point gets one, if need be farther off, with a line to it (`away`). Of more than `MAX_NAMED` points those of the
+    front do; another one that lies too deep in a crowd gets none.
 
     Args:
         points: the most important first.
@@ -130,14 +132,15 @@ def names(
     taken += _line([spot for point, spot in zip(points, spots, strict=True) if point["front"]])
     found = []
     for point, spot in zip(points, spots, strict=True):
+        anywhere = point["front"] or len(points) <= MAX_NAMED
         width = width_of(point["recipe"], bold=point["front"])
-        for box in [*_beside(spot, width), *(_around(spot, width) if point["front"] else [])]:
+        for box in [*_beside(spot, width), *(_around(spot, width) if anywhere else [])]:
             inside = box[0] >= 0 and box[1] >= 0 and box[2] <= WIDTH and box[3] <= HEIGHT
             if not inside or any(_overlap(box, other) for other in taken):
                 continue
             # Nearer to another point than to its own, it would be taken for that one's.
             away = _gap(box, spot) > min(2 * DOT, *(_gap(box, other) for other in spots))
-            if away and not point["front"]:
+            if away and not anywhere:
                 continue
             taken.append(box)
             edge = _edge(box, spot)
