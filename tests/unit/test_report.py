@@ -859,6 +859,38 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
     assert first.title.endswith("(1 of 2)")
 
 
+def test_a_recipe_has_one_look_over_all_figures_and_no_two_have_the_same(tmp_path: Path) -> None:
+    """Though on one of the models some of them completed nowhere."""
+    names = [f"lora-{rank}" for rank in range(1, 21)]
+    recipes = {"unused": {}} | {name: {"lora": {"r": int(name[5:])}} for name in names}
+    grid = {"targets": ["tiny", "other"], "hardware": "cpu", "recipes": names, "sequence_length": [128, 256]}
+    study = handmade.study(models={"tiny": handmade.LLAMA, "other": handmade.LLAMA}, recipes=recipes, grid=[grid])
+    nowhere = {("other", name) for name in names[:11:2]}
+    documents: list[Record | Failure] = [
+        handmade.out_of_memory(one.run)
+        if (one.run.target, one.run.recipe) in nowhere
+        else handmade.completed(one.run, 1.0)
+        for one in handmade.planned(study)
+    ]
+    compared = handmade.compared(study, tmp_path, *documents)
+    looks: dict[str, set[tuple[str, ...]]] = {}
+    for one in pair.pairs(study, compared.to_dicts(), recommend.recommend(compared)):
+        for figure in scaling.context(one):
+            panels = figure.spec.get("hconcat") or figure.spec["vconcat"][0]["hconcat"]
+            for panel in panels:
+                lines, points, *_ = panel["layer"]
+                scales = [
+                    layer["encoding"][channel]["scale"]
+                    for layer, channel in ((lines, "color"), (lines, "strokeDash"), (points, "shape"))
+                ]
+                for name, *look in zip(scales[0]["domain"], *(scale["range"] for scale in scales), strict=True):
+                    looks.setdefault(name, set()).add(tuple(map(str, look)))
+    assert {*looks} == {*names}
+    assert {len(found) for found in looks.values()} == {1}
+    assert len({look for found in looks.values() for look in found}) == len(names)
+    assert [*looks["lora-1"]] == [("#0072b1", "[1, 0]", "circle")], "what no run asks for takes no colour"
+
+
 def test_of_a_hundred_recipes_a_caption_names_eight_that_are_not_drawn(tmp_path: Path) -> None:
     names = [f"lora-{rank}" for rank in range(1, 101)]
     recipes = {name: {"lora": {"r": int(name[5:])}} for name in names}
@@ -903,6 +935,15 @@ def test_packed_recipes_hide_no_trade_off(tmp_path: Path) -> None:
     figure = drawn(study, tmp_path, *documents)["pareto"]
     assert {one["recipe"] for one in figure.spec["datasets"]["points"]} == {"full", "lora"}
     assert figure.caption.endswith("Packed recipes are left out: their steps hold more of the examples.")
+
+
+def test_each_of_few_points_of_the_trade_off_has_its_name() -> None:
+    crowd = [
+        {"time": 3 + 0.02 * n, "memory": 5 + 0.02 * n, "recipe": f"recipe-{n}", "front": n == 0} for n in range(12)
+    ]
+    placed = tradeoff.names(crowd, (1.0, 10.0), (1.0, 10.0))
+    assert [one["recipe"] for one in placed] == [point["recipe"] for point in crowd]
+    assert any(one["away"] and not one["front"] for one in placed)
 
 
 def test_names_in_the_trade_off_never_lie_on_each_other() -> None:

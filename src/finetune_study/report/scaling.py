@@ -300,7 +300,9 @@ def _panel(
     symbol = {"type": "text", "fontWeight": "bold"}
     name_of_row = {"type": "text", "color": MUTED}
     layers = [
-        only("!datum.failed", layer(name, {"type": "line", "strokeWidth": 1.6}, **place, color=colour, strokeDash=dash)),
+        only(
+            "!datum.failed", layer(name, {"type": "line", "strokeWidth": 1.6}, **place, color=colour, strokeDash=dash)
+        ),
         only(
             "!datum.failed",
             layer(

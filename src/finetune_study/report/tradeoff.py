@@ -119,8 +119,8 @@ def names(
 ) -> list[dict[str, Any]]:
     """Where the name of each point stands, beside no other one.
 
-    Each point gets one, if need be farther off, with a line to it (`away`). Of more than `MAX_NAMED` points those of the
-    front do; another one that lies too deep in a crowd gets none.
+    Each point gets one, if need be farther off, with a line to it (`away`). Of more than `MAX_NAMED` points those of
+    the front do; another one that lies too deep in a crowd gets none.
 
     Args:
         points: the most important first.
