@@ -862,7 +862,7 @@ def test_every_recipe_with_an_outcome_is_drawn_in_figures_of_eight_lines_with_th
 def test_a_recipe_has_one_look_over_all_figures_and_no_two_have_the_same(tmp_path: Path) -> None:
     """Though on one of the models some of them completed nowhere."""
     names = [f"lora-{rank}" for rank in range(1, 21)]
-    recipes = {"unused": {}} | {name: {"lora": {"r": int(name[5:])}} for name in names}
+    recipes: dict[str, Any] = {"unused": {}} | {name: {"lora": {"r": int(name[5:])}} for name in names}
     grid = {"targets": ["tiny", "other"], "hardware": "cpu", "recipes": names, "sequence_length": [128, 256]}
     study = handmade.study(models={"tiny": handmade.LLAMA, "other": handmade.LLAMA}, recipes=recipes, grid=[grid])
     nowhere = {("other", name) for name in names[:11:2]}
