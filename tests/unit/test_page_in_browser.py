@@ -330,6 +330,7 @@ def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     assert headings & {line for lines in pages for line in lines}
     assert "finetune-study export llama2-7b a100-80gb" in text
     assert "Every column of the comparisons" in text
+    assert "On paper: 1–25 of 6,384, and not every column." in text
     assert "Not on paper: all of them are in tables/recommendations.csv" in text
     assert re.search(r"Setting\s+Recommended\s+Verdict\s+Why", text) is None
     assert "torch 2.13.0" in " ".join(pages[0]), "versions are on the first page"
@@ -342,6 +343,26 @@ def test_it_prints_to_pdf(browser: Any, page_file: Path) -> None:
     assert len(pages) < 60
     # A heading of figures has one of them below it on its page, not its introduction alone, of at most five lines.
     assert [line for lines in pages for line in lines[-6:] if line in headings] == []
+
+
+def test_what_is_printed_fills_the_sheet_and_goes_no_farther(browser: Any, page_file: Path) -> None:
+    sheet = round((210 - 2 * 12) / 25.4 * 96)  # A4 less its margins, in pixels of CSS
+    printed = Opened(browser, page_file, viewport={"width": sheet, "height": 1000})
+    printed.page.emulate_media(media="print")
+    table = "document.querySelector('#table .scroll')"
+    assert printed.page.evaluate(f"{table}.scrollWidth") <= sheet
+    assert printed.page.evaluate(f"getComputedStyle({table}).maskImage") == "none"
+    shares = printed.page.evaluate(
+        """(sheet) => [...document.querySelectorAll("figure svg")].map((svg) => {
+        const box = svg.getBoundingClientRect(), drawn = svg.viewBox.baseVal;
+        return Math.min(box.width, box.height * drawn.width / drawn.height) / sheet;
+    }).filter(Boolean)""",
+        sheet,
+    )
+    assert len(shares) > 30
+    assert min(shares) > 0.6
+    assert max(shares) <= 1
+    printed.page.close()
 
 
 def test_a_link_opens_the_panel_of_its_run(browser: Any, page_file: Path) -> None:

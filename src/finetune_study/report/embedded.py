@@ -38,6 +38,8 @@ class Shown:
     title: str
     hint: str = ""
     numeric: bool = True
+    on_paper: bool = True
+    """Whether a sheet has room for it."""
 
 
 TABLE = (
@@ -51,17 +53,17 @@ TABLE = (
     Shown("per_device_train_batch_size", "Micro-batch"),
     Shown("repeat", "Repeat"),
     Shown("step_time_seconds_median", "Step time", "s, median"),
-    Shown("predicted_step_time_seconds", "Predicted", "s, before the run"),
-    Shown("predicted_step_time_error_percent", "Error of prediction", "% of step time"),
+    Shown("predicted_step_time_seconds", "Predicted", "s, before the run", on_paper=False),
+    Shown("predicted_step_time_error_percent", "Error of prediction", "% of step time", on_paper=False),
     Shown("tokens_per_second", "Tokens/s", "all devices"),
     Shown("peak_memory_allocated_gib", "Peak allocated", "GiB per GPU"),
-    Shown("peak_memory_reserved_gib", "Peak reserved", "GiB per GPU"),
-    Shown("peak_device_used_gib", "Peak device memory", "GiB"),
-    Shown("predicted_peak_memory_allocated_gib", "Predicted", "GiB, before the run"),
-    Shown("predicted_memory_error_percent", "Error of prediction", "% of peak memory"),
+    Shown("peak_memory_reserved_gib", "Peak reserved", "GiB per GPU", on_paper=False),
+    Shown("peak_device_used_gib", "Peak device memory", "GiB", on_paper=False),
+    Shown("predicted_peak_memory_allocated_gib", "Predicted", "GiB, before the run", on_paper=False),
+    Shown("predicted_memory_error_percent", "Error of prediction", "% of peak memory", on_paper=False),
     Shown("mfu_percent", "MFU", "% of the dense peak"),
-    Shown("eval_loss_after", "Held-out loss", "after training"),
-    Shown("peak_host_rss_gib", "Host memory", "GiB, all ranks"),
+    Shown("eval_loss_after", "Held-out loss", "after training", on_paper=False),
+    Shown("peak_host_rss_gib", "Host memory", "GiB, all ranks", on_paper=False),
     Shown("run_id", "Run", numeric=False),
 )
 """Columns of the table, in their order; one in which no run has a value is left out, and nodes where all are 1."""
@@ -86,7 +88,10 @@ def embed(cells: pl.DataFrame) -> str:
         "count": cells.height,
         "columns": columns,
         "settings": {name: _column(series) for name, series in parts.items() if _has_values(series)},
-        "table": [{"name": one.name, "title": one.title, "hint": one.hint, "numeric": one.numeric} for one in shown],
+        "table": [
+            {"name": one.name, "title": one.title, "hint": one.hint, "numeric": one.numeric, "on_paper": one.on_paper}
+            for one in shown
+        ],
         "filters": [one.name for one in shown if one.name in FILTERS],
         "states": {name: {"words": s.words, "symbol": s.symbol, "tone": s.tone} for name, s in STATES.items()},
         "meanings": {name: meaning for name, (_, meaning) in cells_module.COLUMNS.items() if name in columns},

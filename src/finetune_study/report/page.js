@@ -166,6 +166,7 @@ function start(study) {
     if (run && !event.target.closest("a") && !String(getSelection())) location.hash = anchor(run);
   });
 
+  const kind = (column) => `${column.numeric ? "number" : "name"}${column.on_paper ? "" : " screen"}`;
   let order = { column: null, direction: 1 }, first = 0, view = [];
   const searched = ["state", "target", "hardware", "recipe", "run_id", "techniques", "reason", "failure_cause", "host", "slurm_job_id"]
     .filter((name) => get[name]);
@@ -199,7 +200,7 @@ function start(study) {
     else by("rows").replaceChildren(...view.slice(first, first + PAGE).map((i) => {
       const row = element("tr", undefined, { "data-run": value("run_id", i) });
       for (const column of study.table) {
-        const cell = element("td", undefined, { class: column.numeric ? "number" : "name" });
+        const cell = element("td", undefined, { class: kind(column) });
         const text = value(column.name, i);
         // Tab stops once in a row, at the link of its status.
         if (column.name === "run_id") cell.append(element("a", text, { href: anchor(text), tabindex: "-1" }));
@@ -215,7 +216,10 @@ function start(study) {
       return row;
     }));
     const last = Math.min(first + PAGE, view.length);
-    by("place").textContent = view.length ? `${counted(first + 1)}–${counted(last)} of ${counted(view.length)}` : "no run";
+    const part = view.length ? `${counted(first + 1)}–${counted(last)} of ${counted(view.length)}` : "no run";
+    by("place").textContent = part;
+    const all = view.length < study.count ? `, of ${counted(study.count)} in all` : "";
+    by("on-paper").textContent = `On paper: ${part}${all}, and not every column.`;
     by("previous").disabled = first === 0;
     by("next").disabled = last >= view.length;
   }
@@ -223,7 +227,7 @@ function start(study) {
   by("next").addEventListener("click", () => { first += PAGE; refresh(false); });
 
   for (const column of study.table) {
-    const heading = element("th", undefined, { scope: "col", ...(column.numeric ? { class: "number" } : {}) });
+    const heading = element("th", undefined, { scope: "col", class: kind(column) });
     const button = element("button", column.title, { type: "button" });
     if (column.hint) button.append(element("small", column.hint));
     button.addEventListener("click", () => {
