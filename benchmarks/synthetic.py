@@ -30,7 +30,7 @@ from finetune_study.run import Run
 
 GIB = 2**30
 NOTICE = (
-    "Synthetic: no run took place. Every number on this page was drawn by benchmarks/synthetic.py, to look at the "
+    "Synthetic: no run took place. Every number here was drawn by benchmarks/synthetic.py, to look at the "
     "report itself. Nothing here says anything about a model or a GPU."
 )
 

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from finetune_study import facts, record
+from finetune_study import cells, facts, record
 from finetune_study.errors import RecordError
 from finetune_study.run import Run
 from finetune_study.states import STATES
@@ -32,8 +32,6 @@ SQUEUE_FORMAT = "%i|%T|%R|%M"
 """Job (of an array `<array>_<place>`), state, why it waits or where it runs, time used; see squeue(1)."""
 SQUEUE_SECONDS = 20
 """A controller that does not answer by then is left out."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""With what a log could make a terminal do something."""
 LAST_FAILURES = 5
 LISTED = 20
 """Works that are listed of those whose reason may clear, and runs that began; all are counted."""
@@ -250,7 +248,7 @@ def read_ledger(path: Path) -> tuple[list[Submitted], list[str]]:
     Unknown events and fields are left alone; a last line that is cut off is one that is being written.
     """
     jobs: dict[str, Submitted] = {}
-    problems: list[str] = []
+    strange: list[int] = []
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
@@ -261,7 +259,7 @@ def read_ledger(path: Path) -> tuple[list[Submitted], list[str]]:
         event = _event(line)
         if event is None:
             if number < len(lines):
-                problems.append(f"{path}, line {number}: not an event")
+                strange.append(number)
             continue
         match event:
             case {"event": "closed", "token": str(token)}:
@@ -275,7 +273,8 @@ def read_ledger(path: Path) -> tuple[list[Submitted], list[str]]:
                     if job.batch == batch:
                         of_array = slurm_id if job.place is None else f"{slurm_id}_{job.place}"
                         jobs[token] = _with_id(job, of_array, event)
-    return list(jobs.values()), problems
+    first = f"{path}: no event in {len(strange)} of {len(lines)} lines, first in line {strange[0]}" if strange else None
+    return list(jobs.values()), [first] if first else []
 
 
 def _intended(event: Mapping[str, Any]) -> Submitted:
@@ -406,7 +405,7 @@ def render(status: Status, now: float | None = None) -> Group:
         parts.append(Text(f"The last {len(status.failures)} of {status.num_failures} failures:"))
     for failure in status.failures:
         parts.append(Text(f"{failure.run_id} failed (try {failure.attempt}): {failure.cause}\n  log: {failure.log}"))
-        tail = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", failure.log_tail.strip()).splitlines()[-3:]
+        tail = re.sub(cells.CONTROL, "\N{REPLACEMENT CHARACTER}", failure.log_tail.strip()).splitlines()[-3:]
         parts += [Text(f"    {line}", style="dim") for line in tail]
     parts += [Text(problem, style="yellow") for problem in status.problems]
     return Group(*parts)

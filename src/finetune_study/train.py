@@ -216,12 +216,11 @@ class Rank:
         )
 
         def on_timing(begins: bool) -> None:
+            self.memory.pace(timed=begins)
             if begins:
-                self.memory.pace(steps.last_seconds)
                 energy.start()
                 return
             energy.stop()
-            self.memory.pace(None)
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
         steps.on_timing = on_timing

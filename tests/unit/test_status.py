@@ -152,7 +152,7 @@ def test_jobs_come_from_the_ledger_and_closed_ones_are_gone(tmp_path: Path) -> N
 
 def test_a_line_that_is_no_event_is_named_unless_it_is_the_last(tmp_path: Path) -> None:
     _, problems = status.read_ledger(ledger(tmp_path, "[]", intent("a", "t1")))
-    assert problems == [f"{tmp_path / 'ledger.jsonl'}, line 1: not an event"]
+    assert problems == [f"{tmp_path / 'ledger.jsonl'}: no event in 1 of 2 lines, first in line 1"]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from finetune_study.measure.phases import Phases
 SAMPLING_SECONDS = 0.005
 """Operations of a step that matter for the peak take longer. To be woken so often cost 3 % of the time of a rank with
 one core (benchmarks/overhead.py): it is done where nothing is timed."""
-SAMPLES_OF_A_TIMED_STEP = 10
-"""A step takes the same memory as those before it, which were sampled often."""
+TIMED_SAMPLING_SECONDS = 0.02
+"""While steps are timed, which take the same memory as those before them."""
 
 _STATUS = Path("/proc/self/status")
 
@@ -43,8 +43,8 @@ class MemoryMeter(Protocol):
     def start(self) -> None:
         """Sets the baseline; a budget holds from here on."""
 
-    def pace(self, step_seconds: float | None) -> None:
-        """Spares steps that are timed, and take this long; None: nothing is timed."""
+    def pace(self, *, timed: bool) -> None:
+        """Spares steps that are timed."""
 
     def held_bytes(self) -> int:
         """Device memory in use now."""
@@ -86,8 +86,8 @@ class DataMemoryMeter:
             # The soft limit alone: an OOM is written down after lifting it again.
             resource.setrlimit(resource.RLIMIT_DATA, (self._baseline + self._budget, self._limits[1]))
 
-    def pace(self, step_seconds: float | None) -> None:
-        self._interval = max(SAMPLING_SECONDS, (step_seconds or 0.0) / SAMPLES_OF_A_TIMED_STEP)
+    def pace(self, *, timed: bool) -> None:
+        self._interval = TIMED_SAMPLING_SECONDS if timed else SAMPLING_SECONDS
 
     def held_bytes(self) -> int:
         return data_memory_bytes() - self._baseline
@@ -144,7 +144,7 @@ class CudaMemoryMeter:
         if self._keep_history:
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
-    def pace(self, step_seconds: float | None) -> None:
+    def pace(self, *, timed: bool) -> None:
         """The allocator keeps its peaks by itself."""
 
     def held_bytes(self) -> int:

@@ -74,11 +74,6 @@ class StepMeter(TrainerCallback):
         self.on_timing: Callable[[bool], None] = lambda _: None
         """Called with True when timing starts and with False when it ends."""
 
-    @property
-    def last_seconds(self) -> float | None:
-        """Of the step that ended last; None before."""
-        return self._entry.get("seconds")
-
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """A micro-batch, its tokens counted while they are still in the host's memory."""
         real = sum(int(row["attention_mask"].sum()) for row in rows)
