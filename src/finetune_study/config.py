@@ -315,6 +315,10 @@ class Protocol(Section):
     When it is raised, those that the new share leaves are trained; when it is taken back, all are. Null: all are
     tried."""
 
+    def gives_up(self, attempts: int) -> bool:
+        """Whether a run that failed so often is not tried again."""
+        return attempts >= self.max_attempts
+
 
 class GridBlock(Section):
     """A cross product of axes; each axis is one value or a list. The study is the union of its blocks."""

@@ -12,7 +12,7 @@ import polars as pl
 
 from finetune_study import micro_batch, slurm, table, train
 from finetune_study.errors import StudyError
-from finetune_study.recommend import Recommendation, defaults, no_such_pair, recommend
+from finetune_study.recommend import Recommendation, defaults, no_such_pair, of_cells
 from finetune_study.record import read_record, write_atomically
 from finetune_study.run import Run
 from finetune_study.study import Study
@@ -73,7 +73,7 @@ def choose(
     Raises:
         StudyError: for a setting that the study does not have, or a recipe that does not fit there.
     """
-    every = recommend(table.compare(cells, table.baseline_of(study.config)))
+    _, every = of_cells(cells, study.config)
     pairs = {(one.target, one.hardware): one.recommendation for one in defaults(every)}
     if (target, hardware) not in pairs:
         raise no_such_pair(target, hardware, pairs)

@@ -250,30 +250,31 @@ def recommend(comparisons: pl.DataFrame, given_up: Mapping[str, int] | None = No
 
     Args:
         comparisons: configurations (`table.SCHEMA`).
-        given_up: runs that no call tries again, and how often each was tried (`given_up`); default: none.
+        given_up: runs that no call tries again, and how often each was tried; default: none.
     """
     needed = comparisons.select(*table.SETTING, *Evidence.model_fields)
     groups = needed.group_by(table.SETTING, maintain_order=True)
     return [_setting(group.to_dicts(), given_up or {}) for _, group in groups]
 
 
-def given_up(cells: pl.DataFrame, config: Config) -> dict[str, int]:
-    """Runs that failed as often as the protocol allows, and how often each was tried.
+def of_cells(cells: pl.DataFrame, config: Config) -> tuple[pl.DataFrame, list[Recommendation]]:
+    """A study's configurations (`table.SCHEMA`), and a recommendation for each of its settings.
 
     Args:
         cells: one row per planned run (`cells.SCHEMA`).
         config: of the study.
     """
-    found = cells.filter(pl.col("state") == FAILED, pl.col("attempts") >= config.protocol.max_attempts)
-    return dict(found.select("run_id", "attempts").iter_rows())
+    comparisons = table.compare(cells, table.baseline_of(config))
+    failed = cells.filter(pl.col("state") == FAILED).select("run_id", "attempts").drop_nulls()
+    given_up = {run_id: attempts for run_id, attempts in failed.iter_rows() if config.protocol.gives_up(attempts)}
+    return comparisons, recommend(comparisons, given_up)
 
 
 def aggregate(config: Config, planned: list[PlannedRun], results: Results) -> None:
     """Writes comparisons.parquet and recommendations.json from outcomes.parquet."""
     cells = of_outcomes(planned, results)
-    comparisons = table.compare(cells, table.baseline_of(config))
+    comparisons, recommendations = of_cells(cells, config)
     comparisons.write_parquet(results.comparisons)
-    recommendations = recommend(comparisons, given_up(cells, config))
     facts = {"format": FORMAT, "min_repeats": MIN_REPEATS, "min_nodes": MIN_NODES}
     members = [f'"{name}": {json.dumps(value)}' for name, value in facts.items()]
     members += [f'"defaults": {_lines(defaults(recommendations))}', f'"recommendations": {_lines(recommendations)}']
@@ -315,7 +316,9 @@ def _default(group: list[Recommendation]) -> Default:
         fastest_in=sum(chosen.recipe is not None and chosen.recipe in (one.recipe, *one.tied_with) for one in group),
         of=len(group),
         elsewhere=[
-            _elsewhere(chosen, one, found) for one, found in there if found and not found.fits and not found.pending
+            _elsewhere(chosen, one, found)
+            for one, found in there
+            if found and not (found.fits or found.pending or found.timed_out)
         ],
     )
 
@@ -591,10 +594,12 @@ def _settled_by(
     if short and len(evidence) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
     lacking = [one.too_few or "" for one in versus]
-    if any("node" in lack for lack in lacking):
+    lonely = {one.recipe for one in versus if "node" in (one.too_few or "")}
+    if lonely:
+        lonely.add(_fastest(evidence, versus))
         steps.append(
-            f"a repeat of each on another node, so that all were on at least {MIN_NODES} shared ones "
-            "(slurm.extra: --nodelist=... names them)"
+            f"remeasure {_names([_last(one) for one in fitting if one.recipe in lonely])} on another node, the same "
+            f"for all, so that all were on at least {MIN_NODES} (slurm.extra: --nodelist=... names it)"
         )
     if any("were before" in lack for lack in lacking):
         blocked = [one.recipe for one in versus if "were before" in (one.too_few or "")]
@@ -603,6 +608,11 @@ def _settled_by(
     if undated and any("started" in lack for lack in lacking):
         steps.append(f"remeasure {_names(undated)}: when they started is not known")
     return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
+
+
+def _last(one: Evidence) -> str:
+    """run_id of the last repeat that completed."""
+    return [i for i, state in zip(one.run_ids, one.states, strict=True) if state == "completed"][-1]
 
 
 def _more_time(evidence: list[Evidence]) -> list[str]:

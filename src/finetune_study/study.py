@@ -157,7 +157,7 @@ class Study:
     def _failed_too_often(self, run_id: str) -> bool:
         path = self.results.run(run_id).failure
         try:
-            return path.exists() and record.read_failure(path).attempt >= self.config.protocol.max_attempts
+            return path.exists() and self.config.protocol.gives_up(record.read_failure(path).attempt)
         except RecordError:
             return False
 

@@ -1,16 +1,18 @@
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
-from finetune_study import outcome, recommend, table
+from finetune_study import outcome, recommend
 from finetune_study.config import Config
 from finetune_study.recommend import Recommendation
 from finetune_study.record import Failure, Record
 from finetune_study.report.answer import answer
+from finetune_study.run import Run
 from tests.unit import handmade
 
 
@@ -178,11 +180,25 @@ EIGHT_PER_CENT = {
 }  # fmt: skip
 
 
-ANOTHER_NODE = (
-    "a repeat of each on another node, so that all were on at least 2 shared ones "
-    "(slurm.extra: --nodelist=... names them)"
-)
 NO_INTERVAL = ("each recipe on a node of its own", "one recipe on one node")
+
+
+def another_node(study: Config) -> str:
+    runs = handmade.runs(study)
+    return (
+        f"remeasure {runs['full', 3].run_id}, {runs['lora', 3].run_id} on another node, the same for all, so that all "
+        "were on at least 2 (slurm.extra: --nodelist=... names it)"
+    )
+
+
+@pytest.mark.parametrize("lora", [["a"] * 3, ["a", "a", "b"]])
+def test_runs_measured_again_on_another_node_as_advised_give_an_interval(tmp_path: Path, lora: list[str]) -> None:
+    study = repeats(3)
+    full = ["b" if node == "a" and "b" in lora else node for node in lora]
+    before = {"lora": [(node, 1.0) for node in lora], "full": [(node, 2.0) for node in full]}
+    after = {recipe: [*tries[:2], ("c", tries[0][1] * NODE_EFFECT)] for recipe, tries in before.items()}
+    assert the_only(study, tmp_path / "before", *placed(study, **before)).settled_by == [another_node(study)]
+    assert the_only(study, tmp_path / "after", *placed(study, **after)).versus[0].low is not None
 
 
 @pytest.mark.parametrize("case", EIGHT_PER_CENT)
@@ -196,7 +212,7 @@ def test_a_node_effect_of_eight_per_cent_is_never_ranked(tmp_path: Path, case: s
         assert (one.verdict, one.recipe, one.tied_with) == ("too_few_data", "lora", [])
         assert (versus.low, versus.high) == (None, None)
         assert "No interval: what the nodes do can't be told from what lora and full do." in one.reason
-        assert one.settled_by == [ANOTHER_NODE]
+        assert one.settled_by == [another_node(study)]
     else:
         assert (one.verdict, one.recipe, one.tied_with) == ("tie", "lora", ["full"])
         assert versus.low is not None
@@ -220,7 +236,7 @@ def test_one_node_ranks_nothing(tmp_path: Path) -> None:
     one = the_only(study, tmp_path, *placed(study, lora=[("a", 1.0)] * 3, full=[("a", 2.0)] * 3))
     assert (one.verdict, one.recipe) == ("too_few_data", "lora")
     assert one.reason.endswith("All ran on one node; a ranking needs 2.")
-    assert one.settled_by == [ANOTHER_NODE]
+    assert one.settled_by == [another_node(study)]
 
 
 def test_a_node_without_a_name_is_no_second_node(tmp_path: Path) -> None:
@@ -429,8 +445,7 @@ def test_a_run_that_is_given_up_is_not_one_that_the_next_call_makes(tmp_path: Pa
     records = timed(study, full=(2.0, 2.01, 2.02), lora=(1.0,))
     failures = [handmade.failure(runs["lora", 2], attempt=2), handmade.failure(runs["lora", 3], attempt=3)]
     cells = handmade.frame(study, tmp_path, *records, *failures)
-    comparisons = table.compare(cells, table.baseline_of(study))
-    (one,) = recommend.recommend(comparisons, recommend.given_up(cells, study))
+    _, (one,) = recommend.of_cells(cells, study)
     assert one.settled_by == [
         runs["lora", 2].run_id,
         f"{runs['lora', 3].run_id}: given up after 3 tries; the next call tries it again once its failure.json is "
@@ -500,25 +515,26 @@ def test_each_recipe_counts_at_its_fastest_micro_batch_that_fits(tmp_path: Path)
     assert {e.recipe: e.per_device_train_batch_size for e in one.evidence} == {"full": 2, "lora": 2}
 
 
-def test_the_default_is_chosen_at_the_shortest_context_and_says_what_to_add_beyond(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "told"), [(handmade.out_of_memory, [512]), (handmade.timed_out, [])])
+def test_the_default_is_chosen_at_the_shortest_context_and_says_what_to_add_beyond(
+    tmp_path: Path, ending: Callable[[Run], Record], told: list[int]
+) -> None:
+    """Where only its time ran out it may fit: nothing need be added."""
     block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": [512, 128]}
     study = repeats(1, recipes={"full": [], "lora": ["lora"]}, grid=[block])
     records = []
     for planned in handmade.planned(study):
         long = planned.run.sequence_length == 512
         full = planned.run.recipe == "full"
-        records.append(
-            handmade.out_of_memory(planned.run)
-            if long and full
-            else handmade.completed(planned.run, 1.0 if full else 2.0)
-        )
+        records.append(ending(planned.run) if long and full else handmade.completed(planned.run, 1.0 if full else 2.0))
     (default,) = recommend.defaults(recommend.recommend(handmade.compared(study, tmp_path, *records)))
     assert (default.recommendation.sequence_length, default.recommendation.recipe) == (128, "full")
     assert (default.fits_in, default.fastest_in, default.of) == (1, 1, 2)
-    (beyond,) = default.elsewhere
-    assert (beyond.sequence_length, beyond.recipe, beyond.ended) == (512, "lora", ["device_oom"])
-    assert (beyond.added, beyond.left_out) == (["lora"], [])
-    assert beyond.step_time_seconds_median == 2.0
+    assert [beyond.sequence_length for beyond in default.elsewhere] == told
+    for beyond in default.elsewhere:
+        assert (beyond.recipe, beyond.ended) == ("lora", ["device_oom"])
+        assert (beyond.added, beyond.left_out) == (["lora"], [])
+        assert beyond.step_time_seconds_median == 2.0
 
 
 def test_one_recommendation_per_setting(tmp_path: Path) -> None:

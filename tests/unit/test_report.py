@@ -777,6 +777,23 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     assert "tiny on old × 1 context 128 lora too few data" in text
 
 
+def test_the_answer_for_a_lot_of_pairs_says_how_many_each_recipe_is_the_default_of(tmp_path: Path) -> None:
+    models = {f"model-{number}": handmade.LLAMA for number in range(12)}
+    block = {"targets": [*models], "hardware": "cpu", "recipes": ["full", "lora"], "sequence_length": 128}
+    study = handmade.study(models=models, grid=[block])
+    fast = {"model-3": "full"}
+    documents = [
+        handmade.completed(run, 1.0 if run.recipe == fast.get(run.target, "lora") else 2.0)
+        for run in (one.run for one in handmade.planned(study))
+    ]
+    (first, beyond, _) = answer(*said(study, tmp_path, *documents))
+    assert first.text == (
+        "The default should be lora for 11 pairs of model and hardware (all too few data for a ranking); full for "
+        "model-3 on cpu (too few data for a ranking)."
+    )
+    assert beyond.support == "The longest context that is known to fit is 128 (the longest tried) for 12 pairs."
+
+
 FOUR = {"effective_batch_size": 4}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import polars as pl
 
-from finetune_study import changes, claims, recommend, table
+from finetune_study import changes, claims, recommend
 from finetune_study.changes import Earlier
 from finetune_study.config import Config
 from finetune_study.paths import Results
@@ -37,9 +37,8 @@ def build(config: Config, cells: pl.DataFrame, results: Results, options: str = 
 
 def gather(config: Config, cells: pl.DataFrame, options: str = "") -> page.Contents:
     """Everything that the report says of a study; its figures are drawn from that."""
-    comparisons = table.compare(cells, table.baseline_of(config))
+    comparisons, recommendations = recommend.of_cells(cells, config)
     rows = comparisons.to_dicts()
-    recommendations = recommend.recommend(comparisons, recommend.given_up(cells, config))
     defaults = recommend.defaults(recommendations)
     pairs = pair_module.pairs(config, rows, recommendations)
     return page.Contents(
@@ -92,8 +91,7 @@ def draw_pair(config: Config, cells: pl.DataFrame, target: str, hardware: str, f
     Raises:
         StudyError: when the study has no such pair.
     """
-    comparisons = table.compare(cells, table.baseline_of(config))
-    recommendations = recommend.recommend(comparisons, recommend.given_up(cells, config))
+    comparisons, recommendations = recommend.of_cells(cells, config)
     every = {
         (pair.target, pair.hardware): pair
         for pair in pair_module.pairs(config, comparisons.to_dicts(), recommendations)

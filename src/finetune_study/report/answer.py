@@ -12,6 +12,8 @@ MAX_NAMED = 4
 """Recipes that a sentence names with their targets; of a tie, so many others."""
 MAX_DETAILED = 3
 """Pairs of model and hardware of which the answer says all; of more the table below it does."""
+MAX_LISTED = 8
+"""Pairs that the answer names at all, those alike together; of more it says how many."""
 MAX_STEPS = 3
 """Missing runs, and other things to do, that a sentence names."""
 
@@ -55,11 +57,7 @@ def _default(defaults: list[Default]) -> Sentence:
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    detailed = len(defaults) <= MAX_DETAILED
-    parts = [
-        f"{recipe} for {joined(map(_where_and_how_sure, some)) if detailed else _together(some)}"
-        for recipe, some in ranked[:MAX_NAMED]
-    ]
+    parts = [f"{recipe} for {_these(some, len(defaults))}" for recipe, some in ranked[:MAX_NAMED]]
     rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
     none = [one for one in defaults if not one.recommendation.recipe]
@@ -70,12 +68,25 @@ def _default(defaults: list[Default]) -> Sentence:
     )
 
 
+def _these(some: list[Default], of: int) -> str:
+    if of <= MAX_DETAILED:
+        return joined(map(_where_and_how_sure, some))
+    return _together(some) if of <= MAX_LISTED or len(some) == 1 else _counted(some)
+
+
 def _together(some: list[Default]) -> str:
     """Models and hardware of one recipe, those that are as sure as each other together."""
     sure: dict[str, list[Default]] = {}
     for one in some:
         sure.setdefault(_DOUBT.get(one.recommendation.verdict, ""), []).append(one)
     return joined(_places(map(_pair, ones)) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
+
+
+def _counted(some: list[Default]) -> str:
+    """How many models and hardware one recipe is the default of, and how many of these are how sure."""
+    doubts = Counter(_DOUBT[one.recommendation.verdict] for one in some if one.recommendation.verdict in _DOUBT)
+    sure = ", ".join(f"{'all' if n == len(some) else n} {doubt}" for doubt, n in doubts.items())
+    return f"{len(some)} pairs of model and hardware" + (f" ({sure})" if sure else "")
 
 
 def _where(one: Default) -> str:
@@ -206,7 +217,11 @@ def _longest(recommendations: list[Recommendation]) -> str:
         contexts: dict[str, list[tuple[str, str]]] = {}
         for pair, one in sorted(found.items(), key=lambda item: -item[1].at.sequence_length):
             contexts.setdefault(one.in_words, []).append(pair)
-        named = [f"{length} for {_places(pairs)}" for length, pairs in contexts.items()]
+        listed = len(found) <= MAX_LISTED
+        named = [
+            f"{length} for {_places(pairs) if listed or len(pairs) == 1 else f'{len(pairs)} pairs'}"
+            for length, pairs in contexts.items()
+        ]
     return f"The longest context that is known to fit is {'; '.join(named)}."
 
 
