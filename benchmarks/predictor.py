@@ -981,9 +981,9 @@ LIMITS = """## What is not modelled, and where it is wrong
 - **Grouped heads under SDPA** below compute capability 8 and in fp32 are predicted as with a fused kernel. torch has
   one for grouped heads in FlashAttention alone, so that the step may run as `math`, with scores as tensors: a warning
   of the row says so. It was not measured here.
-- **Windows under SDPA.** Beyond a model's attention window transformers makes a mask of context × context, too.
-- **Windows under FlashAttention** save no time here: its kernels skip what lies outside a window, and all of the causal
-  half is counted. At 32768 positions a window of 4096 leaves 23 % of it, so that attention takes less than predicted.
+- **Windows under SDPA.** Beyond a model's attention window transformers makes a mask of context × context, too, and all
+  of it is computed; FlashAttention computes what lies within the window alone. That a kernel with a mask is slower for
+  the same work is not modelled.
 - **Optimizers' matrix products** are counted for Muon, GaLore and APOLLO, from the sums of their matrices' sides: a
   matrix narrower than the model, such as that of shared keys, counts as one that is as wide. Not counted are the SVD of
   GaLore every `update_proj_gap` steps, and what Muon sends between FSDP's shards.

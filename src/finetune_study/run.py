@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,6 +25,10 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 def digest(value: object, length: int = 6) -> str:
     """Hexadecimal digest of a JSON value, the same everywhere and always."""
     return _digest(_canonical(value), length)
+
+
+_of_scalar = cache(_canonical)
+"""Of names and numbers, few of which occur in a study, and each in thousands of runs."""
 
 
 def _digest(canonical: str, length: int) -> str:
@@ -165,6 +169,10 @@ class Run(Section):
         }
 
 
+_SHARED = ("model", "tokenizer", "hardware", "techniques", "data", "training", "protocol")
+"""Fields that many runs have in common; the others are names and numbers."""
+
+
 def make(parts: Parts | None = None, **settings: Any) -> Run:
     """A run from all its fields but the run_id, which follows from them.
 
@@ -195,9 +203,9 @@ def make(parts: Parts | None = None, **settings: Any) -> Run:
 
 def _identity(run: Run, settings: dict[str, Any], parts: Parts) -> str:
     """Canonical JSON of all fields but the run_id, put together from that of each."""
-    texts = {name: parts.text(value) for name, value in settings.items() if isinstance(value, Section | dict)}
+    texts = {name: parts.text(settings[name]) for name in _SHARED}
     others = run.model_dump(mode="json", exclude={"run_id", *texts}) | {"version": IDENTITY_VERSION}
-    texts |= {name: _canonical(value) for name, value in others.items()}
+    texts |= {name: _of_scalar(value) for name, value in others.items()}
     return "{" + ",".join(f'"{name}":{texts[name]}' for name in sorted(texts)) + "}"
 
 

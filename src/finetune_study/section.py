@@ -1,5 +1,6 @@
 """The base of everything that is read from YAML or JSON."""
 
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -17,7 +18,14 @@ class Section(BaseModel):
     @model_serializer(mode="wrap")
     def _leave_out_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name, field in type(self).model_fields.items():
-            if field.json_schema_extra == LATER and getattr(self, name) == field.get_default(call_default_factory=True):
+        for name, default in _later(type(self)).items():
+            if getattr(self, name) == default:
                 dumped.pop(name, None)
         return dumped
+
+
+@cache
+def _later(section: type[Section]) -> dict[str, Any]:
+    """Defaults of the fields of a section that came later."""
+    fields = section.model_fields.items()
+    return {name: one.get_default(call_default_factory=True) for name, one in fields if one.json_schema_extra == LATER}

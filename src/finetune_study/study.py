@@ -144,11 +144,6 @@ class Study:
         return found if isinstance(found, dict) else {}
 
     @cached_property
-    def skipped(self) -> frozenset[str]:
-        """Runs that the forecast gave their outcome, `predicted_oom`."""
-        return frozenset(i for i in self._last_forecast.get("predicted_oom", []) if i in self.planned)
-
-    @cached_property
     def given_up(self) -> frozenset[str]:
         """Runs that failed as often as the protocol allows; deleting failure.json, or `remeasure`, tries them again."""
         decided = {*self.recorded, *self.implied, *self.remeasured}

@@ -440,6 +440,31 @@ def test_sdpa_of_whole_sequences_takes_what_flash_attention_takes(name: str) -> 
     assert found["sdpa"][1] == pytest.approx(2 * found["sdpa"][0], rel=0.01)
 
 
+@pytest.mark.parametrize("phase", ["forward", "recompute", "backward"])
+@pytest.mark.parametrize(("model_type", "windowed_layers"), [("mistral", 8), ("gemma2", 4)])
+def test_flash_attention_computes_the_pairs_within_a_window(model_type: str, windowed_layers: int, phase: str) -> None:
+    """Against a count of all pairs of positions; gemma2's layers alternate."""
+    window, context, batch, heads, width = 512, 4096, 2, 4, 64
+    config = {**SMALL, "model_type": model_type, "head_dim": width, "sliding_window": window}
+    layout = Layout(canonical(config), weights="bfloat16", attention="flash", checkpoint_every=1)
+    counted = TRACES.get(layout).amount((phase,), "attention_bf16", batch, context, 1)
+    within = sum(min(position + 1, window) for position in range(context))
+    pairs = windowed_layers * within + (8 - windowed_layers) * context * (context + 1) / 2
+    products = 5 if phase == "backward" else 2
+    assert counted == pytest.approx(2 * products * batch * heads * width * pairs, rel=0.002)
+
+
+def test_sdpa_with_a_mask_computes_what_it_hides() -> None:
+    """torch's memory-efficient kernel takes a mask of a window as a bias; a causal one without it skips half."""
+    config = {**SMALL, "model_type": "mistral", "sliding_window": 512}
+    within, beyond = (
+        TRACES.get(Layout(canonical(config), weights="bfloat16", windowed=windowed)) for windowed in (False, True)
+    )
+    for phase in ("forward", "backward"):
+        whole, half = (one.amount((phase,), "attention_bf16", 1, 1024, 1) for one in (beyond, within))
+        assert whole == pytest.approx(2 * half, rel=1e-6)
+
+
 @pytest.mark.parametrize("settings", [{}, *CHECKPOINTS.values()], ids=["no checkpoints", *CHECKPOINTS])
 def test_forward_under_autocast_takes_what_a_real_one_takes(settings: dict[str, Any], tmp_path: Path) -> None:
     """Sixteen layers, of which few are traced: 16-bit copies of all weights are there until the pass has ended."""
@@ -582,6 +607,7 @@ def test_shipped_hardware_is_complete() -> None:
         ({"model_config": {**SMALL, "vocab_size": 0}}, "vocab_size"),
         ({"model_config": {**SMALL, "model_type": "mistral", "sliding_window": -3}}, "sliding_window"),
         ({"model_config": {**SMALL, "num_key_value_heads": 3}}, "divides 4"),
+        ({"model_config": {**SMALL, "attention_dropout": 7}}, r"(?s)model_config.attention_dropout.*from 0 to 1"),
         ({"model_config": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 9}}, "9 of 4 experts"),
         (
             {"model_config": {**SMALL, "model_type": "mixtral", "num_experts_per_tok": 99}},

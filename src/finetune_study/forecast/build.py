@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from finetune_study.errors import ModelError
 from finetune_study.forecast.layout import CODE, Layout
+from finetune_study.forecast.tape import within_window
 from finetune_study.techniques import gradient_checkpointing, quantised
 
 FUSED = "finetune_study_fused"
@@ -25,11 +26,18 @@ FUSED = "finetune_study_fused"
 
 
 def _fused_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """A kernel with masks and windows of its own, as FlashAttention has: no mask in memory, keys are not repeated."""
     grouped = query.shape[1] != key.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    with within_window(sliding_window):
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -52,6 +60,9 @@ LARGEST = {
     "num_labels": 1 << 20,  # transformers makes a dictionary of them
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
+
+DROPOUT = re.compile("dropout|drop_?path|_pdrop$")
+"""Names of shares that are dropped, such as attention_dropout, resid_pdrop, drop_path_rate."""
 
 LEAST = dict.fromkeys(
     ("sliding_window", "num_experts", "n_routed_experts", "encoder_layers", "num_encoder_layers", "num_labels"), 0
@@ -77,6 +88,11 @@ def check_sizes(settings: Mapping[str, Any], where: str = "model_config") -> Non
                 where=f"{where}.{key}",
                 given=size,
                 allowed=f"a whole number from {least} to {most}",
+            )
+    for key, share in settings.items():
+        if DROPOUT.search(key) and isinstance(share, int | float) and not 0 <= share <= 1:
+            raise ModelError(
+                "The model can't drop such a share", where=f"{where}.{key}", given=share, allowed="a number from 0 to 1"
             )
     _check_experts(settings, where)
     heads = settings.get("num_attention_heads")

@@ -84,6 +84,14 @@ class Work:
     """`matmul_<format>` and `attention_<format>` (fused kernels) in operations; `bytes_matmul` and `bytes_pointwise` in
     bytes read and written; `kernels`, that are launched."""
     amount: dict[Monomial, float]
+    """As if attention had no window."""
+    window: int | None = None
+    """Positions that fused attention looks back, its own one included; None: all."""
+
+    def at(self, batch: int, context: int, rank: int) -> float:
+        """The amount at a point. A causal kernel with a window computes scores of w T - w²/2 pairs instead of T²/2."""
+        share = 1.0 if self.window is None else min(self.window / context, 1.0)
+        return value(self.amount, batch, context, rank) * (2 - share) * share
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class Profile:
 
     def amount(self, phases: tuple[str, ...], kind: str, batch: int, context: int, rank: int) -> float:
         """Counted work of a kind."""
-        return sum(value(w.amount, batch, context, rank) for w in self.work if w.phase in phases and w.kind == kind)
+        return sum(w.at(batch, context, rank) for w in self.work if w.phase in phases and w.kind == kind)
 
     def save(self, path: Path) -> None:
         """Writes the profile as one file, at once."""
@@ -171,7 +179,9 @@ class Profile:
             "kinds": self.kinds,
             "monomials": self.monomials.tolist(),
             "alive": self.alive.tolist(),
-            "work": [{"phase": w.phase, "kind": w.kind, "amount": _dump(w.amount)} for w in self.work],
+            "work": [
+                {"phase": w.phase, "kind": w.kind, "amount": _dump(w.amount), "window": w.window} for w in self.work
+            ],
         }
 
     @classmethod
@@ -185,7 +195,7 @@ class Profile:
         parameters = [
             Parameters(**{**p, "numbers": _load(p["numbers"]), "rows": _load(p["rows"])}) for p in raw["parameters"]
         ]
-        work = [Work(w["phase"], w["kind"], _load(w["amount"])) for w in raw["work"]]
+        work = [Work(w["phase"], w["kind"], _load(w["amount"]), w["window"]) for w in raw["work"]]
         return cls(**{**raw, **arrays, "parameters": parameters, "work": work,
                       "largest_trained": _load(raw["largest_trained"])})  # fmt: skip
 

@@ -322,17 +322,11 @@ def write(study: "Study") -> list[dict[str, Any]]:
     document = {
         "version": VERSION,
         "totals": totals(rows),
-        "predicted_oom": skipped + _still_skipped(study),
         "runs": {r["run_id"]: [r["predicted_gpu_hours"], r["predicted_cost_usd"]] for r in rows},
         "do_not_fit": [r["run_id"] for r in rows if r["fits"] == predict.DOES_NOT_FIT],
     }
     write_atomically(study.results.forecast, json.dumps(document) + "\n")
     return rows
-
-
-def _still_skipped(study: "Study") -> list[str]:
-    """Runs that an earlier forecast gave their outcome, and that keep it."""
-    return [run_id for run_id in study.skipped if run_id in study.recorded]
 
 
 _KEPT = ("fits", "margin_gib", "memory_gib", "bottleneck")

@@ -1,8 +1,10 @@
 """What a traced step does to memory and how much it computes: every storage from its birth to its death."""
 
+import contextlib
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +32,19 @@ IS_WHERE = torch.ops.prim.device
 """A fake tensor is asked where it lies, dozens of times for an operation: nothing that a device does."""
 
 OWN_OF_NO_LAYER = -1
+
+_WINDOW: ContextVar[int | None] = ContextVar("_WINDOW", default=None)
+
+
+@contextlib.contextmanager
+def within_window(positions: int | None) -> Iterator[None]:
+    """Fused attention in it skips what lies outside a window of so many positions; None: it has no window."""
+    token = _WINDOW.set(positions)
+    try:
+        yield
+    finally:
+        _WINDOW.reset(token)
+
 
 MOST_OPERATIONS = 30_000
 """Of a forward pass of up to `MANY_LAYERS`, of more layers in proportion; with backward they take about 15 seconds. A
@@ -140,6 +155,8 @@ class Operations:
 
     amounts: list[tuple[str, float, Monomial]]
     """What each of them does: kind of work, coefficient and exponents."""
+    window: int | None = None
+    """Positions that attention looks back, its own one included; None: all."""
     count: int = 0
 
 
@@ -162,6 +179,8 @@ class Tape(TorchDispatchMode):
         self.layer_of_time: list[int] = []
         self.turn_of_time: list[bool] = []
         self._alive: dict[int, int] = {}
+        self._windows: dict[int, int | None] = {}
+        """Of the attention of each layer."""
         self.work: dict[tuple[Any, ...], Operations] = {}
         """By phase, layer, operation and sizes."""
         self.end_of_forward = 0
@@ -271,18 +290,25 @@ class Tape(TorchDispatchMode):
     def _count(self, packet: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]) -> None:
         phase = "forward" if self.forward else "recompute" if self.recomputing else "backward"
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        window = None
         touched = [(t.numel() * t.element_size(), tuple(t.shape)) for t in (*inputs, *outputs)]
         if packet in MATMULS:
             kind, operations = f"matmul_{_precision(outputs[0])}", 2 * _products(packet, args, outputs)
         elif packet in ATTENTION_FORWARD or packet in ATTENTION_BACKWARD:
-            query, key = (args[0], args[1]) if packet in ATTENTION_FORWARD else (args[1], args[2])
-            causal_half = 0.5  # fused kernels skip the blocks above the diagonal (arXiv 2307.08691, section 3.1)
-            products = 2 if packet in ATTENTION_FORWARD else 5  # q·k and p·v; backward recomputes q·k
-            operations = int(causal_half * products * 2 * query.numel() * key.shape[-2])
+            forward = packet in ATTENTION_FORWARD
+            query, key = args[:2] if forward else args[1:3]
+            # Fused kernels skip blocks above the diagonal (arXiv 2307.08691, section 3.1), but not what a mask hides.
+            place = 4 if forward else 7
+            is_causal = args[place] if len(args) > place else kwargs.get("is_causal", False)
+            products = 2 if forward else 5  # q·k and p·v; backward recomputes q·k
+            operations = products * 2 * query.numel() * key.shape[-2] // (2 if is_causal else 1)
+            if forward:
+                self._windows[self.layer] = _WINDOW.get()
+            window = self._windows[self.layer]
             kind = f"attention_{_precision(query)}"
         else:
             kind, operations = "", 0
-        sort = (phase, self.layer, packet, kind, operations, *touched)
+        sort = (phase, self.layer, packet, kind, operations, window, *touched)
         found = self.work.get(sort)
         if found is None:
             amounts: list[tuple[str, float, Monomial]] = [("kernels", 1.0, (0, 0, 0))]
@@ -290,7 +316,7 @@ class Tape(TorchDispatchMode):
                 amounts.append((kind, *self.sizes.factor(operations, outputs[0].shape)))
             group = "bytes_matmul" if kind else "bytes_pointwise"
             amounts += [(group, *self.sizes.factor(*one)) for one in touched]
-            found = self.work[sort] = Operations(amounts)
+            found = self.work[sort] = Operations(amounts, window)
         found.count += 1
 
     def _alike(self) -> Iterator[tuple[list[int], float, Monomial]]:

@@ -408,12 +408,13 @@ class _Tracer:
     def _profile(self, model: Any, tape: Tape) -> Profile:
         kinds, monomials, phases, alive = self._moments(tape)
         loops = self.sizes.chunk > 1 or any(tape.is_loop(operations.count) for operations in tape.work.values())
-        work: dict[tuple[str, str], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
+        work: dict[tuple[str, str, int | None], dict[Monomial, float]] = defaultdict(lambda: defaultdict(float))
         for (phase, layer, *_), operations in tape.work.items():
             looped = tape.is_loop(operations.count)
             for kind, coefficient, (i, j, k) in operations.amounts:
                 amount = coefficient * operations.count * self._times(layer)
-                work[phase, kind][i, j + looped, k] += amount / (self.sizes.context if looped else 1)
+                window = operations.window if kind.startswith("attention") else None
+                work[phase, kind, window][i, j + looped, k] += amount / (self.sizes.context if looped else 1)
         parameters = self._parameters(model)
         _, layers = layer_stack(self.skeleton)
         text = self.config.get_text_config()
@@ -431,7 +432,7 @@ class _Tracer:
             kinds=kinds,
             monomials=monomials,
             alive=alive,
-            work=[Work(phase, kind, dict(amounts)) for (phase, kind), amounts in work.items()],
+            work=[Work(phase, kind, dict(amounts), window) for (phase, kind, window), amounts in work.items()],
         )
 
     def _moments(self, tape: Tape) -> tuple[list[str], Any, Any, Any]:
