@@ -80,7 +80,7 @@ def _by_node(repeats: list[Repeat]) -> dict[str, list[float]]:
 def _within_nodes(above: Mapping[str, list[float]], below: Mapping[str, list[float]]) -> Ratio:
     """Least squares of log y = node + b * (is numerator): Frisch-Waugh, all quantities centred on their node."""
     pairs: list[tuple[float, float]] = []
-    nodes = above.keys() | below.keys()
+    nodes = {**above, **below}  # in their order, so that the same runs always give the same digits
     for node in nodes:
         runs = [(1.0, y) for y in above.get(node, [])] + [(0.0, y) for y in below.get(node, [])]
         mean_x, mean_y = statistics.fmean(x for x, _ in runs), statistics.fmean(y for _, y in runs)

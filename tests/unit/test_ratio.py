@@ -1,5 +1,8 @@
 import math
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -74,3 +77,19 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(shared: bool) -> None
             held += not found.leaves_out_one
     assert given > 500
     assert held / given > 0.93
+
+
+def test_the_same_repeats_give_the_same_digits_in_every_process() -> None:
+    """Sets have another order in each: what is summed must not follow it."""
+    code = (
+        "from finetune_study.ratio import Repeat, ratio\n"
+        "above, below = ([Repeat(str(n % 40), k + n**0.5) for n in range(120)] for k in (1.1, 1.7))\n"
+        "print(repr(ratio(above, below)))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout
+        for seed in "1234"
+    }
+    assert len(found) == 1
