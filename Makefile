@@ -60,7 +60,7 @@ $(INSTALLED): $(LOCK) pyproject.toml $(PLUGIN)/pyproject.toml
 demo: env
 	@$(BIN)/snakemake --cores all forecast && $(BIN)/snakemake --cores all; status=$$?; $(BIN)/finetune-study summary; exit $$status
 
-SHARED := --numprocesses 2 --dist loadscope --no-loadscope-reorder
+SHARED := --numprocesses 3 --dist loadscope --no-loadscope-reorder
 MARKED ?= not long and not exhaustive
 test: env
 	@$(BIN)/python -m pytest $(SHARED) -m '$(MARKED)'

@@ -545,7 +545,7 @@ def peers(row: dict[str, Any], traces: predict.Traces) -> dict[str, float | None
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     question = predict.read_question(row)
-    profile = traces.get(question.recipe.layout(question.config, question.context))
+    profile = traces.of(question)
     weights = sum(p.count(max(question.recipe.rank, 1)) for p in profile.parameters)
     found: dict[str, float | None] = {
         "accelerate estimate-memory": of_accelerate(question) / GIB,

@@ -11,7 +11,7 @@ from tests.tiny_study import TINY_STUDY
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two processes share the suite: what waits for SLURM goes on beside what computes.
+    """Three processes share the suite: what waits for SLURM goes on beside what computes.
 
     What has one cluster, or one trained model, stays in one process; of the unit tests, each module does.
     """

@@ -239,7 +239,7 @@ def predict_words(run: Run, results: Results, memory_gib: float | None) -> dict[
     entry = Hardware(device="cpu" if run.hardware.device == "cpu" else "cuda", gpu=run.hardware.gpu, memory_gib=memory)
     device = forecast_study.device_of(run.hardware.name, entry)
     question = forecast_study.question_of(at(run, 1), device, results)
-    profile = predict.Traces(results.traces).get(question.recipe.layout(question.config, question.context))
+    profile = predict.Traces(results.traces).of(question)
     return words(run, question, profile)
 
 

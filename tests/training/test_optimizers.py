@@ -119,7 +119,16 @@ def test_optimizer_in_backward_keeps_states_of_embeddings_in_32_bit(name: str, t
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "oft", "ia3", "adalora", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "loha",
+        *(
+            pytest.param(method, marks=pytest.mark.long)
+            for method in ("lokr", "oft", "ia3", "adalora", "prompt_tuning", "prefix_tuning")
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw"])
 def test_without_linear_layers_nothing_is_projected(name: str, method: str, lab: Lab, trained: Trained) -> None:
     """What the exclusion says: they would be AdamW under another name."""

@@ -140,7 +140,12 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     [
         *(pytest.param(name, {"weights": "bfloat16"}, id=name) for name in ARCHITECTURES),
         *(
-            pytest.param(name, {"autocast": "bfloat16", **settings}, id=f"{name}, autocast, checkpoints: {what}")
+            pytest.param(
+                name,
+                {"autocast": "bfloat16", **settings},
+                id=f"{name}, autocast, checkpoints: {what}",
+                marks=[pytest.mark.long] if name.startswith("gemma") else [],
+            )
             for name in ("llama", "gpt_neox", *(name for name in ARCHITECTURES if name.startswith("gemma")))
             for what, settings in CHECKPOINTS.items()
         ),
@@ -463,6 +468,87 @@ def test_sdpa_with_a_mask_computes_what_it_hides() -> None:
     for phase in ("forward", "backward"):
         whole, half = (one.amount((phase,), "attention_bf16", 1, 1024, 1) for one in (beyond, within))
         assert whole == pytest.approx(2 * half, rel=1e-6)
+
+
+GEMMA = {
+    **SMALL,
+    "model_type": "gemma3_text",
+    "head_dim": 64,
+    "num_hidden_layers": 6,
+    "sliding_window": 512,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize(
+    ("hidden", "explicit"),
+    [
+        ({"model_type": "gemma3", "text_config": GEMMA}, GEMMA),
+        ({**SMALL, "model_type": "mistral"}, {**SMALL, "model_type": "mistral", "sliding_window": 4096}),
+    ],
+    ids=["in a part", "transformers' default"],
+)
+def test_a_window_counts_wherever_it_stands(hidden: dict[str, Any], explicit: dict[str, Any], kernel: str) -> None:
+    """Gemma 3 of several parts has a vision tower as well, which takes what it takes at any context, and copies the
+    embeddings once more."""
+    one, two = (
+        [
+            predict.answer(row(model_config=config, techniques={kernel: {}}, sequence_length=s), TRACES)
+            for s in (6000, 12000)
+        ]
+        for config in (hidden, explicit)
+    )
+    for column in ("predicted_peak_memory_allocated_gib", "predicted_step_time_seconds"):
+        grown = [answers[1][column] - answers[0][column] for answers in (one, two)]
+        assert grown[0] == pytest.approx(grown[1], rel=0.05)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "flash_attention_2"])
+def test_prefixes_before_the_keys_leave_attention_quadratic(kernel: str) -> None:
+    """As virtual tokens before the context do it; SDPA is given a mask for them, kept in 16 bit by each of 8 layers."""
+    found: dict[str, list[Any]] = {}
+    for method in ("prefix_tuning", "prompt_tuning"):
+        found[method] = [
+            predict.answer(row(techniques={method: {}, kernel: {}}, sequence_length=s), TRACES) for s in (4096, 16384)
+        ]
+    for prefix, prompt in zip(*found.values(), strict=True):
+        column = "predicted_peak_memory_allocated_gib"
+        mask = (1 + 8 * 2) * 1.02 * prefix["sequence_length"] ** 2 / 2**30 if kernel == "sdpa" else 0.0
+        assert prompt[column] * 0.95 <= prefix[column] <= prompt[column] * 1.05 + mask
+        assert prefix["predicted_step_time_seconds"] >= 0.9 * prompt["predicted_step_time_seconds"]
+        assert prefix["warnings"] == prompt["warnings"]
+
+
+def test_a_short_window_of_a_kernel_of_its_own_is_no_short_trace() -> None:
+    config = {**SMALL, "model_type": "mistral", "sliding_window": 8}
+    found = predict.answer(row(model_config=config, techniques={"flash_attention_2": {}}, sequence_length=8192), TRACES)
+    wide = predict.answer(
+        row(model_config=config | {"sliding_window": 64}, techniques={"flash_attention_2": {}}, sequence_length=8192),
+        TRACES,
+    )
+    assert found["predicted_step_time_seconds"] <= wide["predicted_step_time_seconds"]
+    assert not any("chunks" in one for one in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kernel", "says"),
+    [
+        ("gemma2", "sdpa", "does not support sdpa"),
+        ("bloom", "flash_attention_2", "does not support flash_attention_2"),
+        ("gptj", "flash_attention_2", "predicted as eager"),
+    ],
+)
+def test_a_kernel_that_a_model_has_not_is_warned_of(model_type: str, kernel: str, says: str) -> None:
+    config = {"model_type": model_type, "vocab_size": 1024}
+    small = {"gemma2": {**SMALL, "head_dim": 64}, "bloom": {"hidden_size": 256, "n_layer": 4, "n_head": 4}}
+    config |= small.get(model_type, {"n_embd": 256, "n_layer": 4, "n_head": 4, "rotary_dim": 16}) | {
+        "model_type": model_type
+    }
+    found = predict.answer(row(model_config=config, techniques={kernel: {}}), TRACES)
+    assert any(says in one for one in found["warnings"])
+    eager = predict.answer(row(model_config=config, techniques={"eager": {}}), TRACES)
+    assert not any(says in one for one in eager["warnings"])
 
 
 @pytest.mark.parametrize("settings", [{}, *CHECKPOINTS.values()], ids=["no checkpoints", *CHECKPOINTS])

@@ -16,7 +16,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune_study import techniques
-from finetune_study.errors import ModelError, StudyError
+from finetune_study.errors import ConfigError, ModelError, StudyError
 from finetune_study.forecast import hardware, memory, predict, recipe, time, trace
 from finetune_study.forecast.build import Stack
 from finetune_study.forecast.layout import Layout, canonical
@@ -150,7 +150,7 @@ def test_methods_that_peft_does_not_mix_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize("config", [LLAMA, FALCON], ids=["llama", "falcon"])
-@pytest.mark.parametrize("depth", [16, 17, 32])
+@pytest.mark.parametrize("depth", [16, *(pytest.param(depth, marks=pytest.mark.long) for depth in (17, 32))])
 def test_groups_of_layers_are_extended_exactly(
     config: dict[str, Any], depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,7 +486,7 @@ def products(shape: dict[str, Any], chosen: dict[str, Any], **rates: Any) -> flo
     return seconds(chosen) - seconds(without)
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [1, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", [{}, {"lora": {"r": 8}}], ids=["full", "lora"])
 def test_muons_products_are_those_of_a_real_step(method: dict[str, Any], steps: int) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SQUARE))
@@ -497,6 +497,7 @@ def test_muons_products_are_those_of_a_real_step(method: dict[str, Any], steps: 
     assert products(SQUARE, {"muon": {"ns_steps": steps}, **method}) == pytest.approx(real, rel=1e-3)
 
 
+@pytest.mark.long
 def test_muons_products_with_shared_keys_are_estimated_near_those_of_a_real_step() -> None:
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**LLAMA))
     real = stepped(muon.muon_with_adamw(model, lr=0.1, weight_decay=0.0), list(model.parameters()))
@@ -506,7 +507,7 @@ def test_muons_products_with_shared_keys_are_estimated_near_those_of_a_real_step
 @pytest.mark.parametrize(
     ("name", "kind"), [("galore_adamw", galore_torch.GaLoreAdamW), ("apollo_adamw", apollo_torch.APOLLOAdamW)]
 )
-@pytest.mark.parametrize("rank", [16, 1024])
+@pytest.mark.parametrize("rank", [16, pytest.param(1024, marks=pytest.mark.long)])
 def test_projections_and_their_states_are_those_of_a_real_step(name: str, kind: Any, rank: int) -> None:
     """The rank of a projection is at most the shorter side of what it projects."""
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**SQUARE))
@@ -602,3 +603,61 @@ def test_stacked_experts_are_no_matrices_to_muon() -> None:
     stacked = 8 * 4 * 3 * 256 * 512
     apart = sum(part.count(1) for part in profile.parameters if part.role == "layers" and not part.matrix)
     assert apart == pytest.approx(stacked, rel=0.01), "and norms"
+
+
+STEP_OF = {"sequence_length": 512, "techniques": {"bf16": {}}}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_weight"),
+    [
+        ("adamw_torch", 60),
+        ("adamw_torch_fused", 4 * (1 + 2 + 2 * 2)),
+        ("adamw_8bit", 4 * (1 + 2) + 2 * 2 * (1 + 4 / 256)),
+        ("lion_8bit", 4 * (1 + 2) + 2 * (1 + 4 / 256)),
+        ("sgd", 4 * (1 + 2)),
+    ],
+)
+def test_an_update_moves_the_states_that_the_optimizer_has(optimizer: str, bytes_per_weight: float) -> None:
+    """Against no update at all: the gradient once, the weight and its states both ways, in fp32."""
+    shape = {**LLAMA, "num_hidden_layers": 4}
+    question = {"model_config": shape, "hardware": "h100-80gb", **STEP_OF}
+    times = {
+        name: predict.answer(question | {"techniques": {"bf16": {}, name: {}}}, TRACES)["predicted_step_time_seconds"]
+        for name in (optimizer, "adamw_torch_fused")
+    }
+    weights = sum(p.count(1) for p in TRACES.of(predict.read_question(question)).parameters if p.trained)
+    apart = (bytes_per_weight - 28) * weights / (3350e9 * 0.8)
+    assert times[optimizer] - times["adamw_torch_fused"] == pytest.approx(apart, rel=1e-3, abs=1e-9)
+
+
+def test_flash_attention_3_is_faster_where_attention_takes_long() -> None:
+    question = {"model_config": {**LLAMA, "num_hidden_layers": 4}, "hardware": "h100-80gb", "sequence_length": 32768}
+    two, three = (
+        predict.answer(question | {"techniques": {"bf16": {}, name: {}}}, TRACES)["predicted_step_time_seconds"]
+        for name in ("flash_attention_2", "flash_attention_3")
+    )
+    assert two / 1.6 < three < 0.9 * two
+
+
+def test_a_bridge_joins_two_gpus_and_more_talk_over_pcie() -> None:
+    question = {
+        "model_config": {**LLAMA, "num_hidden_layers": 4},
+        "hardware": "rtx3090",
+        **STEP_OF,
+        "techniques": {"zero1": {}},
+    }
+    found = {
+        (num_gpus, name): predict.answer(
+            question | {"num_gpus": num_gpus, "hardware": {"name": "rtx3090", **changes}}, TRACES
+        )["predicted_step_time_seconds"]
+        for num_gpus in (2, 4)
+        for name, changes in (("bridge", {}), ("pcie", {"link_gb_per_s": 32}))
+    }
+    assert found[2, "bridge"] < found[2, "pcie"]
+    assert found[4, "bridge"] == found[4, "pcie"]
+
+
+def test_a_family_of_gpus_is_answered_with_its_members() -> None:
+    with pytest.raises(ConfigError, match="did you mean a100-40gb or a100-40gb-pcie or a100-80gb"):
+        predict.answer({"model_config": LLAMA, "hardware": "A100", **STEP_OF}, TRACES)

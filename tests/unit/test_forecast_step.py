@@ -81,7 +81,7 @@ def allocated(phases: dict[str, Callable[[], Any]]) -> Phases:
     return dict(peaks)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("shape", "techniques"),
     [

@@ -540,6 +540,8 @@ def warnings_of(model: Any, layout: Layout) -> list[str]:
     defaults, names = _defaults(model.config, layout), _unmatched(model, layout)
     warnings = [f"not given, so as transformers has it: {', '.join(defaults)}"] if defaults else []
     warnings += [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
+    if layout.attention == "flash" and not (model._supports_attention_backend or model._supports_sdpa):
+        warnings.append("FlashAttention is not traced in transformers' own code of this model: predicted as eager")
     return warnings + _unquantized(model, layout)
 
 

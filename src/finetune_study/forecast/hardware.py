@@ -30,6 +30,8 @@ class Device(Section):
     """Bandwidth of the device's memory, 10^9 bytes per second."""
     link_gb_per_s: PositiveFloat | None = None
     """To another device of the node, one direction."""
+    linked_gpus: PositiveInt | None = None
+    """So many devices the link joins, as a bridge of NVLink two; more talk to each other over PCIe. Null: all."""
     network_gb_per_s: PositiveFloat | None = None
     """To another node, for each device, one direction."""
     pcie_gb_per_s: PositiveFloat | None = None
@@ -73,7 +75,8 @@ def find(given: Any) -> Device:
     if isinstance(given, str):
         known = shipped()
         if given not in known:
-            close = difflib.get_close_matches(given, known, 2)
+            close = [name for name in known if name.startswith(f"{given.lower()}-")]
+            close = close or difflib.get_close_matches(given, known, 2)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             raise ConfigError(
                 "The hardware is not known",

@@ -14,7 +14,7 @@ BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODE = "_code"
 """Key of a configuration whose model's own code may be run: its folder, and a digest of the code."""
 
-TRACE_VERSION = 18
+TRACE_VERSION = 19
 """Raise it when a trace of the same layout would come out differently."""
 
 
@@ -40,7 +40,7 @@ class Layout:
     peft: str | None = None
     """Methods and their settings that change the trace, as canonical JSON; LoRA's rank is not one of them."""
     virtual_tokens: int = 0
-    """Tokens that a prompt method puts before the context."""
+    """Tokens that a prompt method puts before the context, or before its keys and values."""
     adapters: Dtype = "float32"
     """Number format of what PEFT adds."""
     quantized: Literal["nf4", "int8"] | None = None
@@ -57,6 +57,11 @@ class Layout:
     """What is not quantised is turned to fp32 (peft.prepare_model_for_kbit_training)."""
     loss: Literal["full", "hidden"] = "full"
     """`full`: logits of all positions at once, as transformers does it; `hidden`: up to the last hidden state."""
+
+    @property
+    def masks(self) -> bool:
+        """The kernel knows no windows of its own, and is given masks for them."""
+        return self.attention != "flash"
 
     @property
     def key(self) -> str:

@@ -368,7 +368,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         at: batch, context and devices.
     """
     states = _States(profile, recipe, at)
-    curves = profile.curves(at.batch, at.context + _virtual(recipe), max(recipe.rank, 1))
+    curves = profile.curves(at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
     activations = curves[SAVED] + curves[POINTWISE]
     if recipe.fuses:
         activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
@@ -440,12 +440,6 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         reserved = max(allocated, float((total + share * varying).max())) + ALLOCATOR_GRAIN_BYTES
     ordered = {name: categories[name] for name in CATEGORIES}
     return Memory(ordered, phases, allocated, reserved, context, states.paged_states)
-
-
-def _virtual(recipe: Recipe) -> int:
-    if recipe.peft in ("prompt_tuning", "p_tuning"):
-        return recipe.setting(recipe.peft, "num_virtual_tokens", 20)
-    return 0
 
 
 def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:

@@ -89,6 +89,20 @@ class Traces:
             raise found
         return found
 
+    def of(self, question: "Question") -> Profile:
+        """The profile of what is asked.
+
+        A window may stand in a part of the configuration, or be transformers' default: then the trace says so first.
+
+        Raises:
+            ModelError: where it can't be traced.
+        """
+        layout = question.recipe.layout(question.config, question.context)
+        profile = self.get(layout)
+        if layout.masks and profile.window is not None and question.context > profile.window:
+            profile = self.get(dataclasses.replace(layout, windowed=True))
+        return profile
+
     def prepare(self, layouts: Iterable[Layout]) -> None:
         """Traces what is not there yet, on all cores where that is worth their start."""
         missing = [one for one in layouts if one not in self._known and not self._is_kept(one)]
@@ -358,7 +372,7 @@ def answer(row: Mapping[str, Any], traces: Traces, own_code: Container[str] = ()
         StudyError: for a row that can't be answered.
     """
     question = read_question(row, own_code)
-    profile = traces.get(question.recipe.layout(question.config, question.context))
+    profile = traces.of(question)
     return dict(row) | outputs(question, profile)
 
 
@@ -377,6 +391,7 @@ def outputs(question: Question, profile: Profile, calibration: Mapping[str, floa
         *question.warnings,
         *profile.warnings,
         *resolved.why_not(device),
+        *resolved.why_not_model(question.config.get("model_type")),
         *resolved.not_modelled,
         *_can_not_accumulate(question),
         *_may_run_as_math(question),

@@ -104,6 +104,8 @@ class Profile:
     hidden_size: int
     positions: int | None
     """That the model was made for; None where it has no such limit."""
+    window: int | None
+    """Positions beyond which some of its layers mask others; None where none do."""
     warnings: list[str]
     """What was assumed of the model, or has no effect on it."""
     parameters: list[Parameters]
@@ -160,6 +162,7 @@ class Profile:
             "vocabulary": self.vocabulary,
             "hidden_size": self.hidden_size,
             "positions": self.positions,
+            "window": self.window,
             "warnings": self.warnings,
             "parameters": [
                 {

@@ -18,6 +18,7 @@ from finetune_study.config import Hardware
 from finetune_study.errors import ConfigError
 from finetune_study.forecast.hardware import Device
 from finetune_study.forecast.layout import BYTES, Dtype, Layout, canonical
+from finetune_study.techniques.attention import Attention
 from finetune_study.techniques.base import ModelState, Technique
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "bf16_pure", "fp8")
@@ -51,6 +52,8 @@ class Optimizer:
     """Bytes of other states."""
     transient: str = "tensor"
     """`copy`: one format-wide copy of all trained weights (foreach kernels); `tensor`: of the largest; `none`."""
+    fused: bool = False
+    """One kernel reads and writes each number once."""
     paged: bool = False
     """States lie in unified memory that torch's allocator does not count, and move to the host under pressure."""
     factored: bool = False
@@ -73,29 +76,29 @@ _FOUR_BIT_STATE = 0.5 + 4 / 128
 OPTIMIZERS: dict[str, Optimizer] = {
     # torch/optim/adamw.py: foreach takes one copy (`exp_avg_sq_sqrt`), fused none
     "adamw_torch": Optimizer(2, transient="copy"),
-    "adamw_torch_fused": Optimizer(2, transient="none"),
-    "adamw_torch_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE),
-    "adamw_torch_4bit": Optimizer(0, 2 * _FOUR_BIT_STATE),
+    "adamw_torch_fused": Optimizer(2, transient="none", fused=True),
+    "adamw_torch_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, fused=True),  # torchao compiles its step
+    "adamw_torch_4bit": Optimizer(0, 2 * _FOUR_BIT_STATE, fused=True),
     # Zhao et al., arXiv 2403.03507, table 1: two moments of r × n and a projection of m × r, taken as square;
     # Zhu et al., arXiv 2412.05270: the projection is drawn anew from its seed
     # galore_torch/adamw.py projects there and back; apollo_torch/apollo.py scales the gradient itself
     "galore_adamw": Optimizer(2, low_rank=1.5, projections=2),
     "apollo_adamw": Optimizer(2, low_rank=1.0, projections=1),
     "adamw_hf": Optimizer(2),
-    "adamw_apex_fused": Optimizer(2, transient="none"),
+    "adamw_apex_fused": Optimizer(2, transient="none", fused=True),
     "adamw_anyprecision": Optimizer(2),
-    "adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True),
-    "adamw_bnb_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True),
-    "paged_adamw_32bit": Optimizer(0, 8, paged=True),
-    "paged_adamw": Optimizer(0, 8, paged=True),
-    "paged_adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, paged=True, full_embedding=True),
-    "lion_32bit": Optimizer(0, 4),
-    "lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, full_embedding=True),
-    "paged_lion_32bit": Optimizer(0, 4, paged=True),
-    "paged_lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, paged=True, full_embedding=True),
+    "adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True, fused=True),
+    "adamw_bnb_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, full_embedding=True, fused=True),
+    "paged_adamw_32bit": Optimizer(0, 8, paged=True, fused=True),
+    "paged_adamw": Optimizer(0, 8, paged=True, fused=True),
+    "paged_adamw_8bit": Optimizer(0, 2 * _EIGHT_BIT_STATE, paged=True, full_embedding=True, fused=True),
+    "lion_32bit": Optimizer(0, 4, fused=True),
+    "lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, full_embedding=True, fused=True),
+    "paged_lion_32bit": Optimizer(0, 4, paged=True, fused=True),
+    "paged_lion_8bit": Optimizer(0, _EIGHT_BIT_STATE, paged=True, full_embedding=True, fused=True),
     "rmsprop": Optimizer(1, transient="copy"),
     "adagrad": Optimizer(1, transient="copy"),
-    "sgd": Optimizer(0, transient="none"),
+    "sgd": Optimizer(0, transient="none", fused=True),
     "adafactor": Optimizer(0, factored=True),
     "muon": Optimizer(2, muon=True),
 }
@@ -372,6 +375,11 @@ class Recipe:
                                          compute_capability=device.compute_capability)  # fmt: skip
         return list(known.reasons(_as_the_study_has_it(completed), place))
 
+    def why_not_model(self, model_type: str | None) -> list[str]:
+        """Why a model of this type can't run with its attention, in the same words."""
+        kernel = known.ALL[self.attention]
+        return [*filter(None, [kernel.why_not_model(model_type)])] if issubclass(kernel, Attention) else []
+
     @cached_property
     def offloaded(self) -> frozenset[ModelState]:
         """Model states that wait outside the device, as the study's techniques say it.
@@ -519,14 +527,13 @@ class Recipe:
     def layout(self, config: dict[str, Any], context: int) -> Layout:
         """What has to be traced for it."""
         window = config.get("sliding_window")
-        masked = self.attention in ("sdpa", "eager")
         checkpointing = self.techniques.get("gradient_checkpointing")
         return Layout(
             config=canonical(config),
             weights=self.weights,
             autocast=self.autocast,
             attention=self._kernel(),
-            windowed=isinstance(window, int) and context > window and masked,
+            windowed=isinstance(window, int) and context > window and self._kernel() != "flash",
             checkpoint_every=0 if checkpointing is None else checkpointing.get("every", 1),
             use_reentrant=bool(self.techniques.get("gradient_checkpointing", {}).get("use_reentrant", False)),
             peft=self._peft_settings(),
@@ -556,8 +563,13 @@ class Recipe:
         asked = self.techniques.get("qlora", {}).get("prepare_model_for_kbit_training", True)
         return bool(self.quantized and self.autocast and asked)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Virtual tokens that go through the layers with the context."""
+        return self._virtual_tokens() if self.peft in ("prompt_tuning", "p_tuning") else 0
+
     def _virtual_tokens(self) -> int:
-        if self.peft not in ("prompt_tuning", "p_tuning"):
+        if self.peft not in ("prompt_tuning", "p_tuning", "prefix_tuning"):
             return 0
         return _number(self.techniques[self.peft], "num_virtual_tokens", 20, f"techniques.{self.peft}")
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from finetune_study.forecast.study import TO_TRAIN, totals
+from finetune_study.forecast.study import BETWEEN_WARNINGS, TO_TRAIN, totals
 from finetune_study.table import runs, show
 
 Row = dict[str, Any]
@@ -84,7 +84,8 @@ def _wrapped(text: str, width: int) -> str:
 def _warnings(row: Row) -> list[str]:
     """Of what was not predicted the warning is an error, whole."""
     told = row["warnings"] or ""
-    return [*filter(None, [told] if row["predicted_peak_memory_allocated_gib"] is None else told.split("; "))]
+    is_whole = row["predicted_peak_memory_allocated_gib"] is None
+    return [*filter(None, [told] if is_whole else told.split(BETWEEN_WARNINGS))]
 
 
 def _total(name: str, sums: Row) -> str:

@@ -29,6 +29,9 @@ a slow file system takes several times as long."""
 TO_TRAIN, MEASURED, NOT_TRIED, UNSUPPORTED, GIVEN_UP = "to train", "measured", "not tried", "unsupported", "given up"
 """States of runs; of `not tried` another run or an earlier forecast says that it runs out of memory."""
 
+BETWEEN_WARNINGS = " | "
+"""A warning may hold any mark of punctuation."""
+
 COLUMNS: dict[str, Any] = {
     "run_id": pl.String,
     "target": pl.String,
@@ -198,7 +201,7 @@ def _row(
     try:
         if isinstance(question, StudyError):
             raise question
-        profile = traces.get(question.recipe.layout(question.config, question.context))
+        profile = traces.of(question)
         calibration = read_calibration(results, run.hardware.name)
         question = micro_batch.expected(run, question, profile)
         found = predict.outputs(question, profile, calibration)
@@ -227,7 +230,7 @@ def _row(
         "predicted_cost_usd_per_epoch": None if epoch is None or price is None else epoch * run.num_gpus * price,
         "predicted_gpu_hours": hours,
         "predicted_cost_usd": None if hours is None or price is None else hours * price,
-        "warnings": "; ".join([*found["warnings"], *filter(None, [unknown])]),
+        "warnings": BETWEEN_WARNINGS.join([*found["warnings"], *filter(None, [unknown])]),
     }
 
 
@@ -376,7 +379,7 @@ def _scaled(row: dict[str, Any], factor: float, runs: int) -> dict[str, Any]:
         "predicted_tokens_per_second": row["predicted_tokens_per_second"] / factor,
         "predicted_gpu_hours": hours,
         "predicted_cost_usd": cost,
-        "warnings": "; ".join(filter(None, (row["warnings"], learnt))),
+        "warnings": BETWEEN_WARNINGS.join(filter(None, (row["warnings"], learnt))),
     }  # fmt: skip
 
 

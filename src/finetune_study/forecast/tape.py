@@ -77,7 +77,8 @@ class Sizes:
     context: int
     rank: int
     virtual: int = 0
-    """Virtual tokens that a PEFT method puts before the context; both lengths count as the context's."""
+    """Virtual tokens that a PEFT method puts before the context, or before its keys; both lengths count as the
+    context's."""
     chunk: int = 1
     """The context is a prime number of chunks of this length, so that none of them is padded."""
     _known: dict[tuple[int, int], tuple[float, Monomial]] = field(default_factory=dict)
@@ -109,8 +110,9 @@ class Sizes:
         rest, in_batch = _divide(number, self.batch)
         rest, in_context = _divide(rest, self.chunks)
         per_position = float(self.chunk**in_context)
-        if self.virtual and not in_context:
-            rest, in_context = _divide(rest, self.context + self.virtual)
+        if self.virtual:
+            rest, with_virtual = _divide(rest, self.context + self.virtual)
+            in_context += with_virtual
         if padding:
             rest, padded = _divide(rest, self.context + padding)
             in_context += padded

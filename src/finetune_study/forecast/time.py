@@ -20,6 +20,9 @@ SHAPES_OF_LAYERS = 0.9
 ATTENTION_EFFICIENCY = {"before Hopper": 0.55, "Hopper": 0.35}
 """The same for FlashAttention-2, forward and backward together (arXiv 2307.08691, figure 4; on an H100 its kernels
 reach 0.35, arXiv 2407.08608, section 1)."""
+FLASH_3_SPEEDUP = 1.6
+"""Of FlashAttention-3's kernels over those of 2 on an H100, both passes together (arXiv 2407.08608, section 4.1:
+forward 1.5 to 2.0, backward 1.5 to 1.75). Those of 4 are taken to be as fast: there is no source yet that says more."""
 MEMORY_EFFICIENCY = 0.80
 """Of the data sheet's bandwidth, what copies reach (STREAM-like kernels). A round number, without a source; a
 calibration measures it."""
@@ -35,9 +38,11 @@ three of four operations of a layer are element-wise, and join a neighbour."""
 COMPILED_BYTES = 0.4
 """Of the element-wise traffic, what is left then: each value is read and written once for a chain of three or so. An
 assumption, too; neither was fitted to a table or measured here."""
-OPTIMIZER_BYTES = {"none": 28, "tensor": 60, "copy": 60}
-"""Bytes that Adam moves for an fp32 weight: fused, weight, gradient and two states once each way; step by step, about
-twice as much (torch/optim/adamw.py)."""
+FUSED_ADAM_BYTES = 28
+"""Bytes that Adam moves for an fp32 weight in one kernel: a gradient that is read, weight and two states both ways."""
+STEP_BY_STEP_BYTES = 60
+"""The same where each operation of Adam is a kernel (torch/optim/adamw.py), about twice as much. Adafactor, Muon,
+GaLore and APOLLO, whose operations are others, are taken to move as much."""
 NETWORK_GB_PER_S = {"before Hopper": 25.0, "Hopper": 50.0}
 """Of a GPU's own adapter, 200 or 400 Gb/s (DGX A100 and DGX H100), where nothing is said."""
 HOST_GB_PER_S = 150.0
@@ -50,6 +55,7 @@ UNKNOWN_RATES = (
 )
 
 
+BEYOND_FLASH_2 = ("flash_attention_3", "flash_attention_4")
 FORMATS: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -96,6 +102,8 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     if not matmul or not memory:
         return None
     link = device.link_gb_per_s
+    if device.linked_gpus is not None and num_gpus > device.linked_gpus:
+        link = device.pcie_gb_per_s
     if num_gpus > device.gpus_per_node:
         network = device.network_gb_per_s or NETWORK_GB_PER_S[age]
         link = min(link or network, network)
@@ -198,24 +206,30 @@ def _unknown_links(recipe: Recipe, at: Situation, rates: Rates) -> tuple[str, ..
     )
 
 
+def _counted(profile: Profile, recipe: Recipe, at: Situation, phases: tuple[str, ...], kind: str) -> float:
+    """Work of a micro-batch."""
+    return profile.amount(phases, kind, at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
+
+
 def _matmul_seconds(
     profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]
 ) -> float | None:
     seconds = 0.0
     for what, rates_of_kind in (("matmul", rates.matmul), ("attention", rates.attention)):
         for kind, dtype in FORMATS.items():
-            work = profile.amount(phases, f"{what}_{kind}", at.batch, at.context, max(recipe.rank, 1))
+            work = _counted(profile, recipe, at, phases, f"{what}_{kind}")
             head = _head_work(profile, recipe, at, phases) if (what, dtype) == ("matmul", recipe.compute) else 0.0
             work += head if recipe.chunks_loss else 0.0
             if not work:
                 continue
+            faster = FLASH_3_SPEEDUP if what == "attention" and recipe.attention in BEYOND_FLASH_2 else 1.0
             rate, own = (
                 rates_of_kind.get(unit) or rates_of_kind.get(kind) or _instead_of(kind, rates_of_kind)
                 for unit in (_unit(recipe, kind) if what == "matmul" else kind, kind)
             )
             if rate is None or own is None:
                 return None
-            seconds += (work - head) / rate + head / own if recipe.precision == "fp8" else work / rate
+            seconds += (work - head) / rate + head / own if recipe.precision == "fp8" else work / rate / faster
     return seconds
 
 
@@ -240,14 +254,14 @@ def _unit(recipe: Recipe, kind: str) -> str:
 
 def _memory_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
     """Element-wise traffic; products stream their operands while they compute."""
-    traffic = profile.amount(phases, "bytes_pointwise", at.batch, at.context, max(recipe.rank, 1))
+    traffic = _counted(profile, recipe, at, phases, "bytes_pointwise")
     return traffic * (COMPILED_BYTES if recipe.fuses else 1.0) / rates.memory
 
 
 def _launch_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, phases: tuple[str, ...]) -> float:
     fused = COMPILED_KERNELS if recipe.fuses else 1.0
     return fused * sum(
-        profile.amount((phase,), "kernels", at.batch, at.context, max(recipe.rank, 1))
+        _counted(profile, recipe, at, (phase,), "kernels")
         * rates.launch["backward" if phase == "backward" else "forward"]
         for phase in phases
     )
@@ -309,7 +323,7 @@ def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rat
     if "weights" in recipe.offloaded and not (backward and recipe.keeps_gathered):
         moved += sum(p.count(recipe.rank) * weight_bytes(p, recipe) for p in profile.parameters) / at.num_gpus
     if recipe.has("activation_offload"):
-        curves = profile.curves(at.batch, at.context, max(recipe.rank, 1))
+        curves = profile.curves(at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
         moved += float((curves["saved"] + curves["pointwise"]).max())
     return moved / rates.pcie
 
@@ -365,18 +379,26 @@ def _products_of_update(profile: Profile, recipe: Recipe, at: Situation, rates: 
     return None if rate is None or "optimizer states" in recipe.offloaded else work / _shards(recipe, at) / rate
 
 
+def _bytes_of_update(recipe: Recipe) -> float:
+    """Bytes that the optimizer's step moves for a trained weight."""
+    kind, width = OPTIMIZERS[recipe.optimizer], recipe.state_bytes
+    if kind.fused:
+        return 3 * width + 2 * (kind.states * width + kind.bytes_per_weight)
+    return STEP_BY_STEP_BYTES * width / 4
+
+
 def _update(profile: Profile, recipe: Recipe, at: Situation, rates: Rates, parts: dict[str, float]) -> float:
     """The optimizer's step, with what is communicated once for it."""
     local = _trained(profile, recipe) / _shards(recipe, at)
-    width = OPTIMIZER_BYTES[OPTIMIZERS[recipe.optimizer].transient] * recipe.state_bytes / 4
+    width = _bytes_of_update(recipe)
     traffic = width * local
     seconds = 0.0
     if "optimizer states" in recipe.offloaded:
         gpus_of_host = min(at.num_gpus, 8)
         # DeepSpeed has a fused AdamW of its own for the host (ops/adam/cpu_adam.py), and such a one is measured; under
         # FSDP it is torch's own, whose steps move as many bytes there.
-        fused = OPTIMIZER_BYTES["none"]
-        of_host = (rates.cpu_optimizer or rates.host / fused) * (1.0 if recipe.deepspeed else fused / width)
+        of_host = rates.cpu_optimizer or rates.host / FUSED_ADAM_BYTES
+        of_host *= 1.0 if recipe.deepspeed else FUSED_ADAM_BYTES / width
         host = local * gpus_of_host / of_host
         # Updated weights come back, unless they wait on the host, too
         back = 0.0 if "weights" in recipe.offloaded else local * BYTES[recipe.weights]

@@ -185,7 +185,7 @@ def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
     except TooManyOperationsError:
         tracer = _Tracer(short, stack, layout, skeleton, _few_positions(short, skeleton))
         profile = tracer.run(most)
-    if layout.virtual_tokens or not tracer.tape.is_padded:
+    if not tracer.tape.is_padded or any(one["method"] in PROMPTS for one in json.loads(layout.peft or "[]")):
         return profile
     return _Tracer(short, stack, layout, skeleton, _whole_chunks(short, skeleton)).run(most)
 
@@ -227,6 +227,12 @@ def _positions(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _window(config: Any) -> int | None:
+    """Positions beyond which layers mask some; a chunk of Llama 4's attention is a window that doesn't move."""
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((positions for positions in found if isinstance(positions, int) and positions > 0), default=None)
+
+
 def _avoided(config: Any) -> set[int]:
     return {times * n for n in integers(config.to_dict()) for times in (1, 2)}
 
@@ -234,10 +240,10 @@ def _avoided(config: Any) -> set[int]:
 def _context(config: Any, layout: Layout) -> tuple[int, int]:
     """Positions of a trace, a prime, and the length of a chunk: 1."""
     text, avoid = config.get_text_config(), _avoided(config)
-    window, positions = getattr(text, "sliding_window", None), _positions(text) or 1 << 20
+    window, positions = _window(text), _positions(text) or 1 << 20
     start = max(2048, window + 1) if window and layout.windowed else 2048
     context = next(primes_above(start, avoid))
-    most = min(window or positions, positions) if not layout.windowed else positions
+    most = min(window or positions, positions) if layout.masks and not layout.windowed else positions
     if context >= most:  # learned positions end there, and a window begins to mask
         context = next(primes_above(max(most // 2, 3), avoid))
     return context, 1
@@ -258,6 +264,8 @@ def _whole_chunks(config: Any, skeleton: Any) -> tuple[int, int]:
     return chunk * _turns(config, skeleton, chunk), chunk
 
 
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT")
+"""Methods of peft with tokens of their own: sizes of the batch that are not the context's."""
 LARGEST_CHUNK = 1024
 """Positions; a larger one is traced like a context that is not a multiple of it."""
 
@@ -424,6 +432,7 @@ class _Tracer:
             vocabulary=text.vocab_size,
             hidden_size=text.hidden_size,
             positions=_positions(text),
+            window=_window(text),
             warnings=warnings_of(self.skeleton, self.layout) + ([LOOPS] if loops else []),
             parameters=parameters,
             largest_layer=float(max(sum(p.numel() for p in layer.parameters()) for layer in layers)),

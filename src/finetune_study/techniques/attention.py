@@ -30,24 +30,31 @@ NO_FLASH = frozenset({
 """The same of FlashAttention (`_supports_flash_attn`)."""
 
 
-class _Attention(Technique):
+class Attention(Technique):
+    """One of them."""
+
     kind: ClassVar[Kind] = "attention"
     refused: ClassVar[frozenset[str]] = frozenset()
     """Model types that transformers does not run with it."""
 
     def why_not_run(self, run: "Run") -> str | None:
-        if self.refused and (found := model_type(run)) in self.refused:
-            return (
-                f"transformers: a {found} does not support {self.name} (does not support an attention implementation, "
-                "or Flash Attention): name another in the recipe; eager works for every model"
-            )
-        return None
+        return self.why_not_model(model_type(run)) if self.refused else None
+
+    @classmethod
+    def why_not_model(cls, model_type: str | None) -> str | None:
+        """Why a model of this type does not run with it."""
+        if model_type not in cls.refused:
+            return None
+        return (
+            f"transformers: a {model_type} does not support {cls.name} (does not support an attention implementation, "
+            "or Flash Attention): name another in the recipe; eager works for every model"
+        )
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"attn_implementation": self.name}
 
 
-class Eager(_Attention):
+class Eager(Attention):
     """Attention written out: scores, softmax and product are tensors of their own."""
 
     name: ClassVar[str] = "eager"
@@ -59,7 +66,7 @@ class Eager(_Attention):
     source: ClassVar[str] = "Vaswani et al., arXiv 1706.03762"
 
 
-class Sdpa(_Attention):
+class Sdpa(Attention):
     """`torch.nn.functional.scaled_dot_product_attention`: torch chooses the kernel."""
 
     name: ClassVar[str] = "sdpa"
@@ -74,7 +81,7 @@ class Sdpa(_Attention):
     )
 
 
-class _FlashAttention(_Attention):
+class _FlashAttention(Attention):
     refused: ClassVar[frozenset[str]] = NO_FLASH
     excludes: ClassVar[dict[str, str]] = {
         precision: f"FlashAttention takes fp16 and bf16 alone, not {precision}: use one of these, or sdpa"
