@@ -154,12 +154,22 @@ def count_weights(model: Any) -> tuple[int, int]:
 
 
 def compute_dtype_probe(model: Any, tell: Any) -> None:
-    """Calls `tell` with the number format of the first linear layer's output in the first forward pass."""
+    """Calls `tell` with the number format of the first linear layer's output in the first forward pass, or when
+    torch.compile traces it.
+
+    Removing a hook, or writing, would break the graph there, and each later one: Dynamo calls what is marked as a
+    constant while it traces, and compiles nothing of it.
+    """
     layer = next(module for module in model.modules() if isinstance(module, torch.nn.Linear))
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def seen(dtype: torch.dtype) -> None:
+        tell(str(dtype).removeprefix("torch."))
+
     def once(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        handle.remove()
-        tell(str(output.dtype).removeprefix("torch."))
+        if not torch.compiler.is_compiling():
+            handle.remove()
+        seen(output.dtype)
 
     handle = layer.register_forward_hook(once)
 

@@ -223,11 +223,17 @@ class Rank:
             energy.stop()
             self.facts.tell(gpu_state=environment.gpu_state(uuid))
 
+        def follow_model() -> None:
+            # As the trainer wrapped it: what these hooks do is outside of what torch.compile compiles.
+            trainer.model_wrapped.register_forward_pre_hook(steps.count)
+            self.phases.follow_model(trainer.model_wrapped)
+
         steps.on_timing = on_timing
         steps.flattens = flattens(model)
         evaluation = _Evaluation(self, trainer, eval_data, results.model(run.tokenizer_key))
         trainer.remove_callback(PrinterCallback)  # we say the same in better words
         trainer.add_callback(steps)
+        trainer.add_callback(_when_training_begins(follow_model))
         trainer.add_callback(evaluation.callback())
         if model.config._attn_implementation == "sdpa":
             # After the evaluation before training: without gradients torch may choose another kernel.
@@ -237,9 +243,7 @@ class Rank:
             trainer.add_callback(_when_training_begins(probe))
         for callback in (each for technique in techniques for each in technique.callbacks(model)):
             trainer.add_callback(callback)
-        model.register_forward_pre_hook(steps.count)
         model_module.compute_dtype_probe(model, lambda dtype: self.facts.tell(compute_dtype=dtype))
-        self.phases.follow_model(model)
         trainer.train()
         if steps.num_stepped < run.num_steps:
             raise RunFailedError(

@@ -10,7 +10,11 @@ if TYPE_CHECKING:
 
 
 class ActivationOffload(Technique):
-    """What the backward pass needs is moved to the host in the forward pass and fetched back (torch's save_on_cpu)."""
+    """What the backward pass needs is moved to the host in the forward pass and fetched back (torch's save_on_cpu).
+
+    Weights stay where they are. The 16-bit copies that autocast makes of them do move: kept, they would be on the
+    device until the backward pass is over.
+    """
 
     name: ClassVar[str] = "activation_offload"
     kind: ClassVar[Kind] = "activation offload"
@@ -31,11 +35,18 @@ class ActivationOffload(Technique):
         mover = torch.autograd.graph.save_on_cpu(pin_memory=self.pin_memory)
 
         def pack(tensor: Any) -> Any:
-            # Weights are saved for the backward pass too, and stay on the device anyway.
-            return tensor if isinstance(tensor, torch.nn.Parameter) else mover.pack_hook(tensor)
+            weight = tensor if tensor._base is None else tensor._base
+            if not isinstance(weight, torch.nn.Parameter):
+                return mover.pack_hook(tensor)
+            # A weight is saved as a view of it. It is the view that is made again in the backward pass: ZeRO-3 takes
+            # the weight's values away in between, and a view would keep them.
+            return weight, tensor.size(), tensor.stride(), tensor.storage_offset() - weight.storage_offset()
 
         def unpack(packed: Any) -> Any:
-            return packed if isinstance(packed, torch.Tensor) else mover.unpack_hook(packed)
+            if not isinstance(packed[0], torch.nn.Parameter):
+                return mover.unpack_hook(packed)
+            weight, size, stride, offset = packed
+            return weight.detach().as_strided(size, stride, weight.storage_offset() + offset)
 
         forward = model.forward
 
