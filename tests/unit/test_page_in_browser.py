@@ -5,7 +5,6 @@ The study is synthetic and says so. Screenshots stay in build/screenshots, to be
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 from benchmarks import synthetic
-from playwright import sync_api
 
 from finetune_study import cells, outcome, plan, report, table
 from finetune_study.paths import Results
@@ -40,16 +38,6 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frame = frame.with_columns(frame[name].set(first, f"{EVIL} in {name}").alias(name))
     report.build(config, frame, results)
     return results.report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    need("chromium", "chromium")
-    with sync_api.sync_playwright() as playwright:
-        # No sandbox: the tests also run as root, in a container; the page is our own.
-        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 class Opened:
