@@ -50,6 +50,10 @@ def test_the_setting_is_the_defaults_unless_another_is_named(tmp_path: Path) -> 
     with pytest.raises(StudyError, match="8 GPUs on 2 nodes at context 128") as error:
         chosen(tmp_path, 8, 8)
     assert "8 GPUs on 8 nodes at context 128" in str(error.value)
+    for nothing in ({"num_gpus": 0}, {"nodes": 0}, {"sequence_length": 0}):
+        asked: dict[str, Any] = {"num_gpus": None, "sequence_length": None} | nothing
+        with pytest.raises(StudyError, match="no such setting"):
+            exporter.choose(*opened(tmp_path), "tiny", "a100", **asked)
 
 
 def job(root: Path, num_gpus: int, **hardware: Any) -> str:
@@ -236,7 +240,8 @@ def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
     train = (tmp_path / "export" / "train.py").read_text(encoding="utf-8")
     assert "    torchrun --standalone --nproc-per-node 4 train.py --data my.jsonl" in train
     compile(train, "train.py", "exec")
-    shorter = [sys.executable, tmp_path / "export" / "train.py", "--data", "my.jsonl", "--model", "m", "--out", "there"]
+    script = str(tmp_path / "export" / "train.py")
+    shorter = [sys.executable, script, "--data", "my.jsonl", "--model", "m", "--out", "there"]
     said = subprocess.run(shorter, capture_output=True, text=True)
     assert said.returncode == 2
     assert "unrecognized arguments: --out there" in said.stderr
