@@ -340,16 +340,16 @@ def test_what_is_printed_fills_the_sheet_and_goes_no_farther(browser: Any, page_
     table = "document.querySelector('#table .scroll')"
     assert printed.page.evaluate(f"{table}.scrollWidth") <= sheet
     assert printed.page.evaluate(f"getComputedStyle({table}).maskImage") == "none"
-    shares = printed.page.evaluate(
-        """(sheet) => [...document.querySelectorAll("figure svg")].map((svg) => {
+    sizes = printed.page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].map((svg) => {
         const box = svg.getBoundingClientRect(), drawn = svg.viewBox.baseVal;
-        return Math.min(box.width, box.height * drawn.width / drawn.height) / sheet;
-    }).filter(Boolean)""",
-        sheet,
+        return [Math.min(box.width, box.height * drawn.width / drawn.height), drawn.width];
+    }).filter(([width]) => width)"""
     )
-    assert len(shares) > 30
-    assert min(shares) > 0.6
-    assert max(shares) <= 1
+    assert len(sizes) > 30
+    assert min(width for width, _ in sizes) > 0.6 * sheet
+    assert max(width for width, _ in sizes) <= sheet
+    assert max(width / drawn for width, drawn in sizes) <= 1.301, "letters are no larger than a heading's"
     printed.page.close()
 
 

@@ -369,8 +369,26 @@ def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
     ],
 )
 def test_labels_of_a_figure(states: list[str], value: float | None, expected: str) -> None:
-    row: dict[str, Any] = {"states": states, "num_completed": states.count("completed"), "not_compared": None}
-    assert grammar.label(row, value, "s") == expected
+    assert grammar.label(ended(states), value, "s") == expected
+
+
+@pytest.mark.parametrize(
+    ("states", "value", "expected"),
+    [
+        (["completed", "device_oom", "device_oom"], 1.0, "1.00 s 2 ✕"),
+        (["device_oom"] * 3, None, "✕ out of memory"),
+        (["device_oom", "device_oom", "failed"], None, "2 ✕ 1 !"),
+        (["completed", "failed"], None, "not shown: no timed step, ! 1 of 2 failed"),
+    ],
+)
+def test_a_label_with_little_room_counts_states_by_their_symbols(
+    states: list[str], value: float | None, expected: str
+) -> None:
+    assert grammar.brief(ended(states), value, "s") == expected
+
+
+def ended(states: list[str]) -> dict[str, Any]:
+    return {"states": states, "num_completed": states.count("completed"), "not_compared": None}
 
 
 def test_differing_devices_are_warned_of(tmp_path: Path) -> None:

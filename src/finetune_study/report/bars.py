@@ -26,7 +26,7 @@ from finetune_study.report.grammar import (
 from finetune_study.report.pair import Pair
 from finetune_study.table import TIMES, Row, count, show
 
-MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 148, 94, 24, 13
+MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 140, 94, 24, 13
 """Of the panels, of a row and of its bar, pixels; numbers stand right of a panel, where nothing crosses them."""
 ROOM = 1.03
 """A panel is wider than its longest bar by this."""

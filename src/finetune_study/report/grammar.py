@@ -163,11 +163,11 @@ def label(row: Row, value: float | None, unit: str) -> str:
 
 
 def brief(row: Row, value: float | None, unit: str) -> str:
-    """The same where there is little room: symbols beside a number."""
-    if value is None:
-        return label(row, value, unit)
+    """The same where there is little room: symbols beside a number, and of several states."""
     counts = [f"{number} {STATES[state].symbol}" for state, number in _without_number(row).items()]
-    return " ".join([show(value, unit), *counts])
+    if value is None and (row["num_completed"] or len(counts) < 2):
+        return label(row, value, unit)
+    return " ".join(filter(None, (show(value, unit), *counts)))
 
 
 def _without_number(row: Row) -> dict[str, int]:
