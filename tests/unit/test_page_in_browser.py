@@ -113,6 +113,18 @@ def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -
     assert page.locator("#find").evaluate("(it) => it === document.activeElement")
 
 
+def test_a_status_is_sorted_by_the_words_that_are_shown(opened: Opened) -> None:
+    page = opened.page
+    options = opened.texts("select[data-filter=state] option")[1:]
+    assert options == sorted(options)
+    assert "out of host memory" in options
+    page.get_by_role("button", name="Status").click()
+    ends = [opened.column("Status")[0]]
+    page.get_by_role("button", name="Status").click()
+    ends.append(opened.column("Status")[0])
+    assert [re.sub(r"^\W+", "", text) for text in ends] == [options[0], options[-1]]
+
+
 def test_the_search_finds_each_word_wherever_the_row_has_it(opened: Opened) -> None:
     page = opened.page
 

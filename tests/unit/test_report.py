@@ -442,7 +442,7 @@ def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
 def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
     assert "2 runs 2 ✕ out of memory" in text
-    assert "No recipe can be recommended yet for tiny on cpu (nothing that was tried fits)" in text
+    assert "No recipe can be recommended yet for tiny on cpu (nothing that was planned fits)" in text
     assert "Nothing fits: full (out of memory), lora (out of memory)." in text
 
 
@@ -753,7 +753,7 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
     (_, beyond, cost) = sentences
     assert beyond.support.startswith(
         "The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
-        "on cpu. Nothing that was tried fits in "
+        "on cpu. Nothing that was planned fits in "
     )
     found = {target: (one.at.num_gpus, one.recipe) for (target, _), one in longest(recommendations).items()}
     assert found == {"tiny-1": (1, "full"), **dict.fromkeys(names[1:-1], (2, "lora"))}
@@ -762,7 +762,7 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
         "The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
         "(lora)."
     )
-    assert cost.text.startswith("An epoch, one pass over the training data, costs ")
+    assert cost.text.startswith("With the default, an epoch, one pass over the training data, costs ")
     short = [one for one in recommendations if one.sequence_length < 512]
     assert answer(short, defaults)[1].support.startswith(
         "The longest context that is known to fit is 256 (the longest tried) for tiny-2, tiny-3, tiny-4 and tiny-5 on "
@@ -820,7 +820,7 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     (first, _, _) = answer(*said(study, tmp_path, *documents))
     assert first == (
         "The default should be lora for tiny on old and new (too few data for a ranking); full for small on new (too "
-        "few data for a ranking); none can be named for small on old (nothing that was tried fits).",
+        "few data for a ranking); none can be named for small on old (nothing that was planned fits).",
         "It is the fastest that fits.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())

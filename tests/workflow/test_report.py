@@ -104,6 +104,7 @@ def test_two_studies_are_compared_by_their_files_alone(reported: Workplace) -> N
     answer = reported.snakemake(*compare)
     assert answer.returncode == 0, answer.stdout
     assert not record.exists()
+    assert f"every change: {changes}" in answer.stdout
     assert "4 of 4 configurations are in both" in (reported.folder / "logs" / "compare.log").read_text()
     assert changes.read_text().count("tiny") == 4
     pl.read_parquet(outcomes).head(3).write_parquet(outcomes)
