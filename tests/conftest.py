@@ -1,11 +1,14 @@
 """What tests of all kinds share."""
 
 import copy
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.debian import need
 from tests.tiny_study import TINY_STUDY
 
 
@@ -30,3 +33,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def raw() -> dict[str, Any]:
     """The tiny study as YAML would give it; tests change their own copy."""
     return copy.deepcopy(TINY_STUDY)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium."""
+    from playwright import sync_api  # here: a machine that only tests its GPUs has none
+
+    need("chromium", "chromium")
+    with sync_api.sync_playwright() as playwright:
+        # No sandbox: the tests also run as root, in a container; the page is our own.
+        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        yield launched
+        launched.close()

@@ -107,6 +107,15 @@ def status(
 
     from finetune_study import status as status_module
 
+    if ledger is not None and not ledger.is_file():
+        raise StudyError(
+            "There is no such ledger",
+            where="--ledger",
+            given=str(ledger),
+            allowed="the ledger.jsonl of an executor",
+            do=f"leave it out where Snakemake works in this folder: then it is {status_module.LEDGER}",
+        )
+
     def look() -> Group:
         seen = status_module.look(_open(config, results), ledger or status_module.LEDGER)
         return status_module.render(seen)

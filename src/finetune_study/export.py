@@ -78,10 +78,12 @@ def choose(
     if (target, hardware) not in pairs:
         raise no_such_pair(target, hardware, pairs)
     default = pairs[target, hardware]
+    if nodes is None:
+        nodes = default.nodes if num_gpus in (None, default.num_gpus) else 1
     wanted = (
-        num_gpus or default.num_gpus,
-        nodes or (default.nodes if num_gpus in (None, default.num_gpus) else 1),
-        sequence_length or default.sequence_length,
+        default.num_gpus if num_gpus is None else num_gpus,
+        nodes,
+        default.sequence_length if sequence_length is None else sequence_length,
     )
     here = [one for one in every if (one.target, one.hardware) == (target, hardware)]
     settings = {(one.num_gpus, one.nodes, one.sequence_length): one for one in here}

@@ -75,6 +75,8 @@ OF_ONE_JOB = "the job asks for more than a job may: ask for less in hardware.<na
 """Of every other limit of one job: `QOSMaxGRESPerJob`, `AssocMaxCpuMinutesPerJobLimit`, `QOSMaxGRESPerNode`."""
 WAITING = frozenset({"QOSMaxGRESPerUser", "JobArrayTaskLimit", "ReqNodeNotAvail", "AssocMaxJobsLimit"})
 """Of these, those that may clear after all, when something else ends: they are named, but not as hopeless."""
+NO_SUCH_JOB = "Invalid job id specified"
+"""What squeue answers about a single job that is no longer known, with status 1: it was asked, and it knows."""
 NEVER_CLEARS_BY_WAITING = "NEVER CLEARS BY WAITING"
 
 
@@ -115,8 +117,10 @@ class Begun:
     """When anything of it was, seconds since 1970."""
 
 
+UNANSWERED = InQueue("SLURM did not answer: not known", "", "")
+"""Of every job where there is no squeue, or no controller behind it."""
 Work = tuple[Submitted, InQueue | None]
-"""A work, and what SLURM says of its job; None where it says nothing."""
+"""A work, and what SLURM says of its job; None where it knows none."""
 
 
 @dataclass
@@ -143,17 +147,20 @@ class Status:
 
 
 def look(
-    study: Study, ledger: Path = LEDGER, queue: Callable[[Iterable[str]], Mapping[str, InQueue]] | None = None
+    study: Study, ledger: Path = LEDGER, queue: Callable[[Iterable[str]], Mapping[str, InQueue] | None] | None = None
 ) -> Status:
     """The status of a study now.
 
     Args:
         study: its configuration and results.
         ledger: of the executor.
-        queue: asks SLURM; default: squeue where there is one.
+        queue: asks SLURM about jobs, None where it does not answer; default: squeue.
     """
     jobs, problems = read_ledger(ledger)
-    seen = (queue or squeue)([job.slurm_id for job in jobs if job.slurm_id])
+    ids = [job.slurm_id for job in jobs if job.slurm_id]
+    seen = (queue or squeue)(ids)
+    if seen is None:
+        seen = dict.fromkeys(ids, UNANSWERED)
     runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
     states = [_state(document) for document in runs.values()]
     left = [i for i in study.pending if not isinstance(runs[i], record.Record)]
@@ -319,8 +326,8 @@ def _driver(lock: Path) -> str:
     return f"driver: {said}" if Path(f"/proc/{words[1]}").exists() else f"the last driver is gone ({said})"
 
 
-def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
-    """SLURM's own word on these jobs; empty where there is no SLURM, or it does not answer."""
+def squeue(ids: Iterable[str]) -> dict[str, InQueue] | None:
+    """SLURM's own word on these jobs, without those that it does not know; None where it does not answer."""
     jobs = (one.partition("_")[0] for one in ids)  # an array has thousands of tasks: it is asked for as a whole
     asked = [*dict.fromkeys(one for one in jobs if one.isdigit())]
     if not asked:
@@ -342,7 +349,9 @@ def squeue(ids: Iterable[str]) -> dict[str, InQueue]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return {}
+        return None
+    if found.returncode != 0 and NO_SUCH_JOB not in found.stderr:
+        return None
     return parse_squeue(found.stdout)
 
 

@@ -21,7 +21,9 @@ def held(cluster: Cluster) -> Iterator[str]:
 
 
 def test_a_held_job_is_said_to_never_clear_by_waiting(held: str) -> None:
-    seen = status.squeue([held, "not a number"])[held]
+    found = status.squeue([held, "not a number"])
+    assert found is not None
+    seen = found[held]
     assert (seen.state, seen.reason) == ("PENDING", "JobHeldUser")
     advice = status.advice(seen.reason)
     assert advice is not None
@@ -38,5 +40,6 @@ def held_array(cluster: Cluster) -> Iterator[str]:
 
 def test_each_task_of_an_array_is_seen(held_array: str) -> None:
     seen = status.squeue([f"{held_array}_0", f"{held_array}_1"])
+    assert seen is not None
     assert {*seen} == {f"{held_array}_0", f"{held_array}_1"}
     assert {one.state for one in seen.values()} == {"PENDING"}

@@ -110,13 +110,14 @@ def test_an_exported_recipe_trains_one_epoch_checks_the_promise_and_goes_on_afte
 @pytest.mark.parametrize("recipe", ["zero2", "zero3", "zero3-lora"])
 def test_what_deepspeed_trained_is_a_model_that_transformers_reads(recipe: str, tmp_path: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, own = exported(tmp_path, recipe, num_gpus=2), model(tmp_path)
     (folder / "my.jsonl").write_text("".join(json.dumps({"text": f"It is {n}."}) + "\n" for n in range(4)))
     start(folder, "my.jsonl", "--model", str(own), "--merge")
     assert json.loads((folder / "output" / "promised.json").read_text())["optimizer_steps"] == 2
     saved = folder / "output" / ("merged" if "lora" in recipe else "")
+    assert len(AutoTokenizer.from_pretrained(saved)) == len(AutoTokenizer.from_pretrained(own))
     before, after = (AutoModelForCausalLM.from_pretrained(one).state_dict() for one in (own, saved))
     assert before.keys() == after.keys()
     changed = [name for name in before if not torch.equal(before[name].float(), after[name].float())]

@@ -79,3 +79,10 @@ def test_results_that_are_not_there_are_no_empty_study(raw: dict[str, Any], tmp_
         assert done.exit_code != 0
         assert "There are no such results" in str(done.exception or done.output)
     assert not (tmp_path / "reslts").exists()
+
+
+def test_a_ledger_that_is_named_is_there(raw: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    done = CliRunner().invoke(cli.app, ["status", "-c", str(tmp_path / "config.yaml"), "--ledger", "leger.jsonl"])
+    assert done.exit_code != 0
+    assert "There is no such ledger" in str(done.exception or done.output)

@@ -50,6 +50,10 @@ def test_the_setting_is_the_defaults_unless_another_is_named(tmp_path: Path) -> 
     with pytest.raises(StudyError, match="8 GPUs on 2 nodes at context 128") as error:
         chosen(tmp_path, 8, 8)
     assert "8 GPUs on 8 nodes at context 128" in str(error.value)
+    for nothing in ({"num_gpus": 0}, {"nodes": 0}, {"sequence_length": 0}):
+        asked: dict[str, Any] = {"num_gpus": None, "sequence_length": None} | nothing
+        with pytest.raises(StudyError, match="no such setting"):
+            exporter.choose(*opened(tmp_path), "tiny", "a100", **asked)
 
 
 def job(root: Path, num_gpus: int, **hardware: Any) -> str:
@@ -152,10 +156,20 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
     assert said[said.index("--rdzv-endpoint") + 1] == "node-1:21234"
 
 
-@pytest.mark.parametrize("arguments", [["my.jsonl"], ["my.jsonl", "--output", "here and there"]])
-def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(tmp_path: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "output"),
+    [
+        ([], "output"),
+        (["--output", "here and there"], "here and there"),
+        (["--merge", "--output=here and there"], "here and there"),
+        (["--output=first", "--output", "second"], "second"),
+    ],
+)
+def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(
+    tmp_path: Path, arguments: list[str], output: str
+) -> None:
     """With commands that stand for SLURM's and for Python, which is told that time is nearly over."""
-    tools, output = tmp_path / "bin", arguments[2] if len(arguments) > 1 else "output"
+    tools = tmp_path / "bin"
     tools.mkdir()
     job(tmp_path, 4, software={"python": str(tools / "python")})
     for name, script in {
@@ -173,7 +187,11 @@ def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(tmp_path: Pat
     def turn(further: str) -> "subprocess.CompletedProcess[str]":
         environment = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "FURTHER": further}
         return subprocess.run(
-            ["bash", "job.sbatch", *arguments], cwd=tmp_path / "export", env=environment, capture_output=True, text=True
+            ["bash", "job.sbatch", "my.jsonl", *arguments],
+            cwd=tmp_path / "export",
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     assert "no checkpoint was finished in this turn: raise --time" in turn("").stderr
@@ -222,6 +240,11 @@ def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
     train = (tmp_path / "export" / "train.py").read_text(encoding="utf-8")
     assert "    torchrun --standalone --nproc-per-node 4 train.py --data my.jsonl" in train
     compile(train, "train.py", "exec")
+    script = str(tmp_path / "export" / "train.py")
+    shorter = [sys.executable, script, "--data", "my.jsonl", "--model", "m", "--out", "there"]
+    said = subprocess.run(shorter, capture_output=True, text=True)
+    assert said.returncode == 2
+    assert "unrecognized arguments: --out there" in said.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ The study is synthetic and says so. Screenshots stay in build/screenshots, to be
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 from benchmarks import synthetic
-from playwright import sync_api
 
 from finetune_study import cells, outcome, plan, report, table
 from finetune_study.paths import Results
@@ -40,16 +38,6 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frame = frame.with_columns(frame[name].set(first, f"{EVIL} in {name}").alias(name))
     report.build(config, frame, results)
     return results.report
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    need("chromium", "chromium")
-    with sync_api.sync_playwright() as playwright:
-        # No sandbox: the tests also run as root, in a container; the page is our own.
-        launched = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 class Opened:
@@ -123,6 +111,18 @@ def test_the_table_of_runs_sorts_filters_finds_and_turns_pages(opened: Opened) -
     page.get_by_role("button", name="Clear the filter").click()
     assert "1–25 of 6,384" in page.locator("#place").inner_text()
     assert page.locator("#find").evaluate("(it) => it === document.activeElement")
+
+
+def test_a_status_is_sorted_by_the_words_that_are_shown(opened: Opened) -> None:
+    page = opened.page
+    options = opened.texts("select[data-filter=state] option")[1:]
+    assert options == sorted(options)
+    assert "out of host memory" in options
+    page.get_by_role("button", name="Status").click()
+    ends = [opened.column("Status")[0]]
+    page.get_by_role("button", name="Status").click()
+    ends.append(opened.column("Status")[0])
+    assert [re.sub(r"^\W+", "", text) for text in ends] == [options[0], options[-1]]
 
 
 def test_the_search_finds_each_word_wherever_the_row_has_it(opened: Opened) -> None:
@@ -352,16 +352,16 @@ def test_what_is_printed_fills_the_sheet_and_goes_no_farther(browser: Any, page_
     table = "document.querySelector('#table .scroll')"
     assert printed.page.evaluate(f"{table}.scrollWidth") <= sheet
     assert printed.page.evaluate(f"getComputedStyle({table}).maskImage") == "none"
-    shares = printed.page.evaluate(
-        """(sheet) => [...document.querySelectorAll("figure svg")].map((svg) => {
+    sizes = printed.page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].map((svg) => {
         const box = svg.getBoundingClientRect(), drawn = svg.viewBox.baseVal;
-        return Math.min(box.width, box.height * drawn.width / drawn.height) / sheet;
-    }).filter(Boolean)""",
-        sheet,
+        return [Math.min(box.width, box.height * drawn.width / drawn.height), drawn.width];
+    }).filter(([width]) => width)"""
     )
-    assert len(shares) > 30
-    assert min(shares) > 0.6
-    assert max(shares) <= 1
+    assert len(sizes) > 30
+    assert min(width for width, _ in sizes) > 0.6 * sheet
+    assert max(width for width, _ in sizes) <= sheet
+    assert max(width / drawn for width, drawn in sizes) <= 1.301, "letters are no larger than a heading's"
     printed.page.close()
 
 

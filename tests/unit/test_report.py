@@ -206,6 +206,37 @@ def test_no_label_of_the_axis_of_times_is_left_out(tmp_path: Path, seconds: floa
     assert len({*steps}) == 1
 
 
+@pytest.mark.parametrize("gib", [0.3, 1.0, 2.6, 9.5, 24.0, 80.0, 141.0, 640.0])
+def test_labels_of_memory_lie_apart(tmp_path: Path, gib: float) -> None:
+    """Vega moves the first and the last label inwards, unless it is told not to: against the next one."""
+    study = handmade.study(hardware={"cpu": {"device": "cpu", "memory_gib": gib}})
+    every = handmade.runs(study)
+    svg = drawn(study, tmp_path, *(handmade.out_of_memory(run) for run in every.values()))["recipes"].svg()
+    axes = [g for g in ElementTree.fromstring(svg).iter() if "role-axis-label" in g.get("class", "")]
+    (labels,) = [[*texts] for texts in axes if (texts[0].text or "").startswith("0")]
+    places = [float(re.findall(r"[\d.]+", t.get("transform", ""))[0]) for t in labels]
+    halves = [grammar.width_of(t.text or "") / 2 for t in labels]
+    assert len(places) >= 2
+    ends = [(place - half, place + half) for place, half in zip(places, halves, strict=True)]
+    assert all(right + 4 < left for (_, right), (left, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([9.6, 10.4], [9.6, 9.8, 10, 10.2, 10.4]),
+        ([2.38, 3.99], [2.5, 3, 3.5, 4]),
+        ([0.9831, 0.9874], [0.983, 0.984, 0.985, 0.986, 0.987]),
+        ([1234.0, 1310.0], [1240, 1260, 1280, 1300]),
+        ([5.0], [4, 5, 6]),
+        ([2.41, 2.41000001], [2, 2.5, 3]),
+        ([1.0, 90.0], [1, 2, 5, 10, 20, 50, 100]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis_are_round(values: list[float], expected: list[float]) -> None:
+    assert grammar.log_axis(grammar.log_scale(values), "")["axis"]["values"] == expected
+
+
 def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, grammar.Figure]:
     compared = handmade.compared(study, root, *documents)
     pairs = pair.pairs(study, compared.to_dicts(), recommend.recommend(compared))
@@ -215,7 +246,7 @@ def drawn(study: Config, root: Path, *documents: Record | Failure) -> dict[str, 
 def test_figures_say_in_words_what_has_no_number(tmp_path: Path) -> None:
     found = drawn(STUDY, tmp_path, *mixed())
     svg = found["recipes"].svg()
-    assert "× out of memory" in svg
+    assert "✕ out of memory" in svg
     assert "0.250 GiB" in svg
     assert "1.10 s" in svg
     assert found["recipes"].title == "Memory and time per recipe: tiny on cpu × 1, context 128"
@@ -329,16 +360,35 @@ def test_a_figure_on_the_page_takes_the_pages_colours(tmp_path: Path) -> None:
     ("states", "value", "expected"),
     [
         (["completed"], 1.0, "1.00 s"),
-        (["device_oom"], None, "× out of memory"),
-        (["unsupported"] * 3, None, "unsupported"),
-        (["completed", "completed", "device_oom"], 1.0, "1.00 s, × 1 of 3 out of memory"),
-        (["failed", "not_run"], None, "1 of 2 failed, 1 of 2 not run"),
-        (["timeout"], None, "timeout"),
+        (["device_oom"], None, "✕ out of memory"),
+        (["predicted_oom"], None, "≫ predicted out of memory"),
+        (["unsupported"] * 3, None, "⊘ unsupported"),
+        (["completed", "completed", "device_oom"], 1.0, "1.00 s, ✕ 1 of 3 out of memory"),
+        (["failed", "not_run"], None, "! 1 of 2 failed, ○ 1 of 2 not run"),
+        (["timeout"], None, "◷ timeout"),
     ],
 )
 def test_labels_of_a_figure(states: list[str], value: float | None, expected: str) -> None:
-    row: dict[str, Any] = {"states": states, "num_completed": states.count("completed"), "not_compared": None}
-    assert grammar.label(row, value, "s") == expected
+    assert grammar.label(ended(states), value, "s") == expected
+
+
+@pytest.mark.parametrize(
+    ("states", "value", "expected"),
+    [
+        (["completed", "device_oom", "device_oom"], 1.0, "1.00 s 2 ✕"),
+        (["device_oom"] * 3, None, "✕ out of memory"),
+        (["device_oom", "device_oom", "failed"], None, "2 ✕ 1 !"),
+        (["completed", "failed"], None, "not shown: no timed step, ! 1 of 2 failed"),
+    ],
+)
+def test_a_label_with_little_room_counts_states_by_their_symbols(
+    states: list[str], value: float | None, expected: str
+) -> None:
+    assert grammar.brief(ended(states), value, "s") == expected
+
+
+def ended(states: list[str]) -> dict[str, Any]:
+    return {"states": states, "num_completed": states.count("completed"), "not_compared": None}
 
 
 def test_differing_devices_are_warned_of(tmp_path: Path) -> None:
@@ -392,7 +442,7 @@ def test_a_study_before_its_first_run_gives_a_page(tmp_path: Path) -> None:
 def test_all_runs_out_of_memory_gives_a_page(tmp_path: Path) -> None:
     text = Text(built(STUDY, tmp_path, handmade.out_of_memory(FULL), handmade.out_of_memory(LORA))).text
     assert "2 runs 2 ✕ out of memory" in text
-    assert "No recipe can be recommended yet for tiny on cpu (nothing that was tried fits)" in text
+    assert "No recipe can be recommended yet for tiny on cpu (nothing that was planned fits)" in text
     assert "Nothing fits: full (out of memory), lora (out of memory)." in text
 
 
@@ -703,7 +753,7 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
     (_, beyond, cost) = sentences
     assert beyond.support.startswith(
         "The longest context that is known to fit is 256 for tiny-2, tiny-3, tiny-4 and tiny-5 on cpu; 128 for tiny-1 "
-        "on cpu. Nothing that was tried fits in "
+        "on cpu. Nothing that was planned fits in "
     )
     found = {target: (one.at.num_gpus, one.recipe) for (target, _), one in longest(recommendations).items()}
     assert found == {"tiny-1": (1, "full"), **dict.fromkeys(names[1:-1], (2, "lora"))}
@@ -712,7 +762,7 @@ def test_the_answer_names_the_longest_context_that_is_known_to_fit(tmp_path: Pat
         "The longest context that is known to fit is 128 for tiny-1 on cpu × 1 (full); 256 for tiny-2 on cpu × 2 "
         "(lora)."
     )
-    assert cost.text.startswith("An epoch, one pass over the training data, costs ")
+    assert cost.text.startswith("With the default, an epoch, one pass over the training data, costs ")
     short = [one for one in recommendations if one.sequence_length < 512]
     assert answer(short, defaults)[1].support.startswith(
         "The longest context that is known to fit is 256 (the longest tried) for tiny-2, tiny-3, tiny-4 and tiny-5 on "
@@ -770,7 +820,7 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     (first, _, _) = answer(*said(study, tmp_path, *documents))
     assert first == (
         "The default should be lora for tiny on old and new (too few data for a ranking); full for small on new (too "
-        "few data for a ranking); none can be named for small on old (nothing that was tried fits).",
+        "few data for a ranking); none can be named for small on old (nothing that was planned fits).",
         "It is the fastest that fits.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())

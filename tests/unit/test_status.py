@@ -280,6 +280,34 @@ def test_an_array_is_asked_for_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mo
     assert "--jobs 8,9 " in (tmp_path / "asked").read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
+            "SLURM did not answer: not known",
+        ),
+        (None, "SLURM did not answer: not known"),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "not in SLURM's queue"),
+        ("true", "not in SLURM's queue"),
+    ],
+    ids=["no controller", "no squeue", "forgotten alone", "forgotten among others"],
+)
+def test_a_slurm_that_does_not_answer_is_told_from_one_that_knows_no_such_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, said: str
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    if script is not None:
+        (tools / "squeue").write_text(f"#!/bin/sh\n{script}\n")
+        (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools))
+    path = ledger(tmp_path, intent("run-a", "t1"), submitted("t1", "41"), intent("run-b", "t2"))
+    text = shown(status.look(study(tmp_path), path))
+    assert f"  run-a\n    41, {said}\n" in text
+    assert "  run-b\n    not submitted yet\n" in text
+
+
 def test_watch_looks_again_until_it_is_stopped(tmp_path: Path) -> None:
     """As in a log, one look after the other; and a run that ends meanwhile is seen."""
     settings = {

@@ -56,10 +56,42 @@ def test_snakemakes_report_has_captions_categories_and_labels(reported: Workplac
     assert names["Figures"] == {*(f"{kind}_tiny_cpu.svg" for kind in kinds), "models_cpu.svg"}
     assert names["Tables"] == {"runs.csv", "comparisons.csv", "recommendations.csv", "costs.csv", "claims.csv"}
     context = found["results/report/figures/context_tiny_cpu.svg"]
-    assert context["labels"] == {"figure": "context", "of": "tiny_cpu"}
+    assert context["labels"] == {"figure": "context of tiny_cpu"}
     assert "Memory and time against the context" in context["caption"]
     assert "Every planned run" in found["results/report/tables/runs.csv"]["caption"]
     assert all(one["caption"].strip() for one in found.values())
+
+
+def test_every_result_opens_in_snakemakes_report(reported: Workplace, browser: Any) -> None:
+    """In each category and in what the search finds; a browser, since the page is made by its scripts."""
+    answer = reported.snakemake("--report", "report.html")
+    assert answer.returncode == 0, answer.stdout
+    text = (reported.folder / "report.html").read_text()
+    page = browser.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"file://{reported.folder}/report.html")
+    rows = page.locator("tbody tr")
+    opened: list[str] = []
+    for category, kinds in variable(text, "categories").items():
+        for kind in kinds:
+            page.reload()
+            for name in (category, kind) if kind != "Other" else (category,):
+                page.get_by_role("link", name=name, exact=True).click()
+            rows.first.wait_for()
+            for row in rows.all():
+                row.locator("a").first.click()
+                opened.append(row.inner_text().strip())
+    labels = [label for one in variable(text, "results").values() for label in one["labels"].values()]
+    assert sorted(opened) == sorted(labels)
+    for words in ("cpu", "models_cpu|pareto_tiny_cpu", "report/"):
+        page.reload()
+        page.get_by_placeholder("Search...").fill(f"re:{words}")
+        page.get_by_placeholder("Search...").press("Enter")
+        rows.first.wait_for()
+        assert rows.count() > 1
+    assert complaints == []
+    page.close()
 
 
 def test_two_studies_are_compared_by_their_files_alone(reported: Workplace) -> None:
@@ -72,6 +104,7 @@ def test_two_studies_are_compared_by_their_files_alone(reported: Workplace) -> N
     answer = reported.snakemake(*compare)
     assert answer.returncode == 0, answer.stdout
     assert not record.exists()
+    assert f"every change: {changes}" in answer.stdout
     assert "4 of 4 configurations are in both" in (reported.folder / "logs" / "compare.log").read_text()
     assert changes.read_text().count("tiny") == 4
     pl.read_parquet(outcomes).head(3).write_parquet(outcomes)

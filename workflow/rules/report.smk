@@ -18,6 +18,8 @@ rule aggregate:
         "../scripts/aggregate.py"
 
 
+# One label each: Snakemake's page makes a switch of a second one that has two values, and breaks where not every result
+# has both.
 rule report:
     input:
         outcomes=RESULTS.outcomes_parquet,
@@ -29,13 +31,13 @@ rule report:
             RESULTS.report,
             caption="../report/page.rst",
             category="Report",
-            labels={"part": "the page", "format": "HTML"},
+            labels={"part": "the page (HTML)"},
         ),
         summary=report(
             RESULTS.summary,
             caption="../report/summary.rst",
             category="Report",
-            labels={"part": "summary to paste", "format": "Markdown"},
+            labels={"part": "summary to paste (Markdown)"},
         ),
         figures=report(
             directory(RESULTS.figures),
@@ -43,7 +45,7 @@ rule report:
             caption="../report/figures.rst",
             category="Figures",
             subcategory="{kind}",
-            labels={"figure": "{kind}", "of": "{of}"},
+            labels={"figure": "{kind} of {of}"},
         ),
         tables=report(
             directory(RESULTS.tables),

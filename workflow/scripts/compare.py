@@ -9,3 +9,4 @@ with opened(snakemake):
     found = changes.of_files(Path(snakemake.params.now), Path(snakemake.input.earlier))
     print(changes.text(found))
     changes.write(found, Path(snakemake.output[0]))
+    print(f"every change: {Path(snakemake.output[0]).absolute()}")

@@ -127,7 +127,7 @@ def _more(rest: list[Default]) -> str:
 
 
 _NONE = {
-    "nothing_fits": "nothing that was tried fits",
+    "nothing_fits": "nothing that was planned fits",
     "no_data": "nothing is known to fit yet",
     "contradictory": "repeats contradict each other",
     "not_comparable": "the runs differ in software, device, weights or data",
@@ -165,7 +165,7 @@ def _beyond(defaults: list[Default], recommendations: list[Recommendation]) -> S
         text = "No setting is known in which a default stops fitting."
     else:
         text = "What to add is not known."
-    none = f"Nothing that was tried fits in {nothing} of {settings}." if nothing else ""
+    none = f"Nothing that was planned fits in {nothing} of {settings}." if nothing else ""
     return Sentence(text, " ".join(filter(None, [_longest(recommendations), none])))
 
 
@@ -241,7 +241,7 @@ def _cost(defaults: list[Default]) -> str:
         cost = _range([(f"{show(value)} GPU-hours", place) for value, place in hours])
     else:
         return "What an epoch costs is not known yet."
-    return f"An epoch, one pass over the training data, costs {cost}."
+    return f"With the default, an epoch, one pass over the training data, costs {cost}."
 
 
 def _sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:

@@ -14,6 +14,7 @@ from finetune_study.report.grammar import (
     Figure,
     Spec,
     axis,
+    axis_along,
     brief,
     field,
     figure,
@@ -25,10 +26,8 @@ from finetune_study.report.grammar import (
 from finetune_study.report.pair import Pair
 from finetune_study.table import TIMES, Row, count, show
 
-MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 148, 94, 24, 13
+MEMORY_WIDTH, TIME_WIDTH, STEP, THICK = 140, 94, 24, 13
 """Of the panels, of a row and of its bar, pixels; numbers stand right of a panel, where nothing crosses them."""
-TIME_TICKS = 2
-"""About; of more, the labels of a narrow panel would lie on each other, and some be left out."""
 ROOM = 1.03
 """A panel is wider than its longest bar by this."""
 PREDICTED = {
@@ -90,7 +89,7 @@ def _memory(order: list[str], shares: list[dict[str, Any]], largest: float) -> S
     x = field(
         "low",
         title="Peak memory per device (GiB)",
-        axis=axis(tickCount=5),
+        axis=axis_along(MEMORY_WIDTH),
         scale={"domain": [0, largest * ROOM], "nice": False},
     )
     parted = len({share["share"] for share in shares}) > 1
@@ -117,7 +116,7 @@ def _time(order: list[str], slowest: float, *, alone: bool) -> Spec:
     x = field(
         "time",
         title="Time of an optimizer step (s)",
-        axis=axis(tickCount=TIME_TICKS, labelFlush=False, labelOverlap=False),
+        axis=axis_along(TIME_WIDTH),
         scale={"domain": [0, slowest * ROOM], "nice": False},
     )
     spread = {"type": "rule", "color": INK, "strokeWidth": 1.5}

@@ -10,7 +10,7 @@ import vl_convert
 
 from finetune_study.report.pair import Pair
 from finetune_study.states import STATES
-from finetune_study.table import TIMES, Row, devices, show
+from finetune_study.table import Row, devices, show
 
 Spec = dict[str, Any]
 """A part of a Vega-Lite specification (vega.github.io/vega-lite/docs)."""
@@ -27,6 +27,10 @@ DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 SHARES = {"in tensors": "#3f7cad", "held by the allocator, unused": "#8fb8d9", "beside the allocator": "#c9cdd3"}
 FONT = "Helvetica, Arial, DejaVu Sans, sans-serif"
 FONT_SIZE = 11
+TICK_ROOM = 45
+"""Of a label of an axis and what is free beside it, pixels: Vega takes up to twice as many ticks as it is asked for."""
+ONE_VALUE = 0.001
+"""Values whose logarithms differ by no more: labels between them would have too many digits."""
 LETTER = 0.52
 """Mean width of a letter over the size of its font, in Helvetica; bold is a tenth wider."""
 _LINK_BASE = "https://vega.github.io/vega-datasets/"
@@ -67,6 +71,11 @@ def axis(**settings: Any) -> Spec:
     return {"domain": False, "ticks": False, "labelPadding": 6, "grid": False} | settings
 
 
+def axis_along(width: int) -> Spec:
+    """An axis with as many labels as that many pixels have room for, each in the middle of its tick."""
+    return axis(tickCount=width // TICK_ROOM, labelFlush=False, labelSeparation=4)
+
+
 SAYS = {"description": field("tip", "N"), "href": field("link", "N")}
 """What a mark says on hovering and to a screen reader, and the run that it leads to."""
 IN_TONE = {"condition": {"test": "datum.tone", "value": {"expr": "datum.tone"}}, "value": INK}
@@ -90,10 +99,10 @@ def limit_rule(channel: str) -> Spec:
 
 
 def log_scale(values: Iterable[float], room: float = 0.08) -> tuple[float, float]:
-    """Ends of a logarithmic axis: a little more than the values; a single one stands in the middle."""
+    """Ends of a logarithmic axis: a little more than the values; what is as good as one value stands in the middle."""
     some = [*values]
     low, high = math.log(min(some)), math.log(max(some))
-    margin = room * (high - low) or 0.35
+    margin = room * (high - low) if high - low > ONE_VALUE else 0.35
     return math.exp(low - margin), math.exp(high + margin)
 
 
@@ -107,15 +116,21 @@ def log_axis(ends: tuple[float, float], title: str) -> Spec:
         ticks = [v for v in (float(f"{s}e{p}") for p in powers for s in step) if low <= v <= high]
         if len(ticks) >= 3:
             break
-    if len(ticks) < 2:  # too short for round numbers
-        places = [low * (high / low) ** share for share in (0.1, 0.5, 0.9)]
-        rounded = [[float(f"{place:.{digits}g}") for place in places] for digits in (2, 3, 4)]
-        ticks = next((some for some in rounded if len({*some}) == len(some)), places)
+    if len(ticks) < 3:  # a short piece of a logarithmic axis is nearly even
+        ticks = _even(low, high)
     return {
         "title": title,
         "scale": {"type": "log", "nice": False, "domain": [low, high]},
         "axis": axis(grid=True, values=ticks, format=",~g"),
     }
+
+
+def _even(low: float, high: float) -> list[float]:
+    """Three to seven numbers between two, in steps of 1, 2 or 5 times a power of ten."""
+    most = (high - low) / 3
+    power = math.floor(math.log10(most))
+    step = max(one for one in (float(f"{s}e{power}") for s in (1, 2, 5)) if one <= most)
+    return [round(number * step, 1 - power) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def size_of(svg: str) -> tuple[int, int]:
@@ -143,16 +158,16 @@ def label(row: Row, value: float | None, unit: str) -> str:
         parts.append("not shown: " + (row["not_compared"] or "no timed step"))
     for state, number in _without_number(row).items():
         mixed = f"{number} of {total} " if number < total else ""
-        parts.append(f"{TIMES + ' ' if 'oom' in state else ''}{mixed}{STATES[state].words}")
+        parts.append(f"{STATES[state].symbol} {mixed}{STATES[state].words}")
     return ", ".join(parts)
 
 
 def brief(row: Row, value: float | None, unit: str) -> str:
-    """The same where there is little room: symbols beside a number."""
-    if value is None:
-        return label(row, value, unit)
+    """The same where there is little room: symbols beside a number, and of several states."""
     counts = [f"{number} {STATES[state].symbol}" for state, number in _without_number(row).items()]
-    return " ".join([show(value, unit), *counts])
+    if value is None and (row["num_completed"] or len(counts) < 2):
+        return label(row, value, unit)
+    return " ".join(filter(None, (show(value, unit), *counts)))
 
 
 def _without_number(row: Row) -> dict[str, int]:

@@ -126,6 +126,7 @@ function start(study) {
   for (let i = 0; i < study.count; i++) place.set(get.run_id(i), i);
 
   const anchor = (run) => `#run=${encodeURIComponent(run)}`;
+  const inWords = (name, v) => (name === "state" ? study.states[v]?.words ?? v : v);
   const badge = (state) => {
     const known = study.states[state] ?? { words: state, symbol: "", tone: "none" };
     const made = element("span", undefined, { class: `badge ${known.tone}` });
@@ -141,8 +142,8 @@ function start(study) {
     select.append(element("option", "all", { value: "" }));
     const found = new Set();
     for (let i = 0; i < study.count; i++) found.add(value(name, i));
-    const order = [...found].filter((v) => v !== null).sort((a, b) => (typeof a === "number" ? a - b : a.localeCompare(b)));
-    for (const one of order) select.append(element("option", name === "state" ? study.states[one].words : shown(name, one), { value: one }));
+    const order = [...found].filter((v) => v !== null).sort((a, b) => (typeof a === "number" ? a - b : inWords(name, a).localeCompare(inWords(name, b))));
+    for (const one of order) select.append(element("option", name === "state" ? inWords(name, one) : shown(name, one), { value: one }));
     label.append(select);
     by("tools").append(label);
     select.addEventListener("change", () => refresh(true));
@@ -173,7 +174,7 @@ function start(study) {
   let texts; // what is searched of each run, put together at the first search
   function text(i) {
     const parts = searched.map((name) => value(name, i)).filter((part) => part !== null);
-    return [...parts, study.states[value("state", i)]?.words].join("\n").toLowerCase();
+    return [...parts, inWords("state", value("state", i))].join("\n").toLowerCase();
   }
 
   function refresh(changed) {
@@ -188,7 +189,7 @@ function start(study) {
           && words.every((word) => texts[i].includes(word))) view.push(i);
       }
       if (order.column !== null) {
-        const read = get[order.column];
+        const read = (i) => inWords(order.column, value(order.column, i));
         view.sort((a, b) => {
           const x = read(a), y = read(b);
           if (x === null || y === null) return (x === null) - (y === null); // unknown last, either way

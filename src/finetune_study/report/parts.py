@@ -14,6 +14,7 @@ from finetune_study.report.grammar import (
     Figure,
     Spec,
     axis,
+    axis_along,
     field,
     figure,
     label,
@@ -49,7 +50,7 @@ def parts(pair: Pair) -> list[Figure]:
     measured = [_of_row(row) | share for row in rows for share in shares_of(row)]
     y = field("recipe", "N", sort=order_of(pair, marks), title=None, axis=axis())
     scale = {"domain": [0, most], "nice": False}
-    x = field("low", title="Memory per device (GiB)", axis=axis(tickCount=6), scale=scale)
+    x = field("low", title="Memory per device (GiB)", axis=axis_along(WIDTH), scale=scale)
     there = {category["share"] for category in predicted}
     colours = {name: colour for name, colour in zip(CATEGORIES, SERIES, strict=True) if name in there}
     span = {"y": y, "x": x, "x2": {"field": "high"}}
