@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_study.techniques.gradient_checkpointing import checkpointed_layers, join
@@ -17,9 +18,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(model_type: str, attention: str) -> Any:
+def model_of(model_type: str, attention: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, **ARCHITECTURES[model_type])
+    config = AutoConfig.for_model(model_type, **(SIZES | ARCHITECTURES[model_type] | changes))
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
 
 
@@ -46,6 +47,29 @@ def test_groups_have_the_plain_gradients(model_type: str, attention: str, use_re
     join(layers, 2, use_reentrant)
     grouped = gradients(model)
     assert len(computed) == 1 + 2 * 2 * len(layers), "the form once, and in two steps every layer twice"
+    assert plain.keys() == grouped.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(grouped[name], gradient)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "falcon"])
+def test_groups_compile_to_the_graphs_of_single_layers(model_type: str) -> None:
+    """Whether layers return tensors or tuples; and in each step the same graphs, with the plain gradients."""
+
+    def compiled(groups: bool) -> tuple[dict[str, Any], int]:
+        torch.compiler.reset()
+        # Graphs of another shape draw other masks of dropout.
+        model = model_of(model_type, "sdpa", hidden_dropout=0.0, attention_dropout=0.0)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        if groups:
+            join(checkpointed_layers(model), 2, use_reentrant=False)
+        counting = CompileCounterWithBackend("aot_eager")
+        model.compile(backend=counting)
+        return gradients(model), counting.frame_count
+
+    (plain, graphs), (grouped, graphs_of_groups) = compiled(groups=False), compiled(groups=True)
+    assert graphs_of_groups == graphs
     assert plain.keys() == grouped.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(grouped[name], gradient)

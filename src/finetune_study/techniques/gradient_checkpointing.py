@@ -89,6 +89,7 @@ def join(layers: list[Any], size: int, use_reentrant: bool) -> None:
     all but the last of a group only note it and hand on what they were given; the last runs them all. So each gets its
     own arguments (attention masks can differ), and neither model nor weights change their names.
     """
+    import torch
     from torch.utils.checkpoint import checkpoint
 
     calls: list[tuple[Any, tuple[Any, ...]]] = []
@@ -101,31 +102,49 @@ def join(layers: list[Any], size: int, use_reentrant: bool) -> None:
         return hidden
 
     def note(function: Any, hidden: Any, *arguments: Any) -> Any:
+        if not wrappers and torch.compiler.is_compiling():
+            # A trial would be compiled as well, and what it finds can't be kept without compiling once more: in each
+            # pass the first layer, a checkpoint of its own, says it anew.
+            returned = checkpoint(function, hidden, *arguments, use_reentrant=use_reentrant)
+            wrappers.append(_wrapper(returned))
+            return returned
         if not wrappers:
-            wrappers.append(_wrapper(function, hidden, arguments))
+            wrappers.append(_wrapper(_tried(function, hidden, arguments)))
         calls.append((function, arguments))
         return wrappers[0](hidden)
 
     def run_all(function: Any, hidden: Any, *arguments: Any) -> Any:
-        note(function, hidden, *arguments)
-        noted = calls.copy()
-        calls.clear()
-        return wrappers[0](checkpoint(run, noted, hidden, use_reentrant=use_reentrant))
+        returned = note(function, hidden, *arguments)
+        if calls:
+            noted = calls.copy()
+            calls.clear()
+            returned = wrappers[0](checkpoint(lambda hidden: run(noted, hidden), hidden, use_reentrant=use_reentrant))
+        return returned
+
+    def run_last(function: Any, hidden: Any, *arguments: Any) -> Any:
+        returned = run_all(function, hidden, *arguments)
+        if torch.compiler.is_compiling():
+            wrappers.clear()
+        return returned
 
     for number, layer in enumerate(layers, start=1):
-        layer._gradient_checkpointing_func = run_all if number % size == 0 or layer is layers[-1] else note
+        layer._gradient_checkpointing_func = run_all if number % size == 0 else note
+    layers[-1]._gradient_checkpointing_func = run_last
 
 
-def _wrapper(function: Any, hidden: Any, arguments: tuple[Any, ...]) -> Any:
-    """What puts hidden states into the form in which a layer returns them: themselves, or the first of a tuple.
-
-    Falcon's layers return their attention weights too, which nobody asks for in training. The layer says so itself, in
-    one forward pass that keeps nothing and leaves the random numbers as they were.
-    """
+def _tried(function: Any, hidden: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a layer returns, by one forward pass that keeps nothing and leaves the random numbers as they were."""
     import torch
 
     with torch.no_grad(), torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
-        returned = function(hidden, *arguments)
+        return function(hidden, *arguments)
+
+
+def _wrapper(returned: Any) -> Any:
+    """What puts hidden states into the form in which a layer returned them: themselves, or the first of a tuple.
+
+    Falcon's layers return their attention weights too, which nobody asks for in training.
+    """
     if not isinstance(returned, tuple):
         return lambda hidden: hidden
     others = (None,) * (len(returned) - 1)
