@@ -35,7 +35,12 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             pack: Any = vars(self)["pack_hook"]
-            self.pack_hook = lambda tensor: (seen.append(tensor), pack(tensor))[1]
+
+            def see(tensor: torch.Tensor) -> Any:
+                seen.append(tensor)
+                return pack(tensor)
+
+            self.pack_hook = see
 
     monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", Seen)
     return seen
