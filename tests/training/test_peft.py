@@ -1,15 +1,20 @@
 """What peft trains: counted by itself, by hand, and by what a run says."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
-from finetune_study import model, model_source, techniques
+from finetune_study import facts, model, model_source, techniques, variables
 from finetune_study.errors import RunFailedError
+from finetune_study.ranks import free_port
 from finetune_study.techniques.peft_method import PeftMethod
 from tests.tiny_study import TINY_STUDY
-from tests.training.lab import Lab
+from tests.training.lab import LIMIT_SECONDS, Lab
 from tests.training.pairs import Case, Trained
 
 pytestmark = pytest.mark.training
@@ -180,8 +185,13 @@ def test_penalty_of_adalora_is_in_training_alone(trained: Trained) -> None:
     assert ended.eval_losses[0] == pytest.approx(plain.eval_losses[0], rel=1e-4)
 
 
-def test_adalora_takes_ranks_away(lab: Lab) -> None:
+@pytest.mark.parametrize("first_scale", [1.0, 2.0**127], ids=["no step is skipped", "the first are skipped"])
+def test_adalora_takes_ranks_away(first_scale: float, lab: Lab) -> None:
+    """With torch's loss scaling: of a large scale gradients overflow float32, and steps are skipped until they fit."""
     import peft
+    import torch
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
     run = lab.run({"adalora": {"init_r": 12, "target_r": 2}})
     lab.prepare(run)
@@ -189,21 +199,66 @@ def test_adalora_takes_ranks_away(lab: Lab) -> None:
     net = technique.wrap(model.load(run, lab.results.model(run.model_key)), run)
     assert isinstance(net, peft.PeftModel)
     (callback,) = technique.callbacks(net)
-
-    class State:
-        global_step = 0
-
-    import torch
-
-    for State.global_step in range(run.num_steps):
-        net.train()
+    Accelerator(cpu=True)  # its optimizer asks for the state that this leaves
+    scaler = torch.amp.GradScaler("cpu", init_scale=first_scale)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(trained, lr=1e-3), device_placement=False, scaler=scaler)
+    skipped: list[bool] = []
+    net.train()
+    while skipped.count(False) < run.num_steps:
         tokens = torch.arange(16)[None] % 7
-        net(input_ids=tokens, labels=tokens).loss.backward()
-        callback.on_optimizer_step(None, State, None)
+        scaler.scale(net(input_ids=tokens, labels=tokens).loss).backward()
+        optimizer.step()
+        callback.on_optimizer_step(None, None, None, optimizer=optimizer)
+        optimizer.zero_grad()
+        skipped.append(optimizer.step_was_skipped)
+    assert skipped[0] == (first_scale > 1)
+    assert all(bool(importance.isfinite().all()) for importance in net.base_model.rankallocator.exp_avg_ipt.values())
     scales = [p for name, p in net.named_parameters() if "lora_E" in name]
     assert all(p.shape[0] == 12 for p in scales)
     left = sum(int((p != 0).sum()) for p in scales)
-    assert left <= 2 * len(scales)
+    assert left == len(scales) * 2 + int(len(scales) * (12 - 2) / run.num_steps**3)  # of the cube, one step is left
+
+
+RANKS_LEFT = """
+import json, sys
+from pathlib import Path
+from finetune_study import run
+from finetune_study.facts import Facts
+from finetune_study.paths import Results
+from finetune_study.techniques.adapters import Adalora
+from finetune_study.train import Rank
+made, wrap = [], Adalora.wrap
+Adalora.wrap = lambda *arguments: made.append(wrap(*arguments)) or made[-1]
+run_yaml, results, facts = map(Path, sys.argv[1:])
+Rank(run.load(run_yaml), Facts(facts)).train(Results(results))
+importances = made[0].base_model.rankallocator.exp_avg_ipt.values()
+scales = [p for name, p in made[0].named_parameters() if "lora_E" in name]
+left = sum(int((p != 0).sum()) for p in scales)
+finite = [bool(one.isfinite().all()) for one in importances]
+print(json.dumps([finite, left / len(scales)]))
+"""
+"""A rank that says at its end which of AdaLoRA's importances are finite, and how many ranks a matrix has on average."""
+
+
+def test_adalora_does_not_learn_from_steps_that_deepspeeds_loss_scaling_skips(lab: Lab) -> None:
+    run = lab.run(
+        {"fp16": {}, "zero2": {}, "offload_optimizer": {}, "adalora": {"init_r": 12, "target_r": 2}},
+        data={"dataset": lab.plenty},
+    )
+    paths = lab.prepare(run)
+    told = paths.rank_facts(0)
+    told.parent.mkdir(parents=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", RANKS_LEFT, paths.run_yaml, lab.results.root, told],
+        env={**os.environ, **variables.for_rank(0, 1, 1, ("127.0.0.1", free_port()))},
+        capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert not all(step["stepped"] for step in facts.read(told)["steps"])
+    finite, ranks = json.loads(ended.stdout.splitlines()[-1])
+    assert set(finite) == {True}
+    assert 2 <= ranks < 3
 
 
 def test_merged_lora_computes_the_same(lab: Lab) -> None:

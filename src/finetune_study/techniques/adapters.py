@@ -103,10 +103,18 @@ class Adalora(PeftMethod):
         from transformers import TrainerCallback
 
         class Allocate(TrainerCallback):
-            """peft leaves it to the training loop to move ranks after each step."""
+            """peft leaves it to the training loop to move ranks after each step.
 
-            def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                model.base_model.update_and_allocate(state.global_step)
+            A step that loss scaling skipped is none: its gradients are not finite, and what peft averages of them would
+            never be again.
+            """
+
+            num_stepped = 0
+
+            def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any, **_: Any) -> None:
+                if not optimizer.step_was_skipped:
+                    model.base_model.update_and_allocate(self.num_stepped)
+                    self.num_stepped += 1
 
         return [Allocate()]
 
