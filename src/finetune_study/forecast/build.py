@@ -20,6 +20,7 @@ from finetune_study.errors import ModelError
 from finetune_study.forecast.layout import CODE, Layout
 from finetune_study.forecast.tape import within_window
 from finetune_study.techniques import gradient_checkpointing, quantised
+from finetune_study.techniques.peft_method import DEPTH, WIDTH
 
 FUSED = "finetune_study_fused"
 """Name under which transformers knows our attention function."""
@@ -49,13 +50,13 @@ DEEPEST = 1024
 """Layers; more is a slip of the pen, and would take minutes to build."""
 
 LARGEST = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 1 << 20),
+    **dict.fromkeys(WIDTH, 1 << 20),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "vocab_size"), 1 << 24),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"), 1 << 16),
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 1 << 16),
     "max_position_embeddings": 1 << 30,
     "sliding_window": 1 << 30,
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), DEEPEST),
+    **dict.fromkeys(DEPTH, DEEPEST),
     **dict.fromkeys(("encoder_layers", "num_decoder_layers", "num_encoder_layers"), DEEPEST),
     "num_labels": 1 << 20,  # transformers makes a dictionary of them
 }

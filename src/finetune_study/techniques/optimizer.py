@@ -1,11 +1,14 @@
 """Optimizers, by the names of transformers' `optim`."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from finetune_study.errors import RunFailedError
 from finetune_study.techniques.base import Kind, Recipe, Technique
-from finetune_study.techniques.peft_method import PeftMethod
+from finetune_study.techniques.joined import bare
+from finetune_study.techniques.peft_method import WIDTH, PeftMethod, written_size
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -182,6 +185,13 @@ class _LowRank(Optimizer):
                 f"transformers hands no weight decay to {self.name} (trainer_optimizer.py, _setup_low_rank_optimizer): "
                 "set training.weight_decay: 0"
             )
+        width = written_size(run, WIDTH)
+        trains_layers = not any(technique.freezes_weights for technique in run.parsed_techniques.values())
+        if trains_layers and width is not None and self.rank >= width:  # one side of every layer at least is the width
+            return (
+                f"{self.name} projects to rank {self.rank}, and the model's layers are {width} wide: nothing would "
+                "become smaller, silently: choose a lower rank, or use adamw_torch"
+            )
         return None
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
@@ -193,6 +203,34 @@ class _LowRank(Optimizer):
             "optim_target_modules": self.optim_target_modules,
             **adam,
         }
+
+    def callbacks(self, model: Any) -> list[Any]:
+        from transformers import TrainerCallback
+
+        check = self.check_projected
+
+        class CheckProjection(TrainerCallback):
+            def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+                """By now transformers has chosen what is projected."""
+                check(bare(optimizer))
+
+        return [CheckProjection()]
+
+    def check_projected(self, optimizer: Any) -> None:
+        """
+        Raises:
+            RunFailedError: where no matrix becomes smaller; the libraries say nothing, and take more memory than AdamW.
+        """
+        projected = [p for group in optimizer.param_groups if "rank" in group for p in group["params"]]
+        sides = {min(weight.shape) for weight in projected if weight.requires_grad}
+        if self.rank >= max(sides, default=math.inf):  # the plan refuses what trains no linear layer
+            raise RunFailedError(
+                "No projected matrix is larger than the rank, so none would become smaller",
+                where=f"{self.name}.rank",
+                given=self.rank,
+                allowed=f"less than {max(sides)}, the shorter side of the largest",
+                do="choose a lower rank, or use adamw_torch",
+            )
 
 
 class GaloreAdamw(_LowRank):

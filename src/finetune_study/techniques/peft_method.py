@@ -103,6 +103,18 @@ def in_format_of_training(model: Any, run: "Run") -> Any:
     return model
 
 
+WIDTH = ("hidden_size", "n_embd", "d_model")
+"""Names that configurations of transformers have for the width of a model."""
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+"""The same, for the number of its layers."""
+
+
+def written_size(run: "Run", names: tuple[str, ...]) -> int | None:
+    """A size of a run's model under the first of the names that its architecture has; None where none is written."""
+    written = run.model.architecture or {}
+    return next((size for name in names if isinstance(size := written.get(name), int)), None)
+
+
 def model_type(run: "Run") -> str | None:
     """transformers' word for the architecture of a run's model; None where it is known only when it was fetched."""
     if run.model.architecture is not None:
