@@ -61,6 +61,7 @@ class Rank:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.step = 0
+        self.num_stepped = 0
         self.phases = Phases()
         budget = run.hardware.memory_budget_gib
         self.memory: DataMemoryMeter | CudaMemoryMeter = (
@@ -262,10 +263,11 @@ class Rank:
         self.facts.tell(memory=self.memory.report())
         kind = "timed" if entry["timed"] else "untimed" if entry["stepped"] else "skipped by loss scaling"
         self.say(
-            f"step {entry['step']} of {self.run.num_steps}: "
+            f"step {self.num_stepped + 1} of {self.run.num_steps}: "
             f"{entry['seconds']:.3f} s ({kind}), loss {_show(entry['loss'])}"
         )
         self.step = entry["step"] + 1
+        self.num_stepped += entry["stepped"]  # a skipped step is tried again
 
     def tell_out_of_memory(self, found: oom.OutOfMemory) -> None:
         """Writes down which memory ran out, and where."""

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,9 @@ def test_steps_that_loss_scaling_skips_are_counted_and_not_timed(lab: Lab) -> No
     assert row["num_skipped_steps"] == len(skipped)
     assert row["num_timed_steps"] == len(row["step_time_seconds_samples"]) == STEPS - 1
     assert len(row["untimed_step_time_seconds_samples"]) == 1
+    said = re.findall(rf"^step (\d) of {STEPS}: .* s \((\w+)", half.paths.log.read_text(encoding="utf-8"), re.MULTILINE)
+    timed = [(str(number), "timed") for number in range(2, STEPS + 1)]
+    assert said == [("1", "skipped")] * len(skipped) + [("1", "untimed"), *timed]
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
