@@ -61,6 +61,14 @@ def test_eight_bit_adamw_keeps_a_byte_for_a_state(name: str, trained: Trained) -
     assert ended.losses == pytest.approx(trained.run().losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+def test_under_zero_states_of_embeddings_are_in_eight_bit_too(zero: str, trained: Trained) -> None:
+    """The flat tensors that DeepSpeed steps in the place of weights are none that Trainer names."""
+    dtypes, size = states(trained.run({"adamw_8bit": {}, zero: {}}))
+    assert "uint8" in dtypes
+    assert 2 * TRAINED < size < 2.2 * TRAINED
+
+
 def test_paged_adamw_in_32_bit_is_adamw(trained: Trained) -> None:
     ended = trained.run({"paged_adamw_32bit": {}})
     assert states(ended) == (["float32"], 8 * TRAINED)

@@ -1056,6 +1056,17 @@ def test_low_rank_states_are_between_none_and_full_ones() -> None:
     assert states("sgd") < apollo < galore < states("galore_adamw", rank=64) < states("adamw_torch")
 
 
+def test_states_of_embeddings_are_in_32_bit_unless_deepspeed_lays_weights_out_flat() -> None:
+    def states(sharding: str, optimizer: str) -> float:
+        asked = row(model_config=SMALL, techniques={sharding: {}, optimizer: {}}, num_gpus=2)
+        return float(predict.answer(asked, TRACES)["predicted_memory_gib"]["by_category"]["optimizer"])
+
+    whole = {name: states(name, "adamw_torch") - states(name, "sgd") for name in ("ddp", "zero2")}
+    small = {name: states(name, "adamw_8bit") - states(name, "sgd") for name in ("ddp", "zero2")}
+    assert small["zero2"] == pytest.approx(whole["zero2"] * (1 + 4 / 256) / 4)
+    assert small["ddp"] > 1.05 * whole["ddp"] * (1 + 4 / 256) / 4
+
+
 def test_zeropp_sends_less_and_its_second_copy_takes_memory() -> None:
     def ask(zeropp: Any) -> dict[str, Any]:
         far = {"name": "a100-80gb", "link_gb_per_s": 0.01}

@@ -246,7 +246,7 @@ class _States:
             elif kind.low_rank and part.matrix:
                 projected = min(self.recipe.projection_rank, part.narrow(rank, self.profile.hidden_size))
                 total += kind.low_rank * projected * value(part.rows, 1, 1, rank) * self._state_bytes(part)
-            elif kind.full_embedding and part.role == "embedding":
+            elif kind.full_embedding and part.role == "embedding" and not self.recipe.deepspeed:
                 total += 8 * number
             else:
                 states = 1 if kind.muon and part.matrix else kind.states

@@ -61,7 +61,8 @@ class Optimizer:
     muon: bool = False
     """One state for matrices of the layers, two for the rest."""
     full_embedding: bool = False
-    """States of embeddings stay in 32 bit."""
+    """States of embeddings stay in 32 bit, but under ZeRO: Trainer tells bitsandbytes so of weights (trainer.py,
+    create_optimizer: register_module_override), and DeepSpeed steps flat tensors in their place."""
     low_rank: float = 0.0
     """Of the layers' matrices m × n, states for rank × (m + n) numbers, so often; 0: full states."""
     projections: int = 0

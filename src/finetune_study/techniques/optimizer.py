@@ -92,7 +92,7 @@ class _Bitsandbytes(_Adam):
 
 
 class Adamw8bit(_Bitsandbytes):
-    """bitsandbytes' AdamW with states in 8 bit, quantised in blocks; those of embeddings stay in 32 bit."""
+    """bitsandbytes' AdamW with states in 8 bit, quantised in blocks; without ZeRO those of embeddings are in 32 bit."""
 
     name: ClassVar[str] = "adamw_8bit"
     effect: ClassVar[str] = (
