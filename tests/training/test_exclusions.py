@@ -17,7 +17,7 @@ from finetune_study.run import Run
 from finetune_study.techniques.base import WHY_ONE, Kind
 from finetune_study.techniques.optimizer_in_backward import in_backward, step_in_backward
 from tests.training.lab import EFFECTIVE_BATCH, LIMIT_SECONDS, STEPS, Lab, in_spite_of_the_reason
-from tests.training.pairs import SETTINGS
+from tests.training.pairs import SETTINGS, Trained
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
 
@@ -146,6 +146,36 @@ def test_steps_in_the_backward_pass_come_before_ddp_sums_gradients(lab: Lab) -> 
     )
     assert ended.losses[0] == pytest.approx(one.losses[0], rel=1e-3)
     assert abs(ended.losses[-1] - one.losses[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("method", [{}, {"lora": {}}], ids=["full", "lora"])
+@pytest.mark.parametrize("zero", ["zero2", *(pytest.param(zero, marks=SIBLING) for zero in ("zero1", "zero3"))])
+@pytest.mark.parametrize(("precision", "other"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_deepspeed_casts_weights_however_they_were_loaded(
+    precision: str, other: str, zero: str, method: dict[str, Any], lab: Lab, trained: Trained
+) -> None:
+    recipe: dict[str, Any] = {zero: {}, **method}
+    settings: dict[str, Any] = {"data": {"dataset": lab.plenty}}
+    auto = trained.run(recipe | {precision: {}}, **settings)
+    for dtype in ("float32", other):
+        planned = lab.plan(recipe | {precision: {"dtype": dtype}}, **settings)
+        assert "DeepSpeed casts all weights" in str(planned.unsupported)
+        ended = trained.train(planned.run)
+        assert ended.error is None
+        assert (ended.losses, ended.eval_losses) == (auto.losses, auto.eval_losses)
+        assert ended.ranks[0]["optimizer_state_bytes"] == auto.ranks[0]["optimizer_state_bytes"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"qlora": {}}, *({"lora": settings} for settings in (
+        {"use_dora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+    ))],
+    ids=str,
+)  # fmt: skip
+def test_what_is_made_of_loaded_weights_depends_on_their_format(method: dict[str, Any], trained: Trained) -> None:
+    auto, chosen = (trained.run({"zero2": {}, "bf16": {"dtype": dtype}, **method}) for dtype in ("auto", "float32"))
+    assert auto.losses != chosen.losses
 
 
 @pytest.mark.parametrize(

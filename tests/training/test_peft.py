@@ -12,6 +12,7 @@ import pytest
 from finetune_study import facts, model, model_source, techniques, variables
 from finetune_study.errors import RunFailedError
 from finetune_study.ranks import free_port
+from finetune_study.techniques.adapters import Adalora
 from finetune_study.techniques.peft_method import PeftMethod
 from tests.tiny_study import TINY_STUDY
 from tests.training.lab import LIMIT_SECONDS, Lab
@@ -291,15 +292,45 @@ def test_three_methods_side_by_side(lab: Lab, trained: Trained) -> None:
     assert together.losses[-1] < together.losses[0]
 
 
+@pytest.mark.parametrize("target_r", [12, 14])
+def test_peft_only_takes_ranks_away(target_r: int, lab: Lab) -> None:
+    import torch
+
+    run = lab.run({"adalora": {}})
+    lab.prepare(run)
+    technique = Adalora.model_construct(init_r=12, target_r=target_r)
+    net = technique.wrap(model.load(run, lab.results.model(run.model_key)), run)
+    net(input_ids=(tokens := torch.arange(16)[None]), labels=tokens).loss.backward()
+    net.base_model.update_and_allocate(0)
+    with pytest.raises(RuntimeError, match="selected number k out of range"):
+        net.base_model.update_and_allocate(1)
+
+
+def test_peft_has_no_more_adapter_layers_than_the_model(lab: Lab) -> None:
+    assert lab.plan({"adaption_prompt": {"adapter_layers": 2}}).unsupported is None
+    planned = lab.plan({"adaption_prompt": {"adapter_layers": 3}})
+    words = "Config specifies more adapter layers '3' than the model has '2'"
+    assert words in str(planned.unsupported)
+    lab.prepare(planned.run)
+    net = model.load(planned.run, lab.results.model(planned.run.model_key))
+    with pytest.raises(ValueError, match=words):
+        planned.run.parsed_techniques["adaption_prompt"].wrap(net, planned.run)
+
+
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    ("recipe", "says", "planned"),
     [
-        ({"lora": {"modules_to_save": ["nope"]}}, "lora.modules_to_save"),
-        ({"oft": {"oft_block_size": 48}}, "oft.oft_block_size"),
+        ({"lora": {"modules_to_save": ["nope"]}}, "lora.modules_to_save", None),
+        ({"oft": {"oft_block_size": 48}}, "oft.oft_block_size", "peft: Invalid `oft_block_size` (48), it would take"),
+        ({"oft": {"oft_block_size": 48, "target_modules": ["q_proj"]}}, "oft.oft_block_size", None),
     ],
 )
-def test_what_peft_would_pass_over_ends_the_run(recipe: dict[str, Any], says: str, lab: Lab) -> None:
-    run = lab.plan(recipe).run
+def test_what_peft_would_pass_over_ends_the_run(
+    recipe: dict[str, Any], says: str, planned: str | None, lab: Lab
+) -> None:
+    found = lab.plan(recipe)
+    assert (found.unsupported is None) if planned is None else (planned in str(found.unsupported))
+    run = found.run
     lab.prepare(run)
     net = model.load(run, lab.results.model(run.model_key))
     (technique,) = (one for name, one in run.parsed_techniques.items() if name in recipe)

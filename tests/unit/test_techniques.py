@@ -312,8 +312,24 @@ def test_starts_that_peft_makes_of_whole_weights_alone(start: str) -> None:
         ("torch_compile", {"torch_compile_mode": "fastest"}, "reduce-overhead"),
         ("torch_compile", {"torch_compile_backend": "nonsense"}, "inductor"),
         ("galore_adamw", {"adam_beta1": 0.5}, "unknown setting"),
+        ("lora", {"rank": 8}, "rank: unknown setting .did you mean r\\?"),
+        ("adalora", {"r": 8}, "r: unknown setting .did you mean init_r\\?"),
+        ("apollo_adamw", {"r": 8}, "r: unknown setting .did you mean rank\\?"),
+        ("adalora", {"init_r": 4, "target_r": 8}, "init_r 4 is not above target_r 8"),
+        ("adalora", {"init_r": 8}, "init_r 8 is not above target_r 8"),
+        *(
+            ("torch_compile", {"torch_compile_backend": backend, "torch_compile_mode": mode}, "inductor's")
+            for backend in ("aot_eager", "eager", "cudagraphs")
+            for mode in ("default", "max-autotune")
+        ),
+        (
+            "zeropp",
+            {"zero_quantized_weights": False, "zero_quantized_gradients": False},
+            "nothing of ZeRO\\+\\+ is left",
+        ),
+        *((name, {"nvme_path": "/local"}, "device is cpu") for name in ("offload_param", "offload_optimizer")),
     ],
 )
-def test_settings_without_effect_are_refused(name: str, settings: dict[str, Any], says: str) -> None:
+def test_settings_that_mean_nothing_are_refused(name: str, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         techniques.parse({name: settings})

@@ -66,6 +66,9 @@ ALL: dict[str, type[Technique]] = {
 ORDER: tuple[str, ...] = get_args(Kind)
 """Kinds in the order of application."""
 
+NAMES_OF_RANK = ("r", "rank", "init_r")
+"""Of the one thing, in the spellings of the libraries."""
+
 Techniques = dict[str, Technique]
 """A recipe, parsed: technique by name, in the order of application."""
 
@@ -118,7 +121,8 @@ def _explain(problem: Any, settings: list[str]) -> str:
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         return ": ".join(filter(None, (place, problem["msg"])))
-    close = difflib.get_close_matches(place, settings, n=2, cutoff=0.5)
+    synonyms = [name for name in NAMES_OF_RANK if name in settings] if place in NAMES_OF_RANK else []
+    close = synonyms or difflib.get_close_matches(place, settings, n=2, cutoff=0.5)
     return f"{place}: unknown setting" + (f" (did you mean {' or '.join(close)}?)" if close else "")
 
 

@@ -1,12 +1,20 @@
 """Methods of peft beside LoRA that change layers."""
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from finetune_study.errors import RunFailedError
 from finetune_study.techniques.base import Recipe
-from finetune_study.techniques.peft_method import MIXED, PeftMethod, in_format_of_training, model_type
+from finetune_study.techniques.peft_method import (
+    DEPTH,
+    MIXED,
+    WIDTH,
+    PeftMethod,
+    in_format_of_training,
+    model_type,
+    written_size,
+)
 
 if TYPE_CHECKING:
     from finetune_study.config import Hardware
@@ -44,7 +52,7 @@ class Adalora(PeftMethod):
     init_r: PositiveInt = 12
     """Rank at the start."""
     target_r: PositiveInt = 8
-    """Average rank at the end."""
+    """Average rank at the end, below init_r."""
     tinit: NonNegativeInt = 0
     """Steps before ranks are taken away."""
     tfinal: NonNegativeInt = 0
@@ -63,6 +71,14 @@ class Adalora(PeftMethod):
     """Dropout before the update."""
     target_modules: TargetModules = "all-linear"
     """Names of the layers that get an update, or `all-linear`: all but the output layer."""
+
+    @model_validator(mode="after")
+    def _has_ranks_to_take(self) -> Self:
+        if self.init_r <= self.target_r:  # peft fails at the first change (kthvalue(): selected number k out of range)
+            raise ValueError(
+                f"init_r {self.init_r} is not above target_r {self.target_r}, and ranks are only taken away"
+            )
+        return self
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         # States on the host are stepped there, and DeepSpeed keeps the gradients.
@@ -203,6 +219,15 @@ class Oft(PeftMethod):
     target_modules: TargetModules = "all-linear"
     """Names of the layers that are rotated, or `all-linear`: all but the output layer."""
 
+    def why_not_run(self, run: "Run") -> str | None:
+        width = written_size(run, WIDTH)
+        if self.target_modules == "all-linear" and width is not None and width % self.oft_block_size:
+            return (
+                f"peft: Invalid `oft_block_size` ({self.oft_block_size}), it would take another, for layers that are "
+                f"{width} wide: choose one that divides it"
+            )
+        return super().why_not_run(run)
+
     def wrap(self, model: Any, run: "Run") -> Any:
         model = super().wrap(model, run)
         sizes = (getattr(module, "oft_block_size", {}) for module in model.modules())
@@ -239,6 +264,12 @@ class AdaptionPrompt(PeftMethod):
         if found is not None and found not in ADAPTION_PROMPT_MODELS:
             known = ", ".join(sorted(ADAPTION_PROMPT_MODELS))
             return f"peft: Unsupported model type for adaption prompt: '{found}'. It knows {known}: use another method"
+        depth = written_size(run, DEPTH)
+        if self.adapter_layers is not None and depth is not None and self.adapter_layers > depth:
+            return (
+                f"peft: Config specifies more adapter layers '{self.adapter_layers}' than the model has '{depth}': "
+                "lower adaption_prompt.adapter_layers, or leave it out for all"
+            )
         return None
 
     def is_exported(self) -> bool:

@@ -103,6 +103,10 @@ class Technique(Section):
         """Of what is multiplied in linear layers, by the names in `measure.peaks`; None where it decides nothing."""
         return None
 
+    def uses_loaded_weights(self) -> bool:
+        """Whether something is made of the weights as they were loaded, before training begins."""
+        return False
+
     def load_arguments(self, recipe: "Recipe") -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` and `from_config`, as JSON would hold them; dtypes are names."""
         return {}

@@ -1,6 +1,8 @@
 """The model as one compiled program."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from finetune_study.techniques.base import Kind, Recipe, Technique
 
@@ -20,7 +22,13 @@ class TorchCompile(Technique):
     torch_compile_backend: Literal["inductor", "aot_eager", "eager", "cudagraphs"] = "inductor"
     """What makes the kernels; `eager` and `aot_eager` make none, to find out what fails."""
     torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] | None = None
-    """`default`, `reduce-overhead` or `max-autotune`; null: the backend's own choice."""
+    """`default`, `reduce-overhead` or `max-autotune`; null: the backend's own choice. Of inductor alone."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.torch_compile_mode is not None and self.torch_compile_backend != "inductor":
+            raise ValueError(f"torch_compile_mode is inductor's; the backend {self.torch_compile_backend} ignores it")
+        return self
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"torch_compile": True, **self.model_dump()}

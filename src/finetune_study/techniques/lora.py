@@ -52,6 +52,9 @@ class Lora(PeftMethod):
     def rank_of_linear(self) -> float | None:
         return self.r
 
+    def uses_loaded_weights(self) -> bool:
+        return self.use_dora or self.init_lora_weights in ("pissa", "pissa_niter_16", "olora", "loftq")
+
     def peft_settings(self, run: "Run") -> dict[str, Any]:
         settings = super().peft_settings(run)
         if self.init_lora_weights == "loftq":

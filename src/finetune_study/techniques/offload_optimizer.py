@@ -70,10 +70,12 @@ class OffloadOptimizer(Technique):
 def check_path(device: str, path: str | None) -> None:
     """
     Raises:
-        ValueError: for NVMe without a folder.
+        ValueError: for NVMe without a folder, and for a folder without NVMe.
     """
     if device == "nvme" and path is None:
         raise ValueError("device: nvme needs nvme_path, a folder on a local drive")
+    if device != "nvme" and path is not None:
+        raise ValueError(f"nvme_path is the folder of device: nvme, and device is {device}")
 
 
 def why_not_nvme(device: str, hardware: "Hardware", recipe: Recipe) -> str | None:

@@ -17,6 +17,15 @@ def is_deepspeed(recipe: Recipe) -> bool:
     return any(technique.is_deepspeed for technique in recipe.values())
 
 
+def _why_not_loaded_as(dtype: str, name: str, recipe: Recipe) -> str | None:
+    if dtype != "auto" and is_deepspeed(recipe) and not any(t.uses_loaded_weights() for t in recipe.values()):
+        return (
+            f"DeepSpeed casts all weights to the format of {name} when it starts, however they were loaded, silently: "
+            f"leave {name}.dtype at auto"
+        )
+    return None
+
+
 def _lacks_units(hardware: "Hardware", what: str, instead: str) -> str | None:
     capability = hardware.compute_capability
     if hardware.device == "cuda" and capability is not None and capability < BF16_COMPUTE_CAPABILITY:
@@ -80,10 +89,11 @@ class Bf16(Technique):
     source: ClassVar[str] = "https://huggingface.co/docs/transformers/main/en/perf_train_gpu_one"
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights as they are loaded; `auto`: float32 where they are trained, bfloat16 where PEFT freezes them."""
+    """Of the weights as they are loaded; `auto`: float32 where they are trained, bfloat16 where PEFT freezes them.
+    Beside DeepSpeed it matters to what is made of them before alone (qlora, use_dora, pissa, olora, loftq)."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        return _lacks_units(hardware, self.name, "fp16")
+        return _lacks_units(hardware, self.name, "fp16") or _why_not_loaded_as(self.dtype, self.name, recipe)
 
     def number_format(self) -> str:
         return "bfloat16"
@@ -138,12 +148,13 @@ class Fp16(Technique):
     source: ClassVar[str] = "Micikevicius et al., arXiv 1710.03740"
 
     dtype: Literal["auto", "float32", "float16"] = "auto"
-    """Of the weights as they are loaded; `auto`: float32 where they are trained, float16 where PEFT freezes them."""
+    """Of the weights as they are loaded; `auto`: float32 where they are trained, float16 where PEFT freezes them.
+    Beside DeepSpeed it matters to what is made of them before alone (qlora, use_dora, pissa, olora, loftq)."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and not is_deepspeed(recipe):
             return "fp16 on a CPU is silently left out by transformers (activations stay in fp32): use bf16 or fp32"
-        return None
+        return _why_not_loaded_as(self.dtype, self.name, recipe)
 
     def number_format(self) -> str:
         return "float16"

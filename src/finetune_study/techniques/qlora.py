@@ -85,6 +85,9 @@ class Qlora(Lora):
             return WHY.format(model_type=found)
         return super().why_not_run(run)
 
+    def uses_loaded_weights(self) -> bool:
+        return True
+
     def number_format(self) -> str | None:
         # 4 bits are turned back into the precision's format; 8 bits are multiplied as they are (arXiv 2208.07339).
         return "int8" if self.load_in_8bit else None

@@ -1,8 +1,8 @@
 """Less traffic between the devices of ZeRO-3."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from finetune_study.techniques.base import Kind, Recipe, Technique
 
@@ -30,6 +30,15 @@ class Zeropp(Technique):
     """Gradients are scattered in 4 bit."""
     zero_hpz_partition_size: PositiveInt = 1
     """Devices that share a second copy of the weights: those of one node; 1 makes none."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if not (self.zero_quantized_weights or self.zero_quantized_gradients) and self.zero_hpz_partition_size == 1:
+            raise ValueError(
+                "without zero_quantized_weights, zero_quantized_gradients and a zero_hpz_partition_size above 1 "
+                "nothing of ZeRO++ is left: take zeropp out"
+            )
+        return self
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and (self.zero_quantized_weights or self.zero_quantized_gradients):
