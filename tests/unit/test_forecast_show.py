@@ -59,7 +59,7 @@ def test_memory_is_an_interval_where_it_is_one(low: float | None, high: float | 
 
 def test_columns_without_a_number_are_left_out_and_said_why() -> None:
     unknown = dict.fromkeys([name for name in COLUMNS if "hours" in name or "cost" in name or "time" in name])
-    rows = [row(n, **unknown, bottleneck=None, fits="fits", warnings="rates; no step time") for n in (1, 2)]
+    rows = [row(n, **unknown, bottleneck=None, fits="fits", warnings="rates | no step time") for n in (1, 2)]
     text = show.table(rows)
     assert "GPU-hours" not in text
     assert "2 runs: no step time\n" in text
