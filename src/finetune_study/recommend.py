@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,8 @@ MAX_NAMES = 8
 MIN_NODES = 2
 """Nodes that the runs of two compared recipes must come from: nodes of one kind differ, often by several per cent."""
 
+Lack = Literal["repeats", "nodes", "starts", "order"]
+"""Runs of each recipe, nodes that tell recipes and nodes apart, when runs started, runs in random order."""
 Verdict = Literal[
     "ranked", "tie", "too_few_data", "only_one_fits", "contradictory", "not_comparable", "nothing_fits", "no_data"
 ]
@@ -134,8 +137,10 @@ class Versus(Section):
     num_nodes: int
     differs: bool
     """The interval leaves out 1."""
-    too_few: str | None
+    lacks: Lack | None
     """What a ranking of these two lacks."""
+    too_few: str | None
+    """The same in words."""
 
     @property
     def alike(self) -> bool:
@@ -526,6 +531,7 @@ def _of(versus: list[Versus], recipe: str) -> Versus:
 
 def _versus(best: Evidence, rival: Evidence) -> Versus:
     found = ratio(rival.repeats, best.repeats)
+    lacks, too_few = _lacks(best, rival, found.bounded)
     return Versus(
         recipe=rival.recipe,
         ratio=found.value,
@@ -534,29 +540,29 @@ def _versus(best: Evidence, rival: Evidence) -> Versus:
         freedom=found.freedom,
         num_nodes=len({*best.nodes_of_repeats, *rival.nodes_of_repeats}),
         differs=found.leaves_out_one,
-        too_few=_lacks(best, rival) or (None if found.bounded else _no_interval(best, rival)),
+        lacks=lacks,
+        too_few=too_few,
     )
 
 
-def _lacks(best: Evidence, rival: Evidence) -> str | None:
-    """What a ranking of two recipes lacks before any number is looked at."""
+def _lacks(best: Evidence, rival: Evidence, has_interval: bool) -> tuple[Lack | None, str | None]:
+    """What a ranking of two recipes lacks, also in words."""
     if min(len(best.repeats), len(rival.repeats)) < MIN_REPEATS:
-        return f"A ranking needs {MIN_REPEATS} runs of each"
+        return "repeats", f"A ranking needs {MIN_REPEATS} runs of each"
     if len({*best.nodes_of_repeats, *rival.nodes_of_repeats}) < MIN_NODES:
-        return f"All ran on one node; a ranking needs {MIN_NODES}"
+        return "nodes", f"All ran on one node; a ranking needs {MIN_NODES}"
     unknown = [one.recipe for one in (best, rival) if None in one.starts_of_repeats]
     if unknown:
-        return f"When {' and '.join(unknown)} started is not known; a ranking needs runs in random order"
+        return "starts", f"When {' and '.join(unknown)} started is not known; a ranking needs runs in random order"
     if _in_blocks(best.starts_of_repeats, rival.starts_of_repeats):
-        return (
+        return "order", (
             f"All runs of one of {best.recipe}, {rival.recipe} were before those of the other; a ranking needs them "
             "in random order"
         )
-    return None
-
-
-def _no_interval(best: Evidence, rival: Evidence) -> str:
-    return f"No interval: what the nodes do can't be told from what {best.recipe} and {rival.recipe} do"
+    if not has_interval:
+        names = f"{best.recipe} and {rival.recipe}"
+        return "nodes", f"No interval: what the nodes do can't be told from what {names} do"
+    return None, None
 
 
 def _in_blocks(first: list[str | None], second: list[str | None]) -> bool:
@@ -593,19 +599,20 @@ def _settled_by(
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(evidence) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
-    lacking = [one.too_few or "" for one in versus]
-    lonely = {one.recipe for one in versus if "node" in (one.too_few or "")}
+    lacking: dict[Lack | None, list[str]] = defaultdict(list)
+    for one in versus:
+        lacking[one.lacks].append(one.recipe)
+    lonely = {*lacking["nodes"]}
     if lonely:
         lonely.add(_fastest(evidence, versus))
         steps.append(
-            f"remeasure {_names([_last(one) for one in fitting if one.recipe in lonely])} on another node, the same "
+            f"remeasure {', '.join(_last(one) for one in fitting if one.recipe in lonely)} on another node, the same "
             f"for all, so that all were on at least {MIN_NODES} (slurm.extra: --nodelist=... names it)"
         )
-    if any("were before" in lack for lack in lacking):
-        blocked = [one.recipe for one in versus if "were before" in (one.too_few or "")]
+    if blocked := lacking["order"]:
         steps.append(f"remeasure {_names((_fastest(evidence, versus), *blocked))} in one call, which mixes their runs")
     undated = [one.recipe for one in fitting if None in one.starts_of_repeats]
-    if undated and any("started" in lack for lack in lacking):
+    if undated and lacking["starts"]:
         steps.append(f"remeasure {_names(undated)}: when they started is not known")
     return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
 

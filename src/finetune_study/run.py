@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +27,7 @@ def digest(value: object, length: int = 6) -> str:
     return _digest(_canonical(value), length)
 
 
-_of_scalar = cache(_canonical)
+_of_scalar = lru_cache(maxsize=None, typed=True)(_canonical)  # True is no 1.0
 """Of names and numbers, few of which occur in a study, and each in thousands of runs."""
 
 

@@ -117,7 +117,7 @@ class Begun:
     """When anything of it was, seconds since 1970."""
 
 
-UNANSWERED = InQueue("SLURM did not answer: not known", "", "")
+UNANSWERED = InQueue("in a state that is not known", "", "")
 """Of every job where there is no squeue, or no controller behind it."""
 Work = tuple[Submitted, InQueue | None]
 """A work, and what SLURM says of its job; None where it knows none."""
@@ -161,6 +161,8 @@ def look(
     seen = (queue or squeue)(ids)
     if seen is None:
         seen = dict.fromkeys(ids, UNANSWERED)
+        if ids:
+            problems = [*problems, "SLURM did not answer (squeue): where its jobs stand is not known"]
     runs = {run_id: _read(study, run_id, problems) for run_id in study.planned}
     states = [_state(document) for document in runs.values()]
     left = [i for i in study.pending if not isinstance(runs[i], record.Record)]

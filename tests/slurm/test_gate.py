@@ -51,6 +51,7 @@ def test_one_of_each_kind_is_a_success_before_the_others_are_submitted(place: Pl
     assert driver.wait().status == 0
 
 
+@pytest.mark.long
 def test_failing_canary_is_followed_by_another_one_until_three_have_failed_alike(place: Place) -> None:
     for number in range(6):
         place.rule(
@@ -79,6 +80,7 @@ def test_failures_that_differ_stop_nobody(place: Place) -> None:
     assert len(submitted(place)) == 5
 
 
+@pytest.mark.long
 def test_result_that_was_made_of_a_kill_proves_nothing(place: Place) -> None:
     """Nor does a success that says so itself; three alike stop their kind all the same."""
     hook = place.hook("after_kill.py", 'pathlib.Path(given["output"][0]).write_text("killed")')

@@ -4,6 +4,8 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
+
 from finetune_study import record
 from tests import debian
 from tests.slurm.test_study import statuses, submit
@@ -21,6 +23,7 @@ exec unshare --net --mount bash -c '
 """
 
 
+@pytest.mark.long
 def test_runs_need_neither_network_nor_home(workplace: Workplace) -> None:
     debian.need("ip", "iproute2")
     home, seen, node = workplace.folder / "home", workplace.folder / "seen", workplace.folder / "node-python"

@@ -157,6 +157,8 @@ def test_deepspeed_casts_weights_however_they_were_loaded(
     recipe: dict[str, Any] = {zero: {}, **method}
     settings: dict[str, Any] = {"data": {"dataset": lab.plenty}}
     auto = trained.run(recipe | {precision: {}}, **settings)
+    chosen = lab.plan(recipe | {precision: {}}).run.parsed_techniques
+    assert chosen[precision].load_arguments(chosen)["dtype"] == other, "the smaller one"
     for dtype in ("float32", other):
         planned = lab.plan(recipe | {precision: {"dtype": dtype}}, **settings)
         assert "DeepSpeed casts all weights" in str(planned.unsupported)
@@ -188,6 +190,12 @@ def test_of_deepspeeds_flat_pieces_adafactor_keeps_whole_states(zero: str, lab: 
     trained = ended.first_rank["trainable_parameters"]
     assert ended.first_rank["optimizer_state_bytes"] == pytest.approx(4 * trained, rel=0.01)
     assert lab.train({"adafactor": {}}).first_rank["optimizer_state_bytes"] < 0.2 * trained
+
+
+def test_a_rank_that_makes_nothing_smaller_ends_a_run_before_its_first_step(lab: Lab) -> None:
+    ended = in_spite_of_the_reason(lab, {"galore_adamw": {"rank": 64}})
+    assert "galore_adamw.rank" in ended.failure.cause
+    assert "less than 64" in ended.failure.cause
 
 
 def test_under_zero3_muon_finds_no_matrix(lab: Lab) -> None:

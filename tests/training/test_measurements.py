@@ -6,6 +6,8 @@ import re
 import pytest
 
 from tests.training.lab import EFFECTIVE_BATCH, STEPS, WIDE, Ended, Lab
+from tests.training.pairs import Trained
+from tests.training.pool import Answer
 
 pytestmark = [pytest.mark.training, pytest.mark.long]
 
@@ -46,23 +48,27 @@ def test_tokens_are_those_of_the_data(lab: Lab, num_gpus: int) -> None:
     assert done.row["real_tokens_per_second"] < 0.6 * TOKENS * (STEPS - 1) / sum(done.row["step_time_seconds_samples"])
 
 
-def test_model_flops_of_full_fine_tuning(lab: Lab) -> None:
+def flops(ended: Answer) -> int:
+    """Of all ranks."""
+    return sum(rank["model_flops_per_step"] for rank in ended.ranks)
+
+
+def test_model_flops_of_full_fine_tuning(lab: Lab, trained: Trained) -> None:
     expected = (3 * 2 * (2 * LAYER + HEAD) + 3 * ATTENTION) * TOKENS
     assert lab.train().row["model_flops_per_step"] == expected
-    assert lab.train(num_gpus=2).row["model_flops_per_step"] == expected
-    assert lab.train(micro_batch=1).row["model_flops_per_step"] == expected
-    assert lab.train({"zero3": {}}, num_gpus=2).row["model_flops_per_step"] == expected
+    assert flops(trained.run(num_gpus=2)) == expected
+    assert flops(trained.run(micro_batch=1)) == expected
+    assert flops(trained.run({"zero3": {}}, num_gpus=2)) == expected
 
 
-def test_model_flops_do_not_count_recomputation(lab: Lab) -> None:
-    checkpointed = lab.train({"gradient_checkpointing": {}}).row
-    assert checkpointed["model_flops_per_step"] == lab.train().row["model_flops_per_step"]
+def test_model_flops_do_not_count_recomputation(trained: Trained) -> None:
+    assert flops(trained.run({"gradient_checkpointing": {}})) == flops(trained.run())
 
 
-def test_model_flops_of_lora_leave_out_gradients_of_frozen_weights(lab: Lab) -> None:
-    adapters = lab.train(LORA).row["trainable_parameters"]
+def test_model_flops_of_lora_leave_out_gradients_of_frozen_weights(trained: Trained) -> None:
+    adapters = trained.run(LORA).ranks[0]["trainable_parameters"]
     expected = (2 * 2 * (2 * LAYER + HEAD) + 3 * 2 * adapters + 3 * ATTENTION) * TOKENS
-    assert lab.train(LORA).row["model_flops_per_step"] == expected
+    assert flops(trained.run(LORA)) == expected
 
 
 def test_what_a_cpu_does_not_say_is_null(lab: Lab) -> None:
@@ -141,7 +147,10 @@ def test_gradient_checkpointing_needs_less_where_activations_dominate(lab: Lab) 
     assert plain.peak() - checkpointed.peak() > 5 * scores
 
 
-def test_the_kernel_of_attention_is_that_of_training(lab: Lab) -> None:
+def test_the_kernel_of_attention_is_that_of_training(trained: Trained) -> None:
     """With dropout a CPU has no fused kernel; the evaluation before training knows no dropout."""
-    assert lab.train({"bf16": {}}, architecture={"attention_dropout": 0.1}).first_rank["attention_kernel"] == "math"
-    assert lab.train({"bf16": {}}).first_rank["attention_kernel"] == "flash_attention"
+    found = [
+        trained.run({"bf16": {}}, architecture={"attention_dropout": dropout}).ranks[0]["attention_kernel"]
+        for dropout in (0.1, 0.0)
+    ]
+    assert found == ["math", "flash_attention"]

@@ -128,6 +128,7 @@ def test_a_model_of_which_nothing_would_be_quantised_is_not_trained(lab: Lab) ->
         model.load(planned.run, folder)
 
 
+@pytest.mark.long
 def test_a_model_of_which_little_is_quantised_says_so_in_its_log(lab: Lab) -> None:
     mixtral = of_type(model_type="mixtral", intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
     run = lab.run({"qlora": {}}, **mixtral)

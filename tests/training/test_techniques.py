@@ -11,6 +11,8 @@ import pytest
 from finetune_study import data, model
 from finetune_study.sequences import IGNORED
 from tests.training.lab import EFFECTIVE_BATCH, NUM_EVAL, STEPS, Ended, Lab, write_dialogues
+from tests.training.pairs import Trained
+from tests.training.pool import Answer
 
 pytestmark = pytest.mark.training
 
@@ -26,15 +28,16 @@ LARGE_GRADIENTS = {"initializer_range": 0.5}
 """Of weights so large that their scaled gradients overflow float16 in the first steps."""
 
 
-def assert_same_losses(variant: Ended, reference: Ended, tolerance: float) -> None:
+def assert_same_losses(variant: Answer, reference: Answer, tolerance: float) -> None:
+    assert variant.error is None, variant.trace
     assert len(variant.losses) == len(reference.losses) == STEPS
     assert variant.losses[0] == pytest.approx(reference.losses[0], rel=min(tolerance, 1e-3))
     assert variant.losses == pytest.approx(reference.losses, rel=tolerance)
     assert variant.eval_losses == pytest.approx(reference.eval_losses, rel=tolerance)
 
 
-def test_the_plain_run_learns(lab: Lab) -> None:
-    plain = lab.train()
+def test_the_plain_run_learns(trained: Trained) -> None:
+    plain = trained.run()
     assert plain.losses[0] == pytest.approx(math.log(384), rel=0.05)  # knows nothing yet
     assert plain.losses[-1] < 0.8 * plain.losses[0]
     assert plain.eval_losses[1] < 0.8 * plain.eval_losses[0]
@@ -56,13 +59,12 @@ def test_the_plain_run_learns(lab: Lab) -> None:
     ],
 )
 def test_a_variant_of_full_fine_tuning_has_its_losses(
-    lab: Lab, recipe: dict[str, Any], settings: dict[str, Any]
+    trained: Trained, recipe: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    variant = lab.train(recipe, **settings)
-    assert_same_losses(variant, lab.train(), FP32_TOLERANCE)
-    assert variant.record.run.training.effective_batch_size == EFFECTIVE_BATCH
-    assert len(variant.record.ranks) == settings.get("num_gpus", 1)
-    assert {rank["total_parameters"] for rank in variant.record.ranks} == {lab.train().first_rank["total_parameters"]}
+    variant = trained.run(recipe, **settings)
+    assert_same_losses(variant, trained.run(), FP32_TOLERANCE)
+    assert len(variant.ranks) == settings.get("num_gpus", 1)
+    assert {rank["total_parameters"] for rank in variant.ranks} == {trained.run().ranks[0]["total_parameters"]}
 
 
 @pytest.mark.parametrize(
@@ -73,38 +75,38 @@ def test_a_variant_of_full_fine_tuning_has_its_losses(
         pytest.param({"zero3": {}}, 2, id="zero3"),
     ],
 )
-def test_a_variant_of_lora_has_its_losses(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
-    assert_same_losses(lab.train(recipe | LORA, num_gpus=num_gpus), lab.train(LORA), FP32_TOLERANCE)
+def test_a_variant_of_lora_has_its_losses(trained: Trained, recipe: dict[str, Any], num_gpus: int) -> None:
+    assert_same_losses(trained.run(recipe | LORA, num_gpus=num_gpus), trained.run(LORA), FP32_TOLERANCE)
 
 
-def test_lora_begins_where_full_fine_tuning_does_and_goes_its_own_way(lab: Lab) -> None:
-    lora, full = lab.train(LORA), lab.train()
+def test_lora_begins_where_full_fine_tuning_does_and_goes_its_own_way(trained: Trained) -> None:
+    lora, full = trained.run(LORA), trained.run()
     assert lora.losses[0] == pytest.approx(full.losses[0], rel=FP32_TOLERANCE)
     assert lora.eval_losses[0] == pytest.approx(full.eval_losses[0], rel=FP32_TOLERANCE)
     assert abs(lora.losses[-1] - full.losses[-1]) > 0.05
     assert lora.eval_losses[1] < lora.eval_losses[0]
 
 
-def test_the_attention_that_was_asked_for_is_used(lab: Lab) -> None:
-    assert lab.train().row["attention_implementation"] == "sdpa"
-    assert lab.train({"eager": {}}).row["attention_implementation"] == "eager"
+def test_the_attention_that_was_asked_for_is_used(trained: Trained) -> None:
+    used = [trained.run(recipe).ranks[0]["attention_implementation"] for recipe in ({}, {"eager": {}})]
+    assert used == ["sdpa", "eager"]
 
 
-def test_parameters_counted_by_hand(lab: Lab) -> None:
+def test_parameters_counted_by_hand(trained: Trained) -> None:
     attention = 64 * 64 + 64 * 32 + 64 * 32 + 64 * 64  # q, k and v of two heads, o
     full = 384 * 64 + 2 * (attention + 3 * 64 * 128 + 2 * 64) + 64
     lora = 2 * 4 * ((64 + 64) + (64 + 32) + (64 + 32) + (64 + 64) + 3 * (64 + 128))
     counts = ("trainable_parameters", "total_parameters")
-    assert [lab.train().row[name] for name in counts] == [full, full]
-    assert [lab.train(LORA).row[name] for name in counts] == [lora, full + lora]
-    assert [lab.train(LORA | {"zero3": {}}, num_gpus=2).row[name] for name in counts] == [lora, full + lora]
+    assert [trained.run().ranks[0][name] for name in counts] == [full, full]
+    assert [trained.run(LORA).ranks[0][name] for name in counts] == [lora, full + lora]
+    assert [trained.run(LORA | {"zero3": {}}, num_gpus=2).ranks[0][name] for name in counts] == [lora, full + lora]
 
 
-def test_parameters_counted_by_peft(lab: Lab) -> None:
-    run = lab.train(LORA).record.run
+def test_parameters_counted_by_peft(lab: Lab, trained: Trained) -> None:
+    run = lab.run(LORA)
+    found = trained.train(run).ranks[0]
     adapted = run.parsed_techniques["lora"].wrap(model.load(run, lab.results.model(run.model_key)), run)
-    row = lab.train(LORA).row
-    assert adapted.get_nb_trainable_parameters() == (row["trainable_parameters"], row["total_parameters"])
+    assert adapted.get_nb_trainable_parameters() == (found["trainable_parameters"], found["total_parameters"])
 
 
 def test_inputs_of_checkpointed_layers_are_offloaded(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,32 +147,32 @@ def test_inputs_of_checkpointed_layers_are_offloaded(lab: Lab, monkeypatch: pyte
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
-def test_fp32_computes_in_float32(lab: Lab) -> None:
-    assert lab.train().first_rank["compute_dtype"] == "float32"
+def test_fp32_computes_in_float32(trained: Trained) -> None:
+    assert trained.run().ranks[0]["compute_dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
     ("recipe", "num_gpus"), [pytest.param({}, 1, id="alone"), pytest.param({"zero2": {}}, 2, id="zero2")]
 )
-def test_bf16_computes_in_bfloat16(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
-    half = lab.train(recipe | {"bf16": {}}, num_gpus=num_gpus)
-    assert half.first_rank["compute_dtype"] == "bfloat16"
-    assert half.first_rank["optimizer_state_dtypes"] == ["float32"]
-    assert half.losses != lab.train().losses
-    assert_same_losses(half, lab.train(), BF16_TOLERANCE)
+def test_bf16_computes_in_bfloat16(trained: Trained, recipe: dict[str, Any], num_gpus: int) -> None:
+    half = trained.run(recipe | {"bf16": {}}, num_gpus=num_gpus)
+    assert half.ranks[0]["compute_dtype"] == "bfloat16"
+    assert half.ranks[0]["optimizer_state_dtypes"] == ["float32"]
+    assert half.losses != trained.run().losses
+    assert_same_losses(half, trained.run(), BF16_TOLERANCE)
 
 
-def test_bf16_adds_to_frozen_weights_in_bfloat16(lab: Lab) -> None:
-    half = lab.train(LORA | {"bf16": {}})
-    assert half.first_rank["compute_dtype"] == "bfloat16"
-    assert_same_losses(half, lab.train(LORA), BF16_TOLERANCE)
+def test_bf16_adds_to_frozen_weights_in_bfloat16(trained: Trained) -> None:
+    half = trained.run(LORA | {"bf16": {}})
+    assert half.ranks[0]["compute_dtype"] == "bfloat16"
+    assert_same_losses(half, trained.run(LORA), BF16_TOLERANCE)
 
 
-def test_fp8_multiplies_on_a_cpu_as_its_emulation_does(lab: Lab) -> None:
+def test_fp8_multiplies_on_a_cpu_as_its_emulation_does(trained: Trained) -> None:
     """torch has the product without units for it."""
-    own, emulated = lab.train({"fp8": {}}), lab.train({"fp8": {"emulate": True}})
+    own, emulated = trained.run({"fp8": {}}), trained.run({"fp8": {"emulate": True}})
     assert own.losses == pytest.approx(emulated.losses, rel=1e-2)
-    assert own.losses != lab.train({"bf16": {}}).losses
+    assert own.losses != trained.run({"bf16": {}}).losses
 
 
 def test_fp16_without_deepspeed_is_unsupported_on_a_cpu(lab: Lab) -> None:
@@ -182,13 +184,15 @@ def test_fp16_without_deepspeed_is_unsupported_on_a_cpu(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("recipe", "num_gpus"), [pytest.param({"zero2": {}}, 1, id="zero2"), pytest.param({"zero3": {}}, 2, id="zero3")]
 )
-def test_fp16_under_deepspeed_computes_in_float16(lab: Lab, recipe: dict[str, Any], num_gpus: int) -> None:
+def test_fp16_under_deepspeed_computes_in_float16(
+    lab: Lab, trained: Trained, recipe: dict[str, Any], num_gpus: int
+) -> None:
     """The twin in fp32 reads the same data, of which fp16 needs more than it: for steps that may be skipped."""
-    half = lab.train(recipe | {"fp16": {}}, num_gpus=num_gpus, data={"dataset": lab.plenty})
-    assert half.first_rank["compute_dtype"] == "float16"
-    assert half.first_rank["optimizer_state_dtypes"] == ["float32"]
-    assert half.row["num_skipped_steps"] == 0
-    whole = lab.train(data={"dataset": lab.plenty})
+    half = trained.run(recipe | {"fp16": {}}, num_gpus=num_gpus, data={"dataset": lab.plenty})
+    assert half.ranks[0]["compute_dtype"] == "float16"
+    assert half.ranks[0]["optimizer_state_dtypes"] == ["float32"]
+    assert all(step["stepped"] for step in half.ranks[0]["steps"])
+    whole = trained.run(data={"dataset": lab.plenty})
     assert half.losses != whole.losses
     assert_same_losses(half, whole, FP16_TOLERANCE)
 
@@ -214,12 +218,13 @@ def test_steps_that_loss_scaling_skips_are_counted_and_not_timed(lab: Lab) -> No
 
 @pytest.fixture(scope="module")
 def packed(lab: Lab) -> Ended:
+    """In a process of its own: times are read from its record, too."""
     return lab.train({"packing": {}}, data={"dataset": lab.plenty})
 
 
-def test_packing_fills_the_context(lab: Lab, packed: Ended) -> None:
-    padded = lab.train(data={"dataset": lab.plenty})
-    tokens = [sum(s["real_tokens"] for s in run.first_rank["steps"]) for run in (padded, packed)]
+def test_packing_fills_the_context(lab: Lab, trained: Trained, packed: Ended) -> None:
+    padded = trained.run(data={"dataset": lab.plenty})
+    tokens = [sum(s["real_tokens"] for s in first["steps"]) for first in (padded.ranks[0], packed.first_rank)]
     assert tokens[1] > 1.5 * tokens[0]
     assert tokens[1] <= STEPS * EFFECTIVE_BATCH * 256
     assert packed.losses[0] == pytest.approx(padded.losses[0], rel=0.02)
@@ -232,15 +237,14 @@ def test_real_tokens_per_second_are_those_of_the_timed_steps(packed: Ended) -> N
     assert packed.row["real_tokens_per_second"] == pytest.approx(expected)
 
 
-def test_packed_examples_do_not_see_each_other(tmp_path: Path) -> None:
+def test_packed_examples_do_not_see_each_other(lab: Lab, trained: Trained, tmp_path: Path) -> None:
     """Held-out loss of packed sequences equals that of their examples, each alone in a sequence of its own."""
     import torch
 
-    lab = Lab(tmp_path)
     many = write_dialogues(tmp_path / "many.jsonl", 100)
     # Weights so large that attention matters before anything was learned.
-    packed = lab.train({"packing": {}}, architecture=LARGE_GRADIENTS, data={"dataset": many})
-    run = packed.record.run
+    run = lab.run({"packing": {}}, architecture=LARGE_GRADIENTS, data={"dataset": many})
+    packed = trained.train(run)
     net = model.load(run, lab.results.model(run.model_key)).eval()
     rows = data.load(lab.results.data(run.data_key))[1]
     alone, together, count, examples = 0.0, 0.0, 0, 0

@@ -46,8 +46,10 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointed", "is_compiled"),
+    [(False, False), (True, False), (False, True), pytest.param(True, True, marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("adapted", [False, True], ids=["fp32", "lora"])
 def test_no_weight_is_moved(moved: list[Any], adapted: bool, checkpointed: bool, is_compiled: bool) -> None:
     plain = backward(model_of(adapted))

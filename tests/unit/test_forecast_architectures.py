@@ -27,11 +27,8 @@ LINEAR = {"head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32
           "linear_num_value_heads": 4, "shared_expert_intermediate_size": 64}  # fmt: skip
 
 MEASURED: dict[str, dict[str, Any]] = {
-    "bamba": {**SIZES, **MAMBA_2},
     "deepseek_v3": LATENT,
-    "gpt_oss": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096},
     "lfm2": SIZES,
-    "mamba": {**SIZES, "num_hidden_layers": 2},
     "mpt": {"d_model": 128, "n_heads": 4, "n_layers": 4, "vocab_size": 1000},
     "olmoe": EXPERTS,
     "opt": {**SIZES, "dropout": 0.0, "ffn_dim": 256, "word_embed_proj_dim": 128},
@@ -41,6 +38,9 @@ MEASURED: dict[str, dict[str, Any]] = {
 """Held against a real step on the CPU."""
 
 MEASURED_LONG: dict[str, dict[str, Any]] = {
+    "bamba": {**SIZES, **MAMBA_2},
+    "gpt_oss": {**SIZES, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4096},
+    "mamba": {**SIZES, "num_hidden_layers": 2},
     "qwen3_next": {**EXPERTS, **LINEAR},
     "rwkv": {**SIZES, "num_hidden_layers": 3},
 }

@@ -612,14 +612,13 @@ STEP_OF = {"sequence_length": 512, "techniques": {"bf16": {}}}
     ("optimizer", "bytes_per_weight"),
     [
         ("adamw_torch", 60),
-        ("adamw_torch_fused", 4 * (1 + 2 + 2 * 2)),
         ("adamw_8bit", 4 * (1 + 2) + 2 * 2 * (1 + 4 / 256)),
         ("lion_8bit", 4 * (1 + 2) + 2 * (1 + 4 / 256)),
         ("sgd", 4 * (1 + 2)),
     ],
 )
 def test_an_update_moves_the_states_that_the_optimizer_has(optimizer: str, bytes_per_weight: float) -> None:
-    """Against no update at all: the gradient once, the weight and its states both ways, in fp32."""
+    """The gradient once, the weight and its states both ways, in fp32; beside fused AdamW, whose states are two."""
     shape = {**LLAMA, "num_hidden_layers": 4}
     question = {"model_config": shape, "hardware": "h100-80gb", **STEP_OF}
     times = {
@@ -627,14 +626,15 @@ def test_an_update_moves_the_states_that_the_optimizer_has(optimizer: str, bytes
         for name in (optimizer, "adamw_torch_fused")
     }
     weights = sum(p.count(1) for p in TRACES.of(predict.read_question(question)).parameters if p.trained)
-    apart = (bytes_per_weight - 28) * weights / (3350e9 * 0.8)
+    apart = (bytes_per_weight - 4 * (1 + 2 + 2 * 2)) * weights / (3350e9 * 0.8)
     assert times[optimizer] - times["adamw_torch_fused"] == pytest.approx(apart, rel=1e-3, abs=1e-9)
 
 
-def test_flash_attention_3_is_faster_where_attention_takes_long() -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_flash_attention_3_is_faster_where_attention_takes_long(precision: str) -> None:
     question = {"model_config": {**LLAMA, "num_hidden_layers": 4}, "hardware": "h100-80gb", "sequence_length": 32768}
     two, three = (
-        predict.answer(question | {"techniques": {"bf16": {}, name: {}}}, TRACES)["predicted_step_time_seconds"]
+        predict.answer(question | {"techniques": {precision: {}, name: {}}}, TRACES)["predicted_step_time_seconds"]
         for name in ("flash_attention_2", "flash_attention_3")
     )
     assert two / 1.6 < three < 0.9 * two
@@ -656,6 +656,15 @@ def test_a_bridge_joins_two_gpus_and_more_talk_over_pcie() -> None:
     }
     assert found[2, "bridge"] < found[2, "pcie"]
     assert found[4, "bridge"] == found[4, "pcie"]
+
+
+def test_bridges_join_the_gpus_of_each_node() -> None:
+    device = hardware.find({"name": "rtx3090", "gpus_per_node": 2, "network_gb_per_s": 100})
+    wide = hardware.find({"name": "rtx3090", "gpus_per_node": 4, "network_gb_per_s": 100})
+    links = [vars(time.rates_of(one, 4))["link"] for one in (device, wide)]
+    assert links == pytest.approx([56e9 * time.LINK_EFFICIENCY, 32e9 * time.LINK_EFFICIENCY])
+    with pytest.raises(ConfigError, match="linked_gpus needs pcie_gb_per_s"):
+        hardware.find({"memory_gib": 24, "link_gb_per_s": 56, "linked_gpus": 2})
 
 
 def test_a_family_of_gpus_is_answered_with_its_members() -> None:

@@ -87,13 +87,13 @@ def allocated(phases: dict[str, Callable[[], Any]]) -> Phases:
     [
         pytest.param(LLAMA, {"fp32": {}}, id="fp32"),
         pytest.param(LLAMA, {"bf16": {}}, id="bf16"),
-        pytest.param(LLAMA, {"bf16": {}, **CHECKPOINTS}, id="bf16, checkpoints"),
-        pytest.param(LLAMA, {"bf16_pure": {}}, id="bf16_pure"),
-        pytest.param(LLAMA, {"bf16": {}, **LORA}, id="lora"),
+        pytest.param(LLAMA, {"bf16": {}, **CHECKPOINTS}, id="bf16, checkpoints", marks=pytest.mark.long),
+        pytest.param(LLAMA, {"bf16_pure": {}}, id="bf16_pure", marks=pytest.mark.long),
+        pytest.param(LLAMA, {"bf16": {}, **LORA}, id="lora", marks=pytest.mark.long),
         pytest.param(LLAMA, {"bf16": {}, **LORA, **CHECKPOINTS}, id="lora, checkpoints"),
-        pytest.param(TIED, {"fp32": {}, **CHECKPOINTS}, id="tied, fp32"),
+        pytest.param(TIED, {"fp32": {}, **CHECKPOINTS}, id="tied, fp32", marks=pytest.mark.long),
         pytest.param(TIED, {"bf16": {}, **CHECKPOINTS}, id="tied, bf16"),
-        pytest.param(TIED, {"bf16_pure": {}, **CHECKPOINTS}, id="tied, bf16_pure"),
+        pytest.param(TIED, {"bf16_pure": {}, **CHECKPOINTS}, id="tied, bf16_pure", marks=pytest.mark.long),
     ],
 )
 def test_a_real_step_takes_what_was_predicted(

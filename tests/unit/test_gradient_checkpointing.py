@@ -52,7 +52,7 @@ def test_groups_have_the_plain_gradients(model_type: str, attention: str, use_re
         torch.testing.assert_close(grouped[name], gradient)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "falcon"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("falcon", marks=pytest.mark.long)])
 def test_groups_compile_to_the_graphs_of_single_layers(model_type: str) -> None:
     """Whether layers return tensors or tuples; and in each step the same graphs, with the plain gradients."""
 

@@ -246,16 +246,19 @@ def test_a_node_without_a_name_is_no_second_node(tmp_path: Path) -> None:
     assert the_only(study, tmp_path, *nameless).verdict == "too_few_data"
 
 
-def test_runs_that_were_not_in_random_order_rank_nothing(tmp_path: Path) -> None:
-    study = repeats(3)
-    records = timed(study, lora=(1.0, 1.01, 1.02), full=(2.0, 2.01, 2.02))
+@pytest.mark.parametrize("name", ["lora", "started-on-a-node"])
+def test_runs_that_were_not_in_random_order_rank_nothing(tmp_path: Path, name: str) -> None:
+    """What is advised does not hang on words that a recipe's name may hold."""
+    block = {"targets": "tiny", "hardware": "cpu", "recipes": ["full", name], "sequence_length": 128}
+    study = repeats(3, recipes={"full": [], name: ["lora"]}, grid=[block])
+    records = timed(study, **{name: (1.0, 1.01, 1.02), "full": (2.0, 2.01, 2.02)})
     early = [
-        r.model_copy(update={"started_at": "2024-12-31T00:00:00Z"}) if r.run.recipe == "lora" else r for r in records
+        r.model_copy(update={"started_at": "2024-12-31T00:00:00Z"}) if r.run.recipe == name else r for r in records
     ]
     one = the_only(study, tmp_path, *early)
-    assert (one.verdict, one.recipe) == ("too_few_data", "lora")
+    assert (one.verdict, one.recipe) == ("too_few_data", name)
     assert "in random order" in one.reason
-    assert one.settled_by == ["remeasure lora, full in one call, which mixes their runs"]
+    assert one.settled_by == [f"remeasure {name}, full in one call, which mixes their runs"]
 
 
 def test_packing_keeps_no_other_recipe_from_a_ranking(tmp_path: Path) -> None:

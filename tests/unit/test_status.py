@@ -285,9 +285,9 @@ def test_an_array_is_asked_for_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (
             "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
-            "SLURM did not answer: not known",
+            "in a state that is not known",
         ),
-        (None, "SLURM did not answer: not known"),
+        (None, "in a state that is not known"),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", "not in SLURM's queue"),
         ("true", "not in SLURM's queue"),
     ],
@@ -306,6 +306,7 @@ def test_a_slurm_that_does_not_answer_is_told_from_one_that_knows_no_such_job(
     text = shown(status.look(study(tmp_path), path))
     assert f"  run-a\n    41, {said}\n" in text
     assert "  run-b\n    not submitted yet\n" in text
+    assert ("SLURM did not answer (squeue)" in text) == ("known" in said)
 
 
 def test_watch_looks_again_until_it_is_stopped(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_a_python_that_is_not_there_stops_the_start_of_runs_alone(fresh: Workpla
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "empty"),
-        ('{"dialogue": "A: hi"}\n', "summary"),
+        pytest.param("", "empty", marks=pytest.mark.long),
+        pytest.param('{"dialogue": "A: hi"}\n', "summary", marks=pytest.mark.long),
         ('{"dialogue": "A: hi", "summary": "x"}\n{broken\n', "Line 2 of the data file is not JSON"),
     ],
     ids=["empty", "column missing", "not JSON"],
@@ -161,6 +161,7 @@ def test_bad_data_file_is_one_message_before_any_training(fresh: Workplace, cont
     assert not list((fresh.results / "runs").glob("*/launch.log"))
 
 
+@pytest.mark.long
 def test_dialogue_longer_than_the_context_is_named(fresh: Workplace) -> None:
     raw = fresh.read()
     raw["data"]["overlong"] = "error"

@@ -1,6 +1,6 @@
 """What a run will need: memory, time and cost, with no GPU, traced from the real model class on fake tensors."""
 
-VERSION = 8
+VERSION = 9
 """Raise it when predictions change: forecasts are made anew; priors stay as they were."""
 
 CATEGORIES = ("parameters", "gradients", "optimizer", "activations", "logits", "temporary", "communication", "context")

@@ -37,7 +37,7 @@ def _fused_attention(
 ) -> tuple[torch.Tensor, None]:
     """A kernel with masks and windows of its own, as FlashAttention has: no mask in memory, keys are not repeated."""
     grouped = query.shape[1] != key.shape[1]
-    with within_window(sliding_window):
+    with within_window(sliding_window or None):  # 0: none
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     return out.transpose(1, 2).contiguous(), None
 
@@ -62,7 +62,7 @@ LARGEST = {
 }
 """What is still believed of a configuration's sizes; more is a slip of the pen. Published models stay below a tenth."""
 
-DROPOUT = re.compile("dropout|drop_?path|_pdrop$")
+DROPOUT = re.compile("dropout|layerdrop|drop_?path|_pdrop$")
 """Names of shares that are dropped, such as attention_dropout, resid_pdrop, drop_path_rate."""
 
 LEAST = dict.fromkeys(
@@ -542,7 +542,10 @@ def warnings_of(model: Any, layout: Layout) -> list[str]:
     warnings = [f"not given, so as transformers has it: {', '.join(defaults)}"] if defaults else []
     warnings += [f"the model has no such modules, and peft leaves them out: {', '.join(names)}"] if names else []
     if layout.attention == "flash" and not (model._supports_attention_backend or model._supports_sdpa):
-        warnings.append("FlashAttention is not traced in transformers' own code of this model: predicted as eager")
+        warnings.append(
+            "the FlashAttention of this model is code of its own in transformers, which is not traced: predicted as "
+            "eager, whose memory and time are larger at long contexts"
+        )
     return warnings + _unquantized(model, layout)
 
 

@@ -4,10 +4,10 @@ import difflib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from finetune_study.errors import ConfigError
 from finetune_study.section import Section
@@ -31,7 +31,8 @@ class Device(Section):
     link_gb_per_s: PositiveFloat | None = None
     """To another device of the node, one direction."""
     linked_gpus: PositiveInt | None = None
-    """So many devices the link joins, as a bridge of NVLink two; more talk to each other over PCIe. Null: all."""
+    """So many devices the link joins, as a bridge of NVLink two; more of a node talk to each other over PCIe, whose
+    bandwidth is then given, too. Null: all."""
     network_gb_per_s: PositiveFloat | None = None
     """To another node, for each device, one direction."""
     pcie_gb_per_s: PositiveFloat | None = None
@@ -47,6 +48,17 @@ class Device(Section):
     def has_bf16(self) -> bool:
         """Matrix units for bf16 (Ampere and later)."""
         return self.device == "cpu" or self.compute_capability is None or self.compute_capability >= 8
+
+    def link_between(self, num_gpus: int) -> float | None:
+        """Bandwidth between so many devices of a node, 10^9 bytes per second; None: not known."""
+        bridged = self.linked_gpus is None or num_gpus <= self.linked_gpus
+        return self.link_gb_per_s if bridged else self.pcie_gb_per_s
+
+    @model_validator(mode="after")
+    def _bridges_end(self) -> Self:
+        if self.linked_gpus is not None and self.pcie_gb_per_s is None:
+            raise ValueError("linked_gpus needs pcie_gb_per_s: more GPUs than that talk to each other over PCIe")
+        return self
 
 
 MAPPED_BYTES = 128 * 2**10

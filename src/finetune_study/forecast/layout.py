@@ -14,7 +14,7 @@ BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODE = "_code"
 """Key of a configuration whose model's own code may be run: its folder, and a digest of the code."""
 
-TRACE_VERSION = 19
+TRACE_VERSION = 20
 """Raise it when a trace of the same layout would come out differently."""
 
 

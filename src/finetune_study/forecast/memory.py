@@ -368,7 +368,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
         at: batch, context and devices.
     """
     states = _States(profile, recipe, at)
-    curves = profile.curves(at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
+    curves = profile.curves(at.batch, recipe.positions(at.context), max(recipe.rank, 1))
     activations = curves[SAVED] + curves[POINTWISE]
     if recipe.fuses:
         activations = curves[SAVED]  # the partitioner computes cheap operations again (functorch's min-cut)
@@ -444,7 +444,7 @@ def predict(profile: Profile, recipe: Recipe, at: Situation) -> Memory:
 
 def _chunked_logits(profile: Profile, recipe: Recipe, at: Situation) -> float:
     """Logits where the loss is computed in chunks; the trace then ends at the last hidden state."""
-    tokens, vocabulary, width = at.batch * at.context, profile.vocabulary, BYTES[recipe.compute]
+    tokens, vocabulary, width = at.batch * recipe.positions(at.context), profile.vocabulary, BYTES[recipe.compute]
     head = vocabulary * profile.hidden_size
     dequantized = float(head * width) if recipe.quantized_head else 0.0
     if recipe.quantized_head and recipe.quantized_from != recipe.compute:

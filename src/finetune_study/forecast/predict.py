@@ -1,5 +1,6 @@
 """Rows in, rows out: what `finetune-study predict` answers to a line."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -97,14 +98,26 @@ class Traces:
         Raises:
             ModelError: where it can't be traced.
         """
-        layout = question.recipe.layout(question.config, question.context)
-        profile = self.get(layout)
-        if layout.masks and profile.window is not None and question.context > profile.window:
-            profile = self.get(dataclasses.replace(layout, windowed=True))
-        return profile
+        return self.get(self._windowed(question))
 
-    def prepare(self, layouts: Iterable[Layout]) -> None:
+    def _windowed(self, question: "Question") -> Layout:
+        """What is to be traced, after the trace that tells of a window."""
+        layout = question.recipe.layout(question.config, question.context)
+        window = self.get(layout).window if layout.masks else None
+        is_windowed = window is not None and question.context > window
+        return dataclasses.replace(layout, windowed=True) if is_windowed else layout
+
+    def prepare(self, questions: Iterable["Question"]) -> None:
         """Traces what is not there yet, on all cores where that is worth their start."""
+        asked = [*questions]
+        self._prepare({one.recipe.layout(one.config, one.context) for one in asked})
+        with_windows = set()
+        for one in asked:
+            with contextlib.suppress(StudyError):  # `of` raises it
+                with_windows.add(self._windowed(one))
+        self._prepare(with_windows)
+
+    def _prepare(self, layouts: Iterable[Layout]) -> None:
         missing = [one for one in layouts if one not in self._known and not self._is_kept(one)]
         workers = min(len(os.sched_getaffinity(0)), len(missing) // TRACES_WORTH_A_PROCESS, _processes_in_memory())
         if self.folder is None or workers < 2:

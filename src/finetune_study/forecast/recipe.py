@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
@@ -378,8 +378,8 @@ class Recipe:
 
     def why_not_model(self, model_type: str | None) -> list[str]:
         """Why a model of this type can't run with its attention, in the same words."""
-        kernel = known.ALL[self.attention]
-        return [*filter(None, [kernel.why_not_model(model_type)])] if issubclass(kernel, Attention) else []
+        why = cast(type[Attention], known.ALL[self.attention]).why_not_model(model_type)
+        return [why] if why else []
 
     @cached_property
     def offloaded(self) -> frozenset[ModelState]:
@@ -564,15 +564,13 @@ class Recipe:
         asked = self.techniques.get("qlora", {}).get("prepare_model_for_kbit_training", True)
         return bool(self.quantized and self.autocast and asked)
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Virtual tokens that go through the layers with the context."""
-        return self._virtual_tokens() if self.peft in ("prompt_tuning", "p_tuning") else 0
+    def positions(self, context: int) -> int:
+        """Of a sequence in the layers: the virtual tokens of prompts go through them with the context."""
+        return context + (self._virtual_tokens() if self.peft != "prefix_tuning" else 0)
 
     def _virtual_tokens(self) -> int:
-        if self.peft not in ("prompt_tuning", "p_tuning", "prefix_tuning"):
-            return 0
-        return _number(self.techniques[self.peft], "num_virtual_tokens", 20, f"techniques.{self.peft}")
+        field = known.ALL[self.peft].model_fields.get("num_virtual_tokens") if self.peft else None
+        return self.setting(str(self.peft), "num_virtual_tokens", field.default) if field else 0
 
     def _peft_settings(self) -> str | None:
         if self.peft is None:

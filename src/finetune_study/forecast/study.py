@@ -167,7 +167,7 @@ def forecast(study: "Study", traces: predict.Traces) -> list[dict[str, Any]]:
         except StudyError as error:
             questions[run_id] = error
     asked = [q for q in questions.values() if isinstance(q, predict.Question)]
-    traces.prepare({q.recipe.layout(q.config, q.context) for q in asked})
+    traces.prepare(asked)
     for run_id, question in questions.items():
         rows.append(_row(study.run(run_id), _state(study, run_id), question, study.results, traces))
     return _refined(rows, study.results)

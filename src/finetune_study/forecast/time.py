@@ -38,7 +38,7 @@ three of four operations of a layer are element-wise, and join a neighbour."""
 COMPILED_BYTES = 0.4
 """Of the element-wise traffic, what is left then: each value is read and written once for a chain of three or so. An
 assumption, too; neither was fitted to a table or measured here."""
-FUSED_ADAM_BYTES = 28
+FUSED_ADAM_BYTES = 3 * 4 + 2 * 2 * 4
 """Bytes that Adam moves for an fp32 weight in one kernel: a gradient that is read, weight and two states both ways."""
 STEP_BY_STEP_BYTES = 60
 """The same where each operation of Adam is a kernel (torch/optim/adamw.py), about twice as much. Adafactor, Muon,
@@ -101,9 +101,7 @@ def rates_of(device: Device, num_gpus: int, calibration: Mapping[str, float] | N
     memory = measured.get("memory") or (device.memory_gb_per_s or 0) * 1e9 * MEMORY_EFFICIENCY
     if not matmul or not memory:
         return None
-    link = device.link_gb_per_s
-    if device.linked_gpus is not None and num_gpus > device.linked_gpus:
-        link = device.pcie_gb_per_s
+    link = device.link_between(min(num_gpus, device.gpus_per_node))
     if num_gpus > device.gpus_per_node:
         network = device.network_gb_per_s or NETWORK_GB_PER_S[age]
         link = min(link or network, network)
@@ -208,7 +206,7 @@ def _unknown_links(recipe: Recipe, at: Situation, rates: Rates) -> tuple[str, ..
 
 def _counted(profile: Profile, recipe: Recipe, at: Situation, phases: tuple[str, ...], kind: str) -> float:
     """Work of a micro-batch."""
-    return profile.amount(phases, kind, at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
+    return profile.amount(phases, kind, at.batch, recipe.positions(at.context), max(recipe.rank, 1))
 
 
 def _matmul_seconds(
@@ -229,7 +227,8 @@ def _matmul_seconds(
             )
             if rate is None or own is None:
                 return None
-            seconds += (work - head) / rate + head / own if recipe.precision == "fp8" else work / rate / faster
+            slow = head if recipe.precision == "fp8" else 0.0
+            seconds += ((work - slow) / rate + slow / own) / faster
     return seconds
 
 
@@ -242,7 +241,8 @@ def _head_work(profile: Profile, recipe: Recipe, at: Situation, phases: tuple[st
     """Products of the output layer: logits; in backward the gradients of its input and, where it is trained, of its
     weights. They are not in the trace where the loss is computed in chunks; liger computes those of backward in
     forward, which changes nothing in sum. fp8 leaves the layer as it is."""
-    product = 2.0 * at.batch * at.context * profile.vocabulary * profile.hidden_size
+    positions = at.batch * (recipe.positions(at.context))
+    product = 2.0 * positions * profile.vocabulary * profile.hidden_size
     return product * ("forward" in phases) + product * (1 if recipe.peft else 2) * ("backward" in phases)
 
 
@@ -323,7 +323,7 @@ def _offload_seconds(profile: Profile, recipe: Recipe, at: Situation, rates: Rat
     if "weights" in recipe.offloaded and not (backward and recipe.keeps_gathered):
         moved += sum(p.count(recipe.rank) * weight_bytes(p, recipe) for p in profile.parameters) / at.num_gpus
     if recipe.has("activation_offload"):
-        curves = profile.curves(at.batch, at.context + recipe.prompt_tokens, max(recipe.rank, 1))
+        curves = profile.curves(at.batch, recipe.positions(at.context), max(recipe.rank, 1))
         moved += float((curves["saved"] + curves["pointwise"]).max())
     return moved / rates.pcie
 

@@ -129,7 +129,7 @@ def _even(low: float, high: float) -> list[float]:
     """Three to seven numbers between two, in steps of 1, 2 or 5 times a power of ten."""
     most = (high - low) / 3
     power = math.floor(math.log10(most))
-    step = max(one for one in (float(f"{s}e{power}") for s in (1, 2, 5)) if one <= most)
+    step = max(one for one in (float(f"{s}e{p}") for p in (power - 1, power) for s in (1, 2, 5)) if one <= most)
     return [round(number * step, 1 - power) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

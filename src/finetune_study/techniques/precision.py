@@ -26,6 +26,13 @@ def _why_not_loaded_as(dtype: str, name: str, recipe: Recipe) -> str | None:
     return None
 
 
+def _loaded_as(dtype: str, half: str, recipe: Recipe) -> str:
+    """DeepSpeed's fp32 copies are made of what it has cast, so that fp32 would only fill the host's memory."""
+    if dtype != "auto":
+        return dtype
+    return half if is_deepspeed(recipe) or any(t.freezes_weights for t in recipe.values()) else "float32"
+
+
 def _lacks_units(hardware: "Hardware", what: str, instead: str) -> str | None:
     capability = hardware.compute_capability
     if hardware.device == "cuda" and capability is not None and capability < BF16_COMPUTE_CAPABILITY:
@@ -89,8 +96,9 @@ class Bf16(Technique):
     source: ClassVar[str] = "https://huggingface.co/docs/transformers/main/en/perf_train_gpu_one"
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights as they are loaded; `auto`: float32 where they are trained, bfloat16 where PEFT freezes them.
-    Beside DeepSpeed it matters to what is made of them before alone (qlora, use_dora, pissa, olora, loftq)."""
+    """Of the weights as they are loaded; `auto`: bfloat16 where PEFT freezes them, or DeepSpeed casts them anyway; else
+    float32. Under DeepSpeed it can be chosen only where something is computed from the loaded weights (qlora, DoRA,
+    PiSSA, OLoRA, LoftQ)."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         return _lacks_units(hardware, self.name, "fp16") or _why_not_loaded_as(self.dtype, self.name, recipe)
@@ -99,8 +107,7 @@ class Bf16(Technique):
         return "bfloat16"
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
-        auto = "bfloat16" if any(t.freezes_weights for t in recipe.values()) else "float32"
-        return {"dtype": auto if self.dtype == "auto" else self.dtype}
+        return {"dtype": _loaded_as(self.dtype, "bfloat16", recipe)}
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"bf16": True}
@@ -148,8 +155,9 @@ class Fp16(Technique):
     source: ClassVar[str] = "Micikevicius et al., arXiv 1710.03740"
 
     dtype: Literal["auto", "float32", "float16"] = "auto"
-    """Of the weights as they are loaded; `auto`: float32 where they are trained, float16 where PEFT freezes them.
-    Beside DeepSpeed it matters to what is made of them before alone (qlora, use_dora, pissa, olora, loftq)."""
+    """Of the weights as they are loaded; `auto`: float16 where PEFT freezes them, or DeepSpeed casts them anyway; else
+    float32. Under DeepSpeed it can be chosen only where something is computed from the loaded weights (qlora, DoRA,
+    PiSSA, OLoRA, LoftQ)."""
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
         if hardware.device == "cpu" and not is_deepspeed(recipe):
@@ -160,8 +168,7 @@ class Fp16(Technique):
         return "float16"
 
     def load_arguments(self, recipe: Recipe) -> dict[str, Any]:
-        auto = "float16" if any(t.freezes_weights for t in recipe.values()) else "float32"
-        return {"dtype": auto if self.dtype == "auto" else self.dtype}
+        return {"dtype": _loaded_as(self.dtype, "float16", recipe)}
 
     def training_arguments(self, recipe: Recipe) -> dict[str, Any]:
         return {"fp16": True}
