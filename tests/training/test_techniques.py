@@ -88,8 +88,8 @@ def test_lora_begins_where_full_fine_tuning_does_and_goes_its_own_way(trained: T
 
 
 def test_the_attention_that_was_asked_for_is_used(trained: Trained) -> None:
-    used = [trained.run(recipe).ranks[0]["attention_implementation"] for recipe in ({}, {"eager": {}})]
-    assert used == ["sdpa", "eager"]
+    assert trained.run().ranks[0]["attention_implementation"] == "sdpa"
+    assert trained.run({"eager": {}}).ranks[0]["attention_implementation"] == "eager"
 
 
 def test_parameters_counted_by_hand(trained: Trained) -> None:
