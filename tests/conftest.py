@@ -29,6 +29,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFolder(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What stays in one process begins first; the modules of unit tests fill what is left."""
+    items.sort(key=lambda item: "tests/unit/" in item.nodeid)
+
+
 @pytest.fixture
 def raw() -> dict[str, Any]:
     """The tiny study as YAML would give it; tests change their own copy."""

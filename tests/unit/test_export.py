@@ -142,7 +142,7 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
     for name, script in {
         "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
         "scontrol": "echo node-1; echo node-2",
-        "python": 'printf "%s|" "$@"',
+        "python": 'case "$*" in *--last-checkpoint) ;; *) printf "%s|" "$@" ;; esac',
     }.items():
         (tools / name).write_text(f"#!/bin/bash\n{script}\n")
         (tools / name).chmod(0o755)
@@ -162,19 +162,20 @@ def test_arguments_reach_the_launcher_of_each_node_as_they_are(tmp_path: Path) -
         ([], "output"),
         (["--output", "here and there"], "here and there"),
         (["--merge", "--output=here and there"], "here and there"),
-        (["--output=first", "--output", "second"], "second"),
+        (["--output=first", "--out", "second"], "second"),
     ],
 )
 def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(
     tmp_path: Path, arguments: list[str], output: str
 ) -> None:
-    """With commands that stand for SLURM's and for Python, which is told that time is nearly over."""
+    """With commands that stand for SLURM's, and for the training, which is told that time is nearly over."""
     tools = tmp_path / "bin"
     tools.mkdir()
     job(tmp_path, 4, software={"python": str(tools / "python")})
     for name, script in {
         "scontrol": "echo requeued $2",
         "python": (
+            f'case "$*" in *--last-checkpoint) exec {sys.executable} "$@" ;; esac\n'
             f'if [ -n "$FURTHER" ]; then mkdir -p "{output}/checkpoint-$FURTHER"\n'
             f'echo 1 > "{output}/checkpoint-$FURTHER/seconds.json"; fi\n'
             "read -r _ _ _ job _ < /proc/$PPID/stat\n"  # SLURM signals the batch script, of which this is a grandchild
@@ -240,11 +241,6 @@ def test_the_script_says_how_it_is_called(tmp_path: Path) -> None:
     train = (tmp_path / "export" / "train.py").read_text(encoding="utf-8")
     assert "    torchrun --standalone --nproc-per-node 4 train.py --data my.jsonl" in train
     compile(train, "train.py", "exec")
-    script = str(tmp_path / "export" / "train.py")
-    shorter = [sys.executable, script, "--data", "my.jsonl", "--model", "m", "--out", "there"]
-    said = subprocess.run(shorter, capture_output=True, text=True)
-    assert said.returncode == 2
-    assert "unrecognized arguments: --out there" in said.stderr
 
 
 @pytest.mark.parametrize(
