@@ -920,10 +920,9 @@ def markdown(document: dict[str, Any]) -> str:
         ),
         "Looked at, and what for: " + "; ".join(f"{source} ({what})" for source, what in LOOKED_AT.items())
         + ". Held out are the other sources: nothing was changed because of their errors. After these were seen, SDPA "
-        "lost a mask that a real step does not have (found by comparison with a real step), and the attention of "
-        "prefix tuning grew with the square of the context (found by reading peft), which changed theirs, too. "
-        "All tables were at hand from the beginning, so that only a table that nobody here has seen is a test in "
-        "the strict sense.",
+        "lost a mask that a real step does not have (found by comparison with a real step), which changed theirs, too. "
+        "All tables were at hand "
+        "from the beginning, so that only a table that nobody here has seen is a test in the strict sense.",
         *_contradictions(document),
         "## Does it fit?",
         "| | right | of | recall |\n|---|---|---|---|\n" + "\n".join(

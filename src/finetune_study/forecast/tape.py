@@ -69,6 +69,10 @@ class TooManyOperationsError(ModelError):
     """A forward pass takes more operations than are traced."""
 
 
+class PaddedError(Exception):
+    """Layers do not take the positions of the trace at once."""
+
+
 @dataclass
 class Sizes:
     """The primes of a trace, and how a number of bytes factors into them."""

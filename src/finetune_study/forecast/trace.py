@@ -73,6 +73,7 @@ from finetune_study.forecast.tape import (
     OWN_OF_NO_LAYER,
     PADDINGS,
     CudaManners,
+    PaddedError,
     Sizes,
     Storage,
     Tape,
@@ -179,15 +180,18 @@ def _traced(short: Any, stack: Stack, layout: Layout, skeleton: Any) -> Profile:
     """The trace over a prime number of positions, or, where layers do not take these at once, of chunks."""
     layers = len(stack.traced)
     most = most_operations(layers)
-    tracer = _Tracer(short, stack, layout, skeleton, _context(short, layout))
+
+    def over(context: tuple[int, int], most: int, may_pad: bool = True) -> Profile:
+        return _Tracer(short, stack, layout, skeleton, context).run(most, may_pad)
+
+    may_pad = any(one["method"] in PROMPTS for one in json.loads(layout.peft or "[]"))
     try:
-        profile = tracer.run(min(most, OPERATIONS_WITHOUT_LOOPS * (layers + 1)))
-    except TooManyOperationsError:
-        tracer = _Tracer(short, stack, layout, skeleton, _few_positions(short, skeleton))
-        profile = tracer.run(most)
-    if not tracer.tape.is_padded or any(one["method"] in PROMPTS for one in json.loads(layout.peft or "[]")):
-        return profile
-    return _Tracer(short, stack, layout, skeleton, _whole_chunks(short, skeleton)).run(most)
+        try:
+            return over(_context(short, layout), min(most, OPERATIONS_WITHOUT_LOOPS * (layers + 1)), may_pad)
+        except TooManyOperationsError:
+            return over(_few_positions(short, skeleton), most, may_pad)
+    except PaddedError:
+        return over(_whole_chunks(short, skeleton), most)
 
 
 @contextlib.contextmanager
@@ -301,19 +305,23 @@ class _Tracer:
         self.rank_prime, batch = next(candidates), next(candidates)
         self.sizes = Sizes(batch, positions, self.rank_prime, layout.virtual_tokens, chunk)
 
-    def run(self, most: int) -> Profile:
+    def run(self, most: int, may_pad: bool) -> Profile:
         """
         Args:
             most: operations of a forward pass.
+            may_pad: the trace stands although something in it is padded.
 
         Raises:
             TooManyOperationsError: where it takes more.
+            PaddedError: as early as it is seen.
         """
+        self.may_pad = may_pad
         # Given up in the middle, a trace may leave gradients switched off: `enable_grad` puts back what was.
         with torch.enable_grad(), FakeTensorMode(allow_non_fake_inputs=True), _whole_sequences():
             model = traced_model(self.config, self.layout, self.rank_prime, self.stack)
             self.tape = Tape(self.sizes, len(self.stack.traced), most)
             self._step(model, self.tape)
+            self._check_padding()
             return self._profile(model, self.tape)
 
     def _step(self, model: Any, tape: Tape) -> None:
@@ -342,12 +350,17 @@ class _Tracer:
         autocast = self.layout.autocast
         with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
             loss = self._loss(model, ids)
+        self._check_padding()
         tape.end_of_forward, tape.forward = tape.now, False
         held.clear()
         # As loss.backward() does, which would leave the function mode out while checkpoints recompute.
         engine = torch.autograd.Variable._execution_engine
         engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
         return loss
+
+    def _check_padding(self) -> None:
+        if not self.may_pad and self.tape.is_padded:
+            raise PaddedError
 
     def _loss(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
         if self.layout.loss == "full":
@@ -371,6 +384,8 @@ class _Tracer:
             if tape.forward:
                 tape.layer = OWN_OF_NO_LAYER
                 tape.after_layers = number == len(layers) - 1
+                if number == 0:  # more of its kind follow, for most of a trace that would then be made anew
+                    self._check_padding()
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, torch.Tensor):
                 key = tape._alive.get(first.untyped_storage()._cdata, -1)
