@@ -33,8 +33,8 @@ SLOW: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "zamba2": ({"model_config": {"model_type": "zamba2"}}, {}),
     "meta-llama/Llama-2-70b-hf prefix_tuning": ({"model": "meta-llama/Llama-2-70b-hf"}, {"prefix_tuning": {}}),
 }
-"""Models in transformers' own sizes, and recipes, of which more than a few layers, or loops over the context, are traced:
-known to take longer."""
+"""Models in transformers' own sizes, and recipes, known to take longer: many layers, or loops over the context, are
+traced."""
 RECIPES: list[dict[str, Any]] = [
     {"bf16": {}},
     {"bf16": {}, "lora": {"r": 64}, "zero3": {}, "gradient_checkpointing": {}},
