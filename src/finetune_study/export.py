@@ -156,6 +156,7 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
         "recipe.json": _about(run, one) | {"versions": _versions(study, run), "notice": study.config.report.notice},
     }
     written = [folder / "train.py", folder / "job.sbatch", folder / "README.md"]
+    _check_free(folder, [*(path.name for path in written), *files])
     write_atomically(written[0], _resource("train.py.txt").replace("{torchrun}", _torchrun(run)))
     write_atomically(written[1], _job(study, run, best.epoch_hours_median, is_deepspeed=deepspeed is not None))
     there = [name for name, value in files.items() if value is not None]
@@ -166,6 +167,28 @@ def export(study: Study, one: Recommendation, folder: Path) -> list[Path]:
             write_atomically(folder / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
             written.append(folder / name)
     return written
+
+
+def _check_free(folder: Path, names: list[str]) -> None:
+    """
+    Raises:
+        StudyError: where files of the same names are there that no export has written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise StudyError("An export is a folder", where="--output", given=f"{folder}, a file", do="name a folder")
+    there = [name for name in names if (folder / name).exists()]
+    try:
+        earlier = "format_of_trained_weights" in json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        earlier = False
+    if there and not earlier:
+        raise StudyError(
+            "The folder holds files that the export would overwrite",
+            where=f"--output {folder}",
+            given=table.joined(there),
+            allowed="a new folder, or that of an earlier export",
+            do="name another folder",
+        )
 
 
 def _check_exported(run: Run) -> None:

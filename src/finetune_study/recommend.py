@@ -144,12 +144,7 @@ class Versus(Section):
 
     @property
     def alike(self) -> bool:
-        """A tie that rests on data: by median hardly slower. Else the interval holds 1 since it is too wide."""
-        return self.ratio <= 1 + LITTLE
-
-    @property
-    def equal(self) -> bool:
-        """The interval holds 1, and little differences alone."""
+        """A tie that rests on data: the interval holds 1 and little differences alone. Else it is too wide to say."""
         little = 1 + LITTLE
         return self.low is not None and self.high is not None and 1 / little <= self.low <= 1 <= self.high <= little
 
@@ -487,9 +482,11 @@ def _tie(best: Evidence, tied: list[Evidence], versus: list[Versus]) -> str:
     found = [_of(versus, one.recipe) for one in tied]
     alike = [one.recipe for one in found if one.alike]
     wide = [one.numbers for one in found if not one.alike]
-    same = f"A tie: no difference beyond the noise between {table.joined((best.recipe, *alike))}." if alike else ""
-    if all(one.equal for one in found):
-        same += f" By the intervals they are within {LITTLE:.0%} of the fastest: any will do."
+    same = (
+        f"A tie: by their intervals {table.joined(alike)} within {LITTLE:.0%} of {best.recipe}: any will do."
+        if alike
+        else ""
+    )
     apart = f"The repeats scatter too much to tell {best.recipe} from {table.joined(wide)}." if wide else ""
     return " ".join(filter(None, (same, apart)))
 
@@ -596,6 +593,8 @@ def _settled_by(
         if run_id in given_up
     ]
     steps += _more_time(evidence)
+    if len(evidence) == 1:
+        steps.append("another recipe in the grid: there is nothing to compare this one with")
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(evidence) > 1:
         steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
@@ -638,7 +637,7 @@ def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:
     num_repeats = max(one.num_completed for one in evidence)
     wanted: dict[str, int] = {}
     for one in versus:
-        if one.low is None or one.high is None or one.differs or one.equal:
+        if one.low is None or one.high is None or one.differs or one.alike:
             continue
         half, effect = (math.log(one.high) - math.log(one.low)) / 2, abs(math.log(one.ratio))
         narrow = max(effect, math.log(1 + LITTLE) - effect)

@@ -61,7 +61,6 @@ class Rank:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.step = 0
-        self.num_stepped = 0
         self.phases = Phases()
         budget = run.hardware.memory_budget_gib
         self.memory: DataMemoryMeter | CudaMemoryMeter = (
@@ -199,7 +198,7 @@ class Rank:
             run.protocol.num_timed_steps,
             self._synchronize,
             lambda: _was_skipped(trainer),
-            self._on_step,
+            lambda entry: self._on_step(entry, steps.num_stepped),
         )
 
         class StudyTrainer(Trainer):
@@ -258,16 +257,15 @@ class Rank:
             **_optimizer_facts(trainer),
         )
 
-    def _on_step(self, entry: dict[str, Any]) -> None:
+    def _on_step(self, entry: dict[str, Any], num_stepped: int) -> None:
         self.facts.append("steps", entry)
         self.facts.tell(memory=self.memory.report())
         kind = "timed" if entry["timed"] else "untimed" if entry["stepped"] else "skipped by loss scaling"
         self.say(
-            f"step {self.num_stepped + 1} of {self.run.num_steps}: "
+            f"step {num_stepped + (not entry['stepped'])} of {self.run.num_steps}: "  # a skipped one is tried again
             f"{entry['seconds']:.3f} s ({kind}), loss {_show(entry['loss'])}"
         )
         self.step = entry["step"] + 1
-        self.num_stepped += entry["stepped"]  # a skipped step is tried again
 
     def tell_out_of_memory(self, found: oom.OutOfMemory) -> None:
         """Writes down which memory ran out, and where."""

@@ -202,6 +202,23 @@ def test_a_job_that_comes_no_further_does_not_begin_again_for_ever(
     assert (stuck.returncode, "requeued" in stuck.stdout) == (1, False)
 
 
+def test_files_that_no_export_has_written_are_left_alone(tmp_path: Path) -> None:
+    study, frame = opened(tmp_path)
+    one = exporter.choose(study, frame, "tiny", "a100", 4, None)
+    folder = tmp_path / "export"
+    exporter.export(study, one, folder)
+    exporter.export(study, one, folder)
+    for name in ("deepspeed.json", "train.py"):
+        own = tmp_path / f"own-{name}"
+        own.mkdir()
+        (own / name).write_text("mine")
+        with pytest.raises(StudyError, match=f"would overwrite(?s:.*){name}(?s:.*)name another folder"):
+            exporter.export(study, one, own)
+        assert [path.read_text() for path in own.iterdir()] == ["mine"]
+    with pytest.raises(StudyError, match="a file"):
+        exporter.export(study, one, own / "train.py")
+
+
 def test_checkpoints_come_often_enough_for_a_turn() -> None:
     seconds = (None, 0.1, 5.99, 40.0, 5000.0)
     assert [exporter._save_steps(one) for one in seconds] == [100, 100, 100, 15, 1]

@@ -129,14 +129,15 @@ def test_of_a_tie_the_one_with_least_memory_is_named(
     records = tied(study, full=(QUICK, full), lora=(ALIKE, lora), ia3=(ALIKE, ia3), slow=(SLOW, 0.1))
     one = the_only(study, tmp_path, *records)
     assert (one.verdict, one.recipe, one.tied_with) == ("tie", named, others)
-    assert "A tie: no difference beyond the noise between full, lora and ia3. " in one.reason
+    assert "A tie: by their intervals lora and ia3 within 10% of full: any will do. " in one.reason
     assert why in one.reason
-    assert "within 10% of the fastest: any will do" in one.reason
     assert one.settled_by == []
     assert {versus.recipe: versus.differs for versus in one.versus} == {"lora": False, "ia3": False, "slow": True}
     (default,) = recommend.defaults([one])
     (sentence, *_) = answer([one], [default])
-    assert sentence.text == (f"The default should be {named} for tiny on cpu (a tie with {others[0]} and {others[1]}).")
+    assert sentence.text == (
+        f"The default should be {named} for tiny on cpu × 1 at context 128 (a tie with {others[0]} and {others[1]})."
+    )
     assert sentence.support.endswith(
         "in a tie the fastest by median, unless one nearly as fast takes much less memory."
     )
@@ -153,7 +154,7 @@ def test_a_wide_interval_makes_no_slow_recipe_the_default(tmp_path: Path) -> Non
     (step,) = one.settled_by
     assert re.fullmatch(r"protocol\.repeats: about \d+ instead of 3, of full, lora", step)
     (sentence, *_) = answer([one], recommend.defaults([one]))
-    assert "full for tiny on cpu (not told apart from lora yet)." in sentence.text
+    assert "full for tiny on cpu × 1 at context 128 (not told apart from lora yet)." in sentence.text
 
 
 NODE_EFFECT = 1.08
@@ -218,7 +219,7 @@ def test_a_node_effect_of_eight_per_cent_is_never_ranked(tmp_path: Path, case: s
         assert versus.low is not None
         assert versus.high is not None
         assert versus.low <= 1 <= versus.high
-        assert bool(one.settled_by) != versus.equal
+        assert bool(one.settled_by) != versus.alike
 
 
 def test_a_difference_of_four_per_cent_is_found_under_a_node_effect_of_eight(tmp_path: Path) -> None:

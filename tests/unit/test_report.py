@@ -92,7 +92,7 @@ def test_every_state_has_words_a_symbol_and_a_meaning() -> None:
 def test_the_page_shows_every_run_with_its_numbers(tmp_path: Path) -> None:
     page = built(STUDY, tmp_path, *mixed())
     text = Text(page).text
-    assert "The default should be lora for tiny on cpu (too few data for a ranking)." in text
+    assert "The default should be lora for tiny on cpu × 1 at context 128 (too few data for a ranking)." in text
     runs = embedded_runs(page)
     assert column(runs, "run_id") == [FULL.run_id, LORA.run_id]
     assert column(runs, "state") == ["device_oom", "completed"]
@@ -451,7 +451,7 @@ def test_one_run_gives_a_page(tmp_path: Path) -> None:
         grid=[{"targets": "tiny", "hardware": "cpu", "recipes": "full", "sequence_length": 128}],
     )
     text = Text(built(study, tmp_path, handmade.completed(handmade.runs(study)["full", 1], 2.0))).text
-    assert "The default should be full for tiny on cpu (too few data for a ranking)." in text
+    assert "The default should be full for tiny on cpu × 1 at context 128 (too few data for a ranking)." in text
 
 
 def test_a_gpu_study_shows_allocated_and_reserved_memory(tmp_path: Path) -> None:
@@ -821,7 +821,7 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     assert first == (
         "The default should be lora for tiny on old and new (too few data for a ranking); full for small on new (too "
         "few data for a ranking); none can be named for small on old (nothing that was planned fits).",
-        "It is the fastest that fits.",
+        "It is the fastest that fits at the shortest context, on the most GPUs.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())
     assert "tiny on old × 1 context 128 lora too few data" in text

@@ -19,12 +19,14 @@ MAX_STEPS = 3
 
 
 _DOUBT: dict[Verdict, str] = {
-    "tie": "tied with others",
+    "tie": "as fast as others",
     "too_few_data": "too few data for a ranking",
     "contradictory": "repeats of others contradict each other",
 }
 """Beside defaults that are not sure, by verdict."""
-FASTEST = "It is the fastest that fits"
+NOT_TOLD_APART = "not told apart from others yet"
+FASTEST = "It is the fastest that fits at the shortest context, on the most GPUs"
+ALONE = "No other recipe was planned"
 IN_A_TIE = ", and in a tie the fastest by median, unless one nearly as fast takes much less memory"
 
 
@@ -33,6 +35,11 @@ class Sentence(NamedTuple):
 
     text: str
     support: str = ""
+
+
+def _doubt(at: Recommendation) -> str:
+    """What makes a default unsure, without names; empty where nothing does."""
+    return NOT_TOLD_APART if at.not_told_apart else _DOUBT.get(at.verdict, "")
 
 
 def answer(recommendations: list[Recommendation], defaults: list[Default]) -> list[Sentence]:
@@ -63,9 +70,8 @@ def _default(defaults: list[Default]) -> Sentence:
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
     ties = any(one.recommendation.verdict == "tie" for one in named)
-    return Sentence(
-        f"The default should be {'; '.join(parts)}{others}{beside}.", f"{FASTEST}{IN_A_TIE if ties else ''}."
-    )
+    why = ALONE if all(len(one.recommendation.evidence) == 1 for one in named) else FASTEST
+    return Sentence(f"The default should be {'; '.join(parts)}{others}{beside}.", f"{why}{IN_A_TIE if ties else ''}.")
 
 
 def _these(some: list[Default], of: int) -> str:
@@ -78,13 +84,13 @@ def _together(some: list[Default]) -> str:
     """Models and hardware of one recipe, those that are as sure as each other together."""
     sure: dict[str, list[Default]] = {}
     for one in some:
-        sure.setdefault(_DOUBT.get(one.recommendation.verdict, ""), []).append(one)
+        sure.setdefault(_doubt(one.recommendation), []).append(one)
     return joined(_places(map(_pair, ones)) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
 
 
 def _counted(some: list[Default]) -> str:
     """How many models and hardware one recipe is the default of, and how many of these are how sure."""
-    doubts = Counter(_DOUBT[one.recommendation.verdict] for one in some if one.recommendation.verdict in _DOUBT)
+    doubts = Counter(filter(None, (_doubt(one.recommendation) for one in some)))
     sure = ", ".join(f"{'all' if n == len(some) else n} {doubt}" for doubt, n in doubts.items())
     return f"{len(some)} pairs of model and hardware" + (f" ({sure})" if sure else "")
 
@@ -114,7 +120,8 @@ def _where_and_how_sure(one: Default) -> str:
         "tie": [f"a tie with {_named(at.alike)}"] * bool(at.alike)
         + [f"not told apart from {_named(at.not_told_apart)} yet"] * bool(at.not_told_apart),
     }.get(at.verdict, [_DOUBT[at.verdict]] if at.verdict in _DOUBT else [])
-    return _where(one) + (f" ({', '.join(doubts)})" if doubts else "")
+    place = f"{one.target} on {devices(one.hardware, at.num_gpus, at.nodes)} at context {at.sequence_length}"
+    return place + (f" ({', '.join(doubts)})" if doubts else "")
 
 
 def _named(recipes: list[str]) -> str:
@@ -260,7 +267,7 @@ def _sureness(defaults: list[Default], recommendations: list[Recommendation]) ->
 
 
 _OPEN = frozenset({"too_few_data", "no_data", "contradictory", "not_comparable"})
-"""Verdicts that more runs may change; of a tie it is known that the choice matters little."""
+"""Verdicts that more runs may change, as they may a tie whose intervals are wide."""
 
 
 def _run_ids(one: Default) -> set[str]:
@@ -269,7 +276,7 @@ def _run_ids(one: Default) -> set[str]:
 
 def _settled_by(defaults: list[Default]) -> str:
     """What would settle the defaults that are open: runs that are planned, by name, and what else to add."""
-    open_ones = [one for one in defaults if one.recommendation.verdict in _OPEN]
+    open_ones = [one for one in defaults if one.recommendation.verdict in _OPEN or one.recommendation.not_told_apart]
     steps = [
         step if step in _run_ids(one) else f"for {_where(one)}, {step}"
         for one in open_ones

@@ -272,10 +272,13 @@ function start(study) {
 
   function open(run_id) {
     const i = place.get(run_id);
-    if (i === undefined) return;
     const close = element("button", "Close", { type: "button", class: "close" });
     close.addEventListener("click", () => panel.close());
     const title = element("h2", run_id, { id: "panel-title" });
+    if (i === undefined) {
+      panel.replaceChildren(close, title, element("p", "This study has no such run; the table of runs names all of them."));
+      return panel.open || panel.showModal();
+    }
     const command = value("command", i).replaceAll("RUN_ID", run_id);
     const parts = settings.map(([name, read]) => [name, read(i)]).filter(([, text]) => text !== null)
       .flatMap(([name, text]) => settled(name, parsed(text)));
@@ -295,8 +298,9 @@ function start(study) {
   });
   panel.addEventListener("click", (event) => { if (event.target === panel) panel.close(); });
   function follow() {
-    if (location.hash.startsWith("#run=")) open(decodeURIComponent(location.hash.slice(5)));
-    else if (panel.open) panel.close();
+    if (!location.hash.startsWith("#run=")) return panel.open && panel.close();
+    const asked = location.hash.slice(5);
+    try { open(decodeURIComponent(asked)); } catch (error) { if (error instanceof URIError) open(asked); else throw error; }
   }
   addEventListener("hashchange", follow);
   by("table").hidden = false;
