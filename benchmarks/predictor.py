@@ -872,12 +872,14 @@ def _study_text(runs: list[dict[str, Any]]) -> list[str]:
 
 def _speed_text(found: dict[str, Any], cores: int) -> str:
     cold = found["cold_seconds"]
+    slow = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found["cold_seconds_slow"].items())
     return (
         f"On one of {cores} cores, in processor time, imports apart (torch, transformers and peft: "
         f"{found['import_seconds']:.1f} s): a first "
         f"prediction takes {statistics.median(cold.values()):.1f} s in the median and "
         f"{found['cold_seconds_worst']:.1f} s at most over {len(cold)} models and recipes, for "
-        f"{max(cold, key=lambda name: cold[name])} (aim: 3 s); one whose trace is kept "
+        f"{max(cold, key=lambda name: cold[name])} (aim: 3 s; missed where many layers differ from each other, or loop "
+        f"over the context: {slow}); one whose trace is kept "
         f"{1000 * found['cached_on_disk_seconds_worst']:.1f} ms from disk and "
         f"{1000 * found['cached_seconds_worst']:.1f} ms from memory at most; {found['batch_rows']:,} rows of one model "
         f"{found['batch_seconds']:.1f} s. The predictor's peak memory is {found['peak_rss_gib']:.2f} GiB."
@@ -920,9 +922,10 @@ def markdown(document: dict[str, Any]) -> str:
         ),
         "Looked at, and what for: " + "; ".join(f"{source} ({what})" for source, what in LOOKED_AT.items())
         + ". Held out are the other sources: nothing was changed because of their errors. After these were seen, SDPA "
-        "lost a mask that a real step does not have (found by comparison with a real step), which changed theirs, too. "
-        "All tables were at hand "
-        "from the beginning, so that only a table that nobody here has seen is a test in the strict sense.",
+        "lost a mask that a real step does not have (found by comparison with a real step), and the attention of "
+        "prefix tuning grew with the square of the context (found by reading peft), which changed theirs, too. All "
+        "tables were at hand from the beginning, so that only a table that nobody here has seen is a test in the "
+        "strict sense.",
         *_contradictions(document),
         "## Does it fit?",
         "| | right | of | recall |\n|---|---|---|---|\n" + "\n".join(
