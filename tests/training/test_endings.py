@@ -172,11 +172,11 @@ def test_host_oom_by_a_memory_cgroup(lab: Lab, small_cgroup: Path) -> None:
 
 def test_timeout_keeps_what_was_measured(lab: Lab) -> None:
     run = slow_run(lab)
-    seconds = 20.0
+    seconds = 30.0  # of which libraries take 8 to be imported, and 20 on a busy machine
     out = launch(lab.prepare(run), "--time-limit-minutes", str(seconds / 60))
     assert out.status == 0
     assert out.record.ending.status == "timeout"
-    assert out.record.ending.reason == "time limit of 20 s reached"
+    assert out.record.ending.reason == "time limit of 30 s reached"
     assert seconds <= (out.record.duration_seconds or 0) < seconds + 10
     steps = out.first_rank["steps"]
     assert 1 < len(steps) < run.num_steps
