@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from finetune_study import techniques as registry
 from finetune_study.ratio import Repeat, ratio
@@ -53,6 +53,14 @@ class Comparison:
     run_ids: tuple[str, ...] = ()
     against: str = ""
     """Which of several things speaks against the claim here."""
+    target: str = ""
+    hardware: str = ""
+    """Empty: it is of every hardware."""
+
+    @classmethod
+    def at(cls, row: Row, what: str, speaks_for: bool | None, run_ids: tuple[str, ...], against: str = "") -> Self:
+        """One in the setting of a configuration."""
+        return cls(where(row), what, speaks_for, run_ids, against, row["target"], row["hardware"])
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def _best_balance(rows: list[Row]) -> Claim:
         interval = found.value, found.low, found.high
         what = f"{_text('time and memory', interval)} of the smallest of {len(others)} other recipes"
         claim.comparisons.append(
-            Comparison(where(group[0]), _pair_text(best, own, what), _side(interval, None, 1 + LITTLE), _ids(own, best))
+            Comparison.at(group[0], _pair_text(best, own, what), _side(interval, None, 1 + LITTLE), _ids(own, best))
         )
     return claim
 
@@ -237,7 +245,7 @@ def _pairs_claim(
         judged = judge(first, second) if _same_kind(first, second) else None
         if judged is not None:
             claim.comparisons.append(
-                Comparison(where(first), _pair_text(first, second, judged[0]), judged[1], _ids(first, second))
+                Comparison.at(first, _pair_text(first, second, judged[0]), judged[1], _ids(first, second))
             )
     return claim
 
@@ -301,7 +309,7 @@ def _mix_against_lesser(rows: list[Row]) -> Comparison | None:
     what += f" ({', '.join(r['recipe'] for r in fitting)})" if fitting else ""
     what += f", {len(unanswered)} have no outcome" if unanswered else ""
     against = "" if speaks is not False else "a lesser mix fits" if fitting else "the mix ran out of memory itself"
-    return Comparison(where(mixes[0]), what, speaks, _ids(mixes[0]), against)
+    return Comparison.at(mixes[0], what, speaks, _ids(mixes[0]), against)
 
 
 def _flash_long(rows: list[Row]) -> Claim:
@@ -342,7 +350,7 @@ def _flash_short(rows: list[Row]) -> Claim:
 def _flash_linear(rows: list[Row]) -> Claim:
     claim = Claim(
         "flash-linear",
-        "With FlashAttention-2 memory grows in proportion to the context, not with its square.",
+        "With FlashAttention-2 memory grows linearly with the context, not with its square.",
         PAPER,
         "Of the two curves through the peaks of two contexts, the straight line comes nearer to the peak of a third, "
         "longer one than the parabola does, for the largest and the smallest of at least two repeats at each.",
@@ -366,7 +374,7 @@ def _flash_linear(rows: list[Row]) -> Claim:
             else:
                 what += f"; 0 is a line and 1 a parabola: {show(share)} ({show(low)} to {show(high)})"
                 speaks = _side((share, low, high), None, 0.5)
-            claim.comparisons.append(Comparison(where(longest[-1]), what, speaks, _ids(*longest)))
+            claim.comparisons.append(Comparison.at(longest[-1], what, speaks, _ids(*longest)))
     return claim
 
 
@@ -424,7 +432,10 @@ def _checkpointing_fits(rows: list[Row]) -> Claim:
         what = f"completes in {len(rescued)} of {len(found)} configurations that ran out of memory without it"
         if rescued:
             what += f", for example {rescued[0][1]['recipe']} at {where(rescued[0][1]).partition(', ')[2]}"
-        claim.comparisons.append(Comparison(f"{target}, {hardware}", what, bool(rescued), _ids(*(rescued or found)[0])))
+        runs = _ids(*(rescued or found)[0])
+        claim.comparisons.append(
+            Comparison(f"{target}, {hardware}", what, bool(rescued), runs, target=target, hardware=hardware)
+        )
     return claim
 
 
@@ -442,7 +453,7 @@ def _lora_parameters(rows: list[Row]) -> Claim:
             share = row["trainable_parameters"] / row["total_parameters"]
             numbers = f"{row['trainable_parameters']:,} of {row['total_parameters']:,} weights"
             what = f"{row['recipe']}: {numbers}, {show(100 * share)} %"
-            claim.comparisons.append(Comparison(row["target"], what, share <= 0.01, _ids(row)))
+            claim.comparisons.append(Comparison(row["target"], what, share <= 0.01, _ids(row), target=row["target"]))
     return claim
 
 
@@ -462,7 +473,7 @@ def _lora_memory(rows: list[Row]) -> Claim:
             best[key] = found, first, second
     for found, first, second in best.values():
         what = _pair_text(first, second, _text("memory", found), f"a saving of {show(100 * (1 - found[0]))} %")
-        claim.comparisons.append(Comparison(where(first), what, _side(found, None, 0.4), _ids(first, second)))
+        claim.comparisons.append(Comparison.at(first, what, _side(found, None, 0.4), _ids(first, second)))
     return claim
 
 

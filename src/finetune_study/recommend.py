@@ -2,9 +2,9 @@
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import polars as pl
 
@@ -39,8 +39,10 @@ Verdict = Literal[
 ]
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
-    "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. The fastest "
-    f"by median is named, unless one at most {LITTLE:.0%} slower takes at least {LITTLE:.0%} less peak memory.",
+    "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. Of those at "
+    f"most {LITTLE:.0%} slower by median the one is named that is known to fit in most settings of the model on this "
+    "hardware, then the one that is fastest or tied in most of them, so that the recipe changes with the setting no "
+    f"more than it must; of what is left the fastest, unless one takes at least {LITTLE:.0%} less peak memory.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
     f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
     f"{MIN_REPEATS} completed runs, too, and no other one that merely ran out of time.",
@@ -154,17 +156,26 @@ class Versus(Section):
         return f"{self.recipe} × {ratio}, {low} to {high}"
 
 
-class Recommendation(Section):
-    """The fastest recipe that fits in one setting, and what that rests on."""
+class OfPair(Section):
+    """What is said of a target on some hardware."""
 
     target: str
     hardware: str
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.target, self.hardware
+
+
+class Recommendation(OfPair):
+    """The fastest recipe that fits in one setting, and what that rests on."""
+
     num_gpus: int
     nodes: int
     sequence_length: int
     verdict: Verdict
     recipe: str | None
-    """The fastest by median, in a tie one nearly as fast that takes much less memory; null where none can be named."""
+    """The fastest by median, in a tie one nearly as fast (`VERDICTS`); null where none can be named."""
     per_device_train_batch_size: int | None
     tied_with: list[str]
     """The others of a tie, the fastest by median first."""
@@ -201,7 +212,7 @@ class Recommendation(Section):
 
     @property
     def fastest(self) -> Evidence | None:
-        """The evidence of the fastest by median: in a tie another one may be named, for its memory."""
+        """The evidence of the fastest by median: in a tie another one may be named."""
         named = [one for one in map(self.evidence_of, (self.recipe, *self.tied_with)) if one is not None]
         return min(named, key=lambda one: one.step_time_seconds_median or float("inf"), default=None)
 
@@ -228,11 +239,9 @@ class Elsewhere(Section):
     settled_by: list[str]
 
 
-class Default(Section):
+class Default(OfPair):
     """The default recipe of a target on some hardware: the fastest that fits on most GPUs at the shortest context."""
 
-    target: str
-    hardware: str
     recommendation: Recommendation
     """In the setting that the default is chosen in."""
     fits_in: int
@@ -254,7 +263,20 @@ def recommend(comparisons: pl.DataFrame, given_up: Mapping[str, int] | None = No
     """
     needed = comparisons.select(*table.SETTING, *Evidence.model_fields)
     groups = needed.group_by(table.SETTING, maintain_order=True)
-    return [_setting(group.to_dicts(), given_up or {}) for _, group in groups]
+    found = [_setting(group.to_dicts(), given_up or {}) for _, group in groups]
+    pairs = by_pair(found)
+    counts = {
+        pair: _Counts.of_settings(group) for pair, group in pairs.items() if any(one.verdict == "tie" for one in group)
+    }
+    return [_named(one, counts[one.pair]) if one.verdict == "tie" else one for one in found]
+
+
+def by_pair(recommendations: Iterable[Recommendation]) -> dict[tuple[str, str], list[Recommendation]]:
+    """The settings of each target on each hardware."""
+    groups: dict[tuple[str, str], list[Recommendation]] = {}
+    for one in recommendations:
+        groups.setdefault(one.pair, []).append(one)
+    return groups
 
 
 def of_cells(cells: pl.DataFrame, config: Config) -> tuple[pl.DataFrame, list[Recommendation]]:
@@ -289,10 +311,7 @@ def _lines(sections: Iterable[Section]) -> str:
 
 def defaults(recommendations: list[Recommendation]) -> list[Default]:
     """The default of every target on every hardware, in the order of the recommendations."""
-    groups: dict[tuple[str, str], list[Recommendation]] = {}
-    for one in recommendations:
-        groups.setdefault((one.target, one.hardware), []).append(one)
-    return [_default(group) for group in groups.values()]
+    return [_default(group) for group in by_pair(recommendations).values()]
 
 
 def no_such_pair(target: str, hardware: str, pairs: Iterable[tuple[str, str]]) -> StudyError:
@@ -455,27 +474,67 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
         return "too_few_data", [best], f"{numbers}. {why}.{beside}", versus
     tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
     if tied:
-        named = _least_memory([best, *tied])
-        return "tie", named, f"{numbers}. {_tie(best, tied, versus)} {_taken(named[0], best)}{beside}", versus
+        return "tie", [best, *tied], f"{numbers}. {_tie(best, tied, versus)}{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
 
 
-def _least_memory(tied: list[Evidence]) -> list[Evidence]:
-    """The recipes of a tie, the fastest by median first; then with the one first that is named.
+class _Counts(NamedTuple):
+    """In how many settings of a target on some hardware each recipe is ..."""
 
-    Where times are alike, much less memory decides; else the fastest stays. A wide interval holds much slower ones,
-    too: those are tied for want of data, and not taken for their memory.
+    fits: Counter[str]
+    """... known to fit."""
+    fastest: Counter[str]
+    """... the fastest by median, or tied with it."""
+    of: int
+
+    @classmethod
+    def of_settings(cls, group: list[Recommendation]) -> "_Counts":
+        return cls(
+            Counter(evidence.recipe for one in group for evidence in one.evidence if evidence.fits),
+            Counter(recipe for one in group for recipe in (one.recipe, *one.tied_with) if recipe),
+            len(group),
+        )
+
+
+def _named(tie: Recommendation, counts: _Counts) -> Recommendation:
+    """A tie whose recipe is the one to name (`VERDICTS`), and why.
+
+    A wide interval holds much slower ones, too: those are tied for want of data, and not named.
     """
-    fastest = tied[0]
-    slowest = (fastest.step_time_seconds_median or float("inf")) * (1 + LITTLE)
-    most = (fastest.peak_memory_gib_median or float("inf")) * (1 - LITTLE)
+    tied = [one for one in map(tie.evidence_of, (tie.recipe, *tie.tied_with)) if one is not None]
+    slowest = (tied[0].step_time_seconds_median or float("inf")) * (1 + LITTLE)
+    near = [one for one in tied if (one.step_time_seconds_median or 0) <= slowest]
+    why: list[str] = []
+    for number, what in ((counts.fits, "fits"), (counts.fastest, "is the fastest or tied")):
+        most = max(number[one.recipe] for one in near)
+        if any(number[one.recipe] < most for one in near):
+            near = [one for one in near if number[one.recipe] == most]
+            why.append(f"{what} in most settings, {most} of {counts.of}")
+    chosen = _least_memory(near)
+    gib = f", {show(chosen.peak_memory_gib_median, 'GiB')}" if chosen.peak_memory_gib_median is not None else ""
+    if chosen is not near[0]:
+        why.append(f"takes least memory{gib}")
+    elif not why:
+        why.append(f"is the fastest by median, and none takes {LITTLE:.0%} less memory{gib}")
+    return tie.model_copy(
+        update={
+            "recipe": chosen.recipe,
+            "per_device_train_batch_size": chosen.per_device_train_batch_size,
+            "tied_with": [one.recipe for one in tied if one is not chosen],
+            "reason": f"{tie.reason} Of those at most {LITTLE:.0%} slower {chosen.recipe} is named: it "
+            f"{', and '.join(why)}.",
+        }
+    )
+
+
+def _least_memory(near: list[Evidence]) -> Evidence:
+    """Of recipes that are nearly as fast as each other: the first, unless another one takes much less memory."""
+    most = (near[0].peak_memory_gib_median or float("inf")) * (1 - LITTLE)
 
     def memory(one: Evidence) -> float:
         return float("inf") if one.peak_memory_gib_median is None else one.peak_memory_gib_median
 
-    lean = [one for one in tied if (one.step_time_seconds_median or 0) <= slowest and memory(one) <= most]
-    chosen = min(lean, key=memory, default=fastest)
-    return [chosen, *(one for one in tied if one is not chosen)]
+    return min((one for one in near if memory(one) <= most), key=memory, default=near[0])
 
 
 def _tie(best: Evidence, tied: list[Evidence], versus: list[Versus]) -> str:
@@ -489,16 +548,6 @@ def _tie(best: Evidence, tied: list[Evidence], versus: list[Versus]) -> str:
     )
     apart = f"The repeats scatter too much to tell {best.recipe} from {table.joined(wide)}." if wide else ""
     return " ".join(filter(None, (same, apart)))
-
-
-def _taken(chosen: Evidence, fastest: Evidence) -> str:
-    if chosen is fastest:
-        why = f"the fastest by median; none that is nearly as fast takes {LITTLE:.0%} less memory"
-    else:
-        why = f"of those at most {LITTLE:.0%} slower it takes least memory"
-    return f"{chosen.recipe} is named: {why}" + (
-        f", {show(chosen.peak_memory_gib_median, 'GiB')}." if chosen.peak_memory_gib_median is not None else "."
-    )
 
 
 def _alone(best: Evidence, others: list[Evidence]) -> tuple[Verdict, str]:

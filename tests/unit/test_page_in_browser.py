@@ -226,6 +226,9 @@ def test_one_model_at_a_time(opened: Opened) -> None:
     shown = page.locator("figure:not([hidden]) figcaption b").all_text_contents()
     assert any("llama2-13b" in title for title in shown)
     assert all("llama2-13b on v100-32gb" in title or "Which mix" in title for title in shown)
+    claims = page.locator("#claims tbody tr:not([hidden]) td:first-child").all_text_contents()
+    assert any(place.startswith("llama2-13b, v100-32gb × ") for place in claims)
+    assert all(place.startswith("llama2-13b, v100-32gb") or place == "llama2-13b" for place in claims)
 
 
 def test_the_keyboard_reaches_contents_cells_and_headings(opened: Opened) -> None:

@@ -90,7 +90,7 @@ def tied(study: Config, **recipes: tuple[tuple[float, ...], float | None]) -> li
     return records
 
 
-LEAST = "is named: of those at most 10% slower it takes least memory, 0.500 GiB."
+LEAST = "Of those at most 10% slower lora is named: it takes least memory, 0.500 GiB."
 QUICK, ALIKE, SLOW = (1.0, 1.1, 1.2), (1.02, 1.11, 1.21), (2.0, 2.1, 2.2)
 
 
@@ -101,21 +101,26 @@ QUICK, ALIKE, SLOW = (1.0, 1.1, 1.2), (1.02, 1.11, 1.21), (2.0, 2.1, 2.2)
             (0.9, 0.5, 0.7),
             "lora",
             ["full", "ia3"],
-            f"lora {LEAST}",
+            LEAST,
         ),
         (
             (0.5, 0.47, 0.7),
             "full",
             ["lora", "ia3"],
-            "full is named: the fastest by median; none that is nearly as fast takes 10% less memory, 0.500 GiB.",
+            "full is named: it is the fastest by median, and none takes 10% less memory, 0.500 GiB.",
         ),
         (
             (None, 0.5, 0.7),
             "lora",
             ["full", "ia3"],
-            f"lora {LEAST}",
+            LEAST,
         ),
-        ((None, None, None), "full", ["lora", "ia3"], "full is named: the fastest by median;"),
+        (
+            (None, None, None),
+            "full",
+            ["lora", "ia3"],
+            "full is named: it is the fastest by median, and none takes 10% less memory.",
+        ),
     ],
 )
 def test_of_a_tie_the_one_with_least_memory_is_named(
@@ -139,8 +144,33 @@ def test_of_a_tie_the_one_with_least_memory_is_named(
         f"The default should be {named} for tiny on cpu × 1 at context 128 (a tie with {others[0]} and {others[1]})."
     )
     assert sentence.support.endswith(
-        "in a tie the fastest by median, unless one nearly as fast takes much less memory."
+        "in a tie, of those nearly as fast, what fits and is fast in most settings, then what takes less memory."
     )
+
+
+def test_of_a_tie_the_one_that_fits_and_is_fast_in_most_settings_is_named(tmp_path: Path) -> None:
+    """What is tied but ends at the next context, or is slow there, is no default, however little memory it takes."""
+    grid = [{"targets": "tiny", "hardware": "cpu", "recipes": ["full", "lora", "ia3"], "sequence_length": [64, 128]}]
+    recipes = {"full": [], "lora": ["lora"], "ia3": ["ia3"]}
+    study = repeats(3, recipes=recipes, grid=grid)
+    times = {64: {"full": QUICK, "lora": ALIKE, "ia3": ALIKE}, 128: {"full": QUICK, "ia3": SLOW}}
+    records = []
+    for planned in handmade.planned(study):
+        run, at = planned.run, times[planned.run.sequence_length]
+        if run.recipe in at:
+            seconds = at[run.recipe][run.repeat - 1]
+            records.append(handmade.completed(run, seconds, seconds, seconds, host=f"node-{run.repeat}"))
+            for rank in records[-1].ranks:
+                rank["memory"] = {"peak_allocated_bytes": {"full": 3, "ia3": 2, "lora": 1}[run.recipe] * outcome.GIB}
+        else:
+            records.append(handmade.out_of_memory(run))
+    short, long = recommend.recommend(handmade.compared(study, tmp_path, *records))
+    assert (short.verdict, short.recipe, short.tied_with) == ("tie", "full", ["lora", "ia3"])
+    assert short.reason.endswith(
+        "Of those at most 10% slower full is named: it fits in most settings, 2 of 2, and is the fastest or tied in "
+        "most settings, 2 of 2."
+    )
+    assert (long.verdict, long.recipe) == ("ranked", "full")
 
 
 def test_a_wide_interval_makes_no_slow_recipe_the_default(tmp_path: Path) -> None:

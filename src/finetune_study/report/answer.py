@@ -27,7 +27,7 @@ _DOUBT: dict[Verdict, str] = {
 NOT_TOLD_APART = "not told apart from others yet"
 FASTEST = "It is the fastest that fits at the shortest context, on the most GPUs"
 ALONE = "No other recipe was planned"
-IN_A_TIE = ", and in a tie the fastest by median, unless one nearly as fast takes much less memory"
+IN_A_TIE = "; in a tie, of those nearly as fast, what fits and is fast in most settings, then what takes less memory"
 
 
 class Sentence(NamedTuple):
@@ -85,7 +85,7 @@ def _together(some: list[Default]) -> str:
     sure: dict[str, list[Default]] = {}
     for one in some:
         sure.setdefault(_doubt(one.recommendation), []).append(one)
-    return joined(_places(map(_pair, ones)) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
+    return joined(_places(one.pair for one in ones) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
 
 
 def _counted(some: list[Default]) -> str:
@@ -97,10 +97,6 @@ def _counted(some: list[Default]) -> str:
 
 def _where(one: Default) -> str:
     return f"{one.target} on {one.hardware}"
-
-
-def _pair(one: Default | Recommendation) -> tuple[str, str]:
-    return one.target, one.hardware
 
 
 def _places(pairs: Iterable[tuple[str, str]]) -> str:
@@ -196,10 +192,10 @@ def longest(recommendations: list[Recommendation]) -> dict[tuple[str, str], Long
     tried: dict[tuple[str, str], int] = {}
     for one in recommendations:
         if not all(evidence.pending for evidence in one.evidence):
-            tried[_pair(one)] = max(one.sequence_length, tried.get(_pair(one), 0))
+            tried[one.pair] = max(one.sequence_length, tried.get(one.pair, 0))
         if any(evidence.fits for evidence in one.evidence):
-            best = found.get(_pair(one), one)
-            found[_pair(one)] = min(best, one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
+            best = found.get(one.pair, one)
+            found[one.pair] = min(best, one, key=lambda at: (-at.sequence_length, at.num_gpus, at.nodes))
     # Where none can be named, as of runs that are not compared, the first that fits shows that one does.
     return {
         pair: Longest(

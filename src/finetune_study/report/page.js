@@ -64,7 +64,7 @@ function pick() {
   for (const part of document.querySelectorAll("[data-target]")) {
     const { target, hardware } = part.dataset;
     part.hidden = Boolean((picked.target.value && target && target !== picked.target.value)
-      || (picked.hardware.value && hardware !== picked.hardware.value));
+      || (picked.hardware.value && hardware && hardware !== picked.hardware.value));
   }
 }
 for (const one of Object.values(picked)) one.addEventListener("change", pick);
