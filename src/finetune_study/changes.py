@@ -1,6 +1,7 @@
 """Against an earlier study: what got better or worse beyond the noise, and what fits now that did not."""
 
 import io
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from finetune_study.cells import SCHEMA, table_column
 from finetune_study.errors import StudyError
 from finetune_study.ratio import Ratio
 from finetune_study.record import write_atomically
-from finetune_study.states import in_words
+from finetune_study.states import OPEN, in_words
 from finetune_study.table import BETWEEN, CONFIGURATION, PROVENANCE, Row, completed_everywhere, ratio_of, show
 
 ORDER = ("better", "worse", "differs", "same", "not known")
@@ -143,8 +144,10 @@ def _key(row: Row) -> tuple[Any, ...]:
 def _change(now: Row, then: Row) -> Row:
     time, memory = ratio_of(now, then, "step_time_seconds"), ratio_of(now, then, "peak_memory_gib")
     fits, fitted = completed_everywhere(now), completed_everywhere(then)
-    if not _comparable(now, then):
-        change, why = _OTHER
+    if other := _not_comparable(now, then):
+        change, why = "not known", other
+    elif _contradictory(now) or _contradictory(then):
+        change, why = "not known", f"repeats contradict each other: {_states(then)} then, {_states(now)} now"
     elif fits != fitted:
         change = "better" if fits and _answered(then) else "worse" if fitted and _answered(now) else "not known"
         why = f"{_states(then)} then, {_states(now)} now"
@@ -163,9 +166,6 @@ def _change(now: Row, then: Row) -> Row:
     }
 
 
-_OTHER = ("not known", "device, weights, data or effective batch differ: not compared")
-
-
 def _kinds(row: Row) -> list[set[str]]:
     """What is known of each of `table.PROVENANCE` of the repeats that ended, software first."""
     kinds = [kind.split(BETWEEN) for kind in row["provenance_of_ended"]]
@@ -178,11 +178,26 @@ def _software(now: Row, then: Row) -> str:
     return "not known" if not here or not there else "the same" if here == there else "differs"
 
 
-def _comparable(now: Row, then: Row) -> bool:
-    """Whether all is alike but the software, which is what may have changed between two studies.
+def _not_comparable(now: Row, then: Row) -> str:
+    """What else differs than the software, which is what may have changed between two studies; empty: nothing.
 
     What is not known of a run, as of one that ran out of memory before it read its data, is no difference."""
-    return all(len(here | there) <= 1 for here, there in zip(_kinds(now)[1:], _kinds(then)[1:], strict=True))
+    if _settings(now) != _settings(then) and None not in (_settings(now), _settings(then)):
+        return f"the recipe's techniques or their settings differ ({_settings_apart(now, then)}): not compared"
+    if any(len(here | there) > 1 for here, there in zip(_kinds(now)[1:], _kinds(then)[1:], strict=True)):
+        return "device, weights, data or effective batch differ: not compared"
+    return ""
+
+
+def _settings(row: Row) -> dict[str, dict[str, Any]] | None:
+    """Of each technique; None in a table of a version that did not keep them."""
+    found = row["technique_settings"]
+    return None if found is None else json.loads(found)
+
+
+def _settings_apart(now: Row, then: Row) -> str:
+    here, there = _settings(now) or {}, _settings(then) or {}
+    return ", ".join(name for name in {**there, **here} if here.get(name) != there.get(name))
 
 
 def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
@@ -201,8 +216,13 @@ def _by_numbers(time: Ratio | None, memory: Ratio | None) -> tuple[str, str]:
 
 
 def _answered(row: Row) -> bool:
-    """Whether something else than a forecast has said that it does not fit."""
-    return bool({*row["states"]} - {"failed", "not_run", "completed", "predicted_oom"})
+    """Whether something else than a forecast has said that it does not fit, and no repeat that it does."""
+    return row["num_completed"] == 0 and bool({*row["states"]} - {*OPEN, "predicted_oom"})
+
+
+def _contradictory(row: Row) -> bool:
+    """Some repeats completed, some did not."""
+    return row["num_completed"] > 0 and not completed_everywhere(row)
 
 
 def _states(row: Row) -> str:

@@ -15,6 +15,7 @@ from finetune_study.table import (
     completed_everywhere,
     devices,
     joined,
+    micro_batch,
     micro_batch_order,
     one_kind,
     padded,
@@ -102,7 +103,7 @@ def techniques(row: Row) -> frozenset[str]:
 
 def where(row: Row) -> str:
     place = devices(row["hardware"], row["num_gpus"], row["nodes"])
-    return f"{row['target']}, {place}, context {row['sequence_length']}"
+    return f"{row['target']}, {place}, context {row['sequence_length']}{micro_batch(row)}"
 
 
 def _settings(rows: Iterable[Row]) -> list[list[Row]]:
@@ -671,7 +672,8 @@ def _activations(
         (r for r in same if r["recipe"] == chosen["recipe"] and r["sequence_length"] == start),
         key=micro_batch_order,
     )
-    steps += [_step(f"Micro-batch {row['micro_batch']} at context {start}", row, limit) for row in larger[1:]]
+    question = f"More sequences at once, at context {start}"
+    steps += [replace(_step(question, row, limit), taken=row is chosen) for row in larger[1:]]
     return steps
 
 

@@ -338,6 +338,8 @@ class GridBlock(Section):
     per_device_train_batch_size: Annotated[list[MicroBatch], BeforeValidator(_as_list), Field(min_length=1)] = [1]
     """Micro-batch: sequences per device and forward pass. `max` is the largest that fits: each run finds it by short
     runs in its own job, guided by the forecast, among the sizes that make up the effective batch."""
+    repeats: PositiveInt | None = None
+    """Runs of each configuration of this block, as many more as a close comparison takes. Default: the protocol's."""
 
 
 class Report(Section):

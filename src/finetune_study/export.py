@@ -96,6 +96,14 @@ def choose(
     return settings[wanted] if recipe is None else _instead(settings[wanted], recipe)
 
 
+class ByHand(Recommendation):
+    """A recipe that fits and was asked for by name, instead of the recommended one."""
+
+
+def _verdict(one: Recommendation) -> str:
+    return "chosen_by_hand" if isinstance(one, ByHand) else one.verdict
+
+
 def _instead(one: Recommendation, recipe: str) -> Recommendation:
     """The recommendation with another recipe that fits in its setting."""
     found = one.evidence_of(recipe)
@@ -106,8 +114,16 @@ def _instead(one: Recommendation, recipe: str) -> Recommendation:
             given=recipe,
             allowed=", ".join(other.recipe for other in one.evidence if other.fits) or "none fits",
         )
-    size = found.per_device_train_batch_size
-    return one.model_copy(update={"recipe": recipe, "per_device_train_batch_size": size, "tied_with": []})
+    if recipe == one.recipe:
+        return one
+    chosen: dict[str, Any] = {
+        "recipe": recipe,
+        "per_device_train_batch_size": found.per_device_train_batch_size,
+        "tied_with": [],
+        "not_told_apart": [],
+        "reason": f"{recipe} was chosen by hand. {one.recipe or 'Nothing'} is recommended there: {one.reason}",
+    }
+    return ByHand(**one.model_dump() | chosen)
 
 
 def _setting(num_gpus: int, nodes: int, sequence_length: int) -> str:
@@ -230,7 +246,7 @@ def _about(run: Run, one: Recommendation) -> dict[str, Any]:
         "model": run.model.name_or_path if run.model.weights == "pretrained" else None,
         "recipe": run.recipe,
         "techniques": list(run.parsed_techniques),
-        "verdict": one.verdict,
+        "verdict": _verdict(one),
         "tied_with": one.tied_with,
         "sequence_length": run.sequence_length,
         "num_gpus": run.num_gpus,
@@ -310,7 +326,7 @@ def _readme(run: Run, one: Recommendation, files: list[str], notice: str | None)
         *([f"**{notice}**", ""] if notice else []),
         one.reason,
         "",
-        f"Verdict: {one.verdict.replace('_', ' ')}. "
+        f"Verdict: {_verdict(one).replace('_', ' ')}. "
         f"Measured: {show(best.step_time_seconds_median if best else None, 's')} "
         f"for an optimizer step of {run.training.effective_batch_size} sequences, "
         f"{show(best.peak_memory_gib_median if best else None, 'GiB')} peak memory"

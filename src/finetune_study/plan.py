@@ -25,9 +25,10 @@ def plan(config: Config) -> list[PlannedRun]:
     """Every run of the study, once, in the order of the grid; repeats outermost so that they spread over time."""
     planned: dict[str, PlannedRun] = {}
     shared = _Shared(config)
-    for repeat in range(1, config.protocol.repeats + 1):
-        for block in config.grid:
-            for one in _block(shared, block, repeat):
+    repeats = [block.repeats or config.protocol.repeats for block in config.grid]
+    for repeat in range(1, max(repeats, default=0) + 1):
+        for block, last in zip(config.grid, repeats, strict=True):
+            for one in _block(shared, block, repeat) if repeat <= last else ():
                 planned.setdefault(one.run.run_id, one)
     return list(planned.values())
 

@@ -21,7 +21,7 @@ from finetune_study.section import Section
 from finetune_study.states import OPEN, ended_without, in_words
 from finetune_study.table import show, show_ratio
 
-FORMAT = 5
+FORMAT = 6
 """Version of recommendations.json."""
 MIN_REPEATS = 3
 """Completed runs that each compared recipe needs before one is ranked above another."""
@@ -40,9 +40,12 @@ Verdict = Literal[
 VERDICTS: dict[Verdict, str] = {
     "ranked": "Fastest: the interval of its step time's ratio to every other recipe's leaves out 1.",
     "tie": "For at least one other recipe the interval of the step time's ratio to the fastest's holds 1. Of those at "
-    f"most {LITTLE:.0%} slower by median the one is named that is known to fit in most settings of the model on this "
-    "hardware, then the one that is fastest or tied in most of them, so that the recipe changes with the setting no "
-    f"more than it must; of what is left the fastest, unless one takes at least {LITTLE:.0%} less peak memory.",
+    f"most {LITTLE:.0%} slower by median, and shown to be slower than none of the tie, the one is named that fits in "
+    "more settings of the model on this hardware than the others, of the settings in which each of them has an "
+    "outcome; then the one that is the fastest or as fast in more of those, so that the recipe changes with the "
+    f"setting no more than it must; of what is left the fastest, unless one takes at least {LITTLE:.0%} less peak "
+    "memory. Another one is tied with it where the interval of their ratio holds 1 and differences of at most "
+    f"{LITTLE:.0%} alone; where it is wider, the two are not told apart yet.",
     "too_few_data": f"Fastest so far; a ranking needs {MIN_REPEATS} completed runs of each recipe, in random order, "
     f"over at least {MIN_NODES} nodes, so that the ratio has an interval; to be the only one that fits takes "
     f"{MIN_REPEATS} completed runs, too, and no other one that merely ran out of time.",
@@ -126,11 +129,12 @@ class Evidence(Section):
 
 
 class Versus(Section):
-    """The fastest recipe by median against another one."""
+    """A recipe, in a recommendation the fastest, against another one."""
 
     recipe: str
+    """The other one."""
     ratio: float
-    """Step time of this one over the fastest's."""
+    """Step time of the other one over the recipe's."""
     low: float | None
     """Lower bound of the interval of 95 %; null where nodes and recipes can't be told apart."""
     high: float | None
@@ -143,6 +147,14 @@ class Versus(Section):
     """What a ranking of these two lacks."""
     too_few: str | None
     """The same in words."""
+
+    @property
+    def is_faster(self) -> bool:
+        return self.differs and self.ratio < 1
+
+    @property
+    def is_slower(self) -> bool:
+        return self.differs and self.ratio > 1
 
     @property
     def alike(self) -> bool:
@@ -175,10 +187,14 @@ class Recommendation(OfPair):
     sequence_length: int
     verdict: Verdict
     recipe: str | None
-    """The fastest by median, in a tie one nearly as fast (`VERDICTS`); null where none can be named."""
+    """The fastest, in a tie one nearly as fast (`VERDICTS`); null where none can be named."""
     per_device_train_batch_size: int | None
+    fastest: str | None
+    """The fastest by median, or what is shown to be faster than that: what `versus` compares the others with."""
     tied_with: list[str]
-    """The others of a tie, the fastest by median first."""
+    """The others of a tie, those that the named one is shown to be faster than left out; the fastest first."""
+    not_told_apart: list[str]
+    """Of those tied, the ones of which the repeats scatter too much to tell whether the named one is as fast."""
     reason: str
     settled_by: list[str]
     """What would settle an open question: run_ids of planned runs first, then what to add."""
@@ -190,8 +206,13 @@ class Recommendation(OfPair):
 
     @property
     def alike(self) -> list[str]:
-        """Of those tied, the ones that are hardly slower by median."""
+        """Of those tied, the ones that are as fast as the named one, or nearly so."""
         return [name for name in self.tied_with if name not in self.not_told_apart]
+
+    @property
+    def as_fast(self) -> set[str]:
+        """The fastest recipe, and those as fast; empty where none can be named."""
+        return {self.fastest, *(one.recipe for one in self.versus if one.alike)} if self.fastest else set()
 
     @property
     def tie_in_words(self) -> str:
@@ -201,20 +222,9 @@ class Recommendation(OfPair):
         return "; ".join(filter(None, (same, apart)))
 
     @property
-    def not_told_apart(self) -> list[str]:
-        """Of those tied, the ones that are much slower by median: their repeats scatter too much to tell."""
-        return [one.recipe for one in self.versus if one.recipe in self.tied_with and not one.alike]
-
-    @property
     def best(self) -> Evidence | None:
         """The evidence of the recipe that is named."""
         return self.evidence_of(self.recipe)
-
-    @property
-    def fastest(self) -> Evidence | None:
-        """The evidence of the fastest by median: in a tie another one may be named."""
-        named = [one for one in map(self.evidence_of, (self.recipe, *self.tied_with)) if one is not None]
-        return min(named, key=lambda one: one.step_time_seconds_median or float("inf"), default=None)
 
 
 class Elsewhere(Section):
@@ -247,7 +257,7 @@ class Default(OfPair):
     fits_in: int
     """Settings in which the default fits."""
     fastest_in: int
-    """Settings in which it is the fastest by median, or tied with it."""
+    """Settings in which it is the fastest, or as fast."""
     of: int
     """Settings of this target on this hardware."""
     elsewhere: list[Elsewhere]
@@ -265,10 +275,12 @@ def recommend(comparisons: pl.DataFrame, given_up: Mapping[str, int] | None = No
     groups = needed.group_by(table.SETTING, maintain_order=True)
     found = [_setting(group.to_dicts(), given_up or {}) for _, group in groups]
     pairs = by_pair(found)
-    counts = {
-        pair: _Counts.of_settings(group) for pair, group in pairs.items() if any(one.verdict == "tie" for one in group)
+    standings = {
+        pair: [_Standing.of(one) for one in group]
+        for pair, group in pairs.items()
+        if any(one.verdict == "tie" for one in group)
     }
-    return [_named(one, counts[one.pair]) if one.verdict == "tie" else one for one in found]
+    return [_named(one, standings[one.pair]) if one.verdict == "tie" else one for one in found]
 
 
 def by_pair(recommendations: Iterable[Recommendation]) -> dict[tuple[str, str], list[Recommendation]]:
@@ -332,7 +344,7 @@ def _default(group: list[Recommendation]) -> Default:
         hardware=chosen.hardware,
         recommendation=chosen,
         fits_in=sum(found is not None and found.fits for _, found in there),
-        fastest_in=sum(chosen.recipe is not None and chosen.recipe in (one.recipe, *one.tied_with) for one in group),
+        fastest_in=sum(chosen.recipe in one.as_fast for one in group),
         of=len(group),
         elsewhere=[
             _elsewhere(chosen, one, found)
@@ -380,9 +392,11 @@ def _setting(rows: list[dict[str, Any]], given_up: Mapping[str, int]) -> Recomme
         verdict=verdict,
         recipe=named[0].recipe if named else None,
         per_device_train_batch_size=named[0].per_device_train_batch_size if named else None,
+        fastest=named[0].recipe if named else None,
         tied_with=[other.recipe for other in named[1:]],
+        not_told_apart=[],
         reason=reason + _beside(told, named[0] if named else None),
-        settled_by=_settled_by(verdict, evidence, versus, given_up),
+        settled_by=_settled_by(verdict, evidence, versus, named[0].recipe if named else None, given_up),
         versus=versus,
         evidence=[*evidence, *told],
     )
@@ -430,7 +444,7 @@ def _preference(option: Evidence) -> tuple[int, float]:
 
 
 def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, list[Evidence], str, list[Versus]]:
-    """Verdict, the recipe it names followed by those tied with it, the reason in a sentence, and the ratios.
+    """Verdict, the fastest recipe followed by those tied with it, the reason in a sentence, and the ratios.
 
     Args:
         evidence: each recipe at the micro-batch that counts.
@@ -459,70 +473,108 @@ def _judge(evidence: list[Evidence], mixed: list[Evidence]) -> tuple[Verdict, li
         names = ", ".join(one.recipe + (f" at micro-batch {one.micro_batch}" if sizes else "") for one in mixed)
         differ = "not all with the same software, device, weights, data and effective batch"
         return "not_comparable", [], f"{names} completed, but {differ}.{beside}", []
-    best, *rivals = sorted(fitting, key=lambda one: one.step_time_seconds_median or float("inf"))
+    best, rivals, versus = _fastest_of(fitting)
     if not rivals:
         verdict, why = _alone(best, others)
         return verdict, [best], f"{_timing(best)}{why}.{beside}", []
-    versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
     told = [_timing(best), *(_timing(one, _of(versus, one.recipe)) for one in rivals[:MAX_NAMES])]
     told += [f"{len(rivals) - MAX_NAMES} slower ones"] if len(rivals) > MAX_NAMES else []
     numbers = "; ".join(told)
+    slower = {one.recipe for one in versus if one.is_slower}
+    if despite := [one.recipe for one in rivals if one.recipe in slower and _seconds(one) < _seconds(best)]:
+        numbers += f". By the ratio {best.recipe} is faster than {_names(despite)}, although by median it is not"
     lacking = [one.too_few for one in versus if one.too_few]
     lacking += [f"No outcome yet: {_endings(pending)}"] if pending else []
     if lacking or len(versus) < len(rivals):
         why = lacking[0] if lacking else f"A ranking needs {MIN_REPEATS} runs of each"
         return "too_few_data", [best], f"{numbers}. {why}.{beside}", versus
-    tied = [rival for rival in rivals if not _of(versus, rival.recipe).differs]
+    tied = [rival for rival in rivals if not _of(versus, rival.recipe).is_slower]
     if tied:
         return "tie", [best, *tied], f"{numbers}. {_tie(best, tied, versus)}{beside}", versus
     return "ranked", [best], f"{numbers}. Every interval leaves out 1.{beside}", versus
 
 
-class _Counts(NamedTuple):
-    """In how many settings of a target on some hardware each recipe is ..."""
+def _fastest_of(fitting: list[Evidence]) -> tuple[Evidence, list[Evidence], list[Versus]]:
+    """The fastest of recipes, the others, and what they are to it where both have repeats.
 
-    fits: Counter[str]
-    """... known to fit."""
-    fastest: Counter[str]
-    """... the fastest by median, or tied with it."""
-    of: int
+    It is the first by median, unless another one is shown to be faster: on the same nodes the slower median can be the
+    faster recipe, when it ran on the slow node more often. Should each of some be shown to be slower than another one,
+    which chance allows, the first of them is taken, and is not told apart from what is shown to be faster than it.
+    """
+    order = sorted(fitting, key=_seconds)
+    best, seen = order[0], set[str]()
+    while True:
+        rivals = [one for one in order if one is not best]
+        versus = [_versus(best, rival) for rival in rivals if best.repeats and rival.repeats]
+        seen.add(best.recipe)
+        faster = min((one for one in versus if one.is_faster and one.recipe not in seen), key=_ratio_of, default=None)
+        if faster is None:
+            return best, rivals, versus
+        best = next(one for one in rivals if one.recipe == faster.recipe)
+
+
+def _seconds(one: Evidence) -> float:
+    return one.step_time_seconds_median or float("inf")
+
+
+def _ratio_of(one: Versus) -> float:
+    return one.ratio
+
+
+class _Standing(NamedTuple):
+    """What is known of the recipes in a setting."""
+
+    fits: dict[str, bool]
+    """Of those that have an outcome; that the time ran out is none."""
+    as_fast: set[str]
 
     @classmethod
-    def of_settings(cls, group: list[Recommendation]) -> "_Counts":
-        return cls(
-            Counter(evidence.recipe for one in group for evidence in one.evidence if evidence.fits),
-            Counter(recipe for one in group for recipe in (one.recipe, *one.tied_with) if recipe),
-            len(group),
-        )
+    def of(cls, one: Recommendation) -> "_Standing":
+        known = {e.recipe: e.fits for e in one.evidence if not (e.pending or e.timed_out)}
+        return cls(known, one.as_fast)
 
 
-def _named(tie: Recommendation, counts: _Counts) -> Recommendation:
+def _named(tie: Recommendation, standings: list[_Standing]) -> Recommendation:
     """A tie whose recipe is the one to name (`VERDICTS`), and why.
 
     A wide interval holds much slower ones, too: those are tied for want of data, and not named.
     """
     tied = [one for one in map(tie.evidence_of, (tie.recipe, *tie.tied_with)) if one is not None]
-    slowest = (tied[0].step_time_seconds_median or float("inf")) * (1 + LITTLE)
-    near = [one for one in tied if (one.step_time_seconds_median or 0) <= slowest]
+    slowest = _seconds(tied[0]) * (1 + LITTLE)
+    near = [tied[0]] + [
+        one
+        for one in tied[1:]
+        if _seconds(one) <= slowest and not any(_versus(one, other).is_faster for other in tied if other is not one)
+    ]
+    names = {one.recipe for one in near}
+    compared = [standing for standing in standings if names <= standing.fits.keys()]
+    settings = f"{len(compared)} {'setting' if len(compared) == 1 else 'settings'}"
     why: list[str] = []
-    for number, what in ((counts.fits, "fits"), (counts.fastest, "is the fastest or tied")):
+    for what, number in (
+        ("fits", Counter(name for there in compared for name in names if there.fits[name])),
+        ("is the fastest or as fast", Counter(name for there in compared for name in names & there.as_fast)),
+    ):
         most = max(number[one.recipe] for one in near)
-        if any(number[one.recipe] < most for one in near):
+        if fewer := [f"{one.recipe} {number[one.recipe]}" for one in near if number[one.recipe] < most]:
             near = [one for one in near if number[one.recipe] == most]
-            why.append(f"{what} in most settings, {most} of {counts.of}")
+            why.append(f"{what} in {most} of {settings} ({_names(fewer)})")
     chosen = _least_memory(near)
     gib = f", {show(chosen.peak_memory_gib_median, 'GiB')}" if chosen.peak_memory_gib_median is not None else ""
     if chosen is not near[0]:
         why.append(f"takes least memory{gib}")
     elif not why:
         why.append(f"is the fastest by median, and none takes {LITTLE:.0%} less memory{gib}")
+    versus = [_versus(chosen, other) for other in tied if other is not chosen]
+    versus = [one for one in versus if not one.is_slower]
     return tie.model_copy(
         update={
             "recipe": chosen.recipe,
             "per_device_train_batch_size": chosen.per_device_train_batch_size,
-            "tied_with": [one.recipe for one in tied if one is not chosen],
+            "tied_with": [one.recipe for one in versus],
+            "not_told_apart": [one.recipe for one in versus if not one.alike],
             "reason": f"{tie.reason} Of those at most {LITTLE:.0%} slower {chosen.recipe} is named: it "
             f"{', and '.join(why)}.",
+            "settled_by": tie.settled_by or _more_repeats(tie, chosen, versus),
         }
     )
 
@@ -618,7 +670,11 @@ def _in_blocks(first: list[str | None], second: list[str | None]) -> bool:
 
 
 def _settled_by(
-    verdict: Verdict, evidence: list[Evidence], versus: list[Versus], given_up: Mapping[str, int]
+    verdict: Verdict,
+    evidence: list[Evidence],
+    versus: list[Versus],
+    fastest: str | None,
+    given_up: Mapping[str, int],
 ) -> list[str]:
     """Runs that are planned and missing and can change the verdict, then what else to add."""
     if verdict in ("ranked", "only_one_fits", "nothing_fits"):
@@ -646,23 +702,23 @@ def _settled_by(
         steps.append("another recipe in the grid: there is nothing to compare this one with")
     short = [one.recipe for one in fitting if len(one.run_ids) < MIN_REPEATS]
     if short and len(evidence) > 1:
-        steps.append(f"protocol.repeats: {MIN_REPEATS} adds runs of {_names(short)}")
+        steps.append(f"repeats: {MIN_REPEATS}, in the grid or the protocol, adds runs of {_names(short)}")
     lacking: dict[Lack | None, list[str]] = defaultdict(list)
     for one in versus:
         lacking[one.lacks].append(one.recipe)
-    lonely = {*lacking["nodes"]}
+    lonely: set[str | None] = {*lacking["nodes"]}
     if lonely:
-        lonely.add(_fastest(evidence, versus))
+        lonely.add(fastest)
         steps.append(
             f"remeasure {', '.join(_last(one) for one in fitting if one.recipe in lonely)} on another node, the same "
             f"for all, so that all were on at least {MIN_NODES} (slurm.extra: --nodelist=... names it)"
         )
     if blocked := lacking["order"]:
-        steps.append(f"remeasure {_names((_fastest(evidence, versus), *blocked))} in one call, which mixes their runs")
+        steps.append(f"remeasure {_names((str(fastest), *blocked))} in one call, which mixes their runs")
     undated = [one.recipe for one in fitting if None in one.starts_of_repeats]
     if undated and lacking["starts"]:
         steps.append(f"remeasure {_names(undated)}: when they started is not known")
-    return steps or (_more_repeats(evidence, versus) if verdict == "tie" else [])
+    return steps
 
 
 def _last(one: Evidence) -> str:
@@ -678,29 +734,35 @@ def _more_time(evidence: list[Evidence]) -> list[str]:
     return [f"raise protocol.time_limit_minutes, then remeasure what ran out of time: {_names(late)}"]
 
 
-def _more_repeats(evidence: list[Evidence], versus: list[Versus]) -> list[str]:
-    """How many repeats would end a tie: an interval narrows with the root of their number.
+def _more_repeats(tie: Recommendation, named: Evidence, versus: list[Versus]) -> list[str]:
+    """How many repeats would tell the named recipe of a tie from the others: an interval narrows with their root.
 
-    It ends where the interval, about the ratio of now, leaves out 1 or holds little differences alone.
+    They do where the interval, about the ratio of now, leaves out 1 or holds little differences alone.
+
+    Args:
+        tie: the setting.
+        named: the recipe.
+        versus: it against the others that are tied with it.
     """
-    num_repeats = max(one.num_completed for one in evidence)
+    apart = [one for one in versus if not one.alike]
+    found = [named, *(other for other in map(tie.evidence_of, (one.recipe for one in apart)) if other is not None)]
+    num_repeats = max(one.num_completed for one in found)
     wanted: dict[str, int] = {}
-    for one in versus:
-        if one.low is None or one.high is None or one.differs or one.alike:
+    for one in apart:
+        if one.low is None or one.high is None:
             continue
         half, effect = (math.log(one.high) - math.log(one.low)) / 2, abs(math.log(one.ratio))
         narrow = max(effect, math.log(1 + LITTLE) - effect)
         wanted[one.recipe] = _repeats_for(narrow / half, num_repeats, one.freedom)
     if not wanted:
         return []
-    names = _names((_fastest(evidence, versus), *wanted))
-    return [f"protocol.repeats: about {max(wanted.values())} instead of {num_repeats}, of {names}"]
-
-
-def _fastest(evidence: list[Evidence], versus: list[Versus]) -> str:
-    """What all others are compared with."""
-    others = {one.recipe for one in versus}
-    return next(one.recipe for one in evidence if one.fits and one.recipe not in others)
+    repeats = max(wanted.values())
+    more = sum(repeats - one.num_completed for one in found)
+    names = [one.recipe + (f" (micro-batch {one.micro_batch})" if one.micro_batch != "1" else "") for one in found]
+    return [
+        f"another block in the grid, for this setting alone, with repeats: {repeats} and the recipes {_names(names)}: "
+        f"{table.runs(more)} more, about what it takes"
+    ]
 
 
 def _names(recipes: Sequence[str]) -> str:

@@ -226,10 +226,10 @@ def _state(document: Document) -> str:
 def _gpu_hours(study: Study, runs: Mapping[str, Document], left: Iterable[str]) -> tuple[float, float | None]:
     """GPU-hours that the last tries took, and what the runs that are left may take.
 
-    The latter is the mean of runs of the same kind, else what the forecast says of the run, else the mean of all.
+    The latter is the mean of its repeats, else what the forecast says of the run, else the mean of all.
     """
     used = 0.0
-    by_kind: dict[tuple[str, str, int, int], list[float]] = {}
+    of_repeats: dict[tuple[Any, ...], list[float]] = {}
     for run_id, document in runs.items():
         if document is None or document.duration_seconds is None:
             continue
@@ -237,18 +237,20 @@ def _gpu_hours(study: Study, runs: Mapping[str, Document], left: Iterable[str]) 
         hours = document.duration_seconds * run.num_gpus / 3600
         used += hours
         if isinstance(document, record.Record):
-            by_kind.setdefault(_kind(run), []).append(hours)
-    every = [hours for values in by_kind.values() for hours in values]
+            of_repeats.setdefault(_configuration(run), []).append(hours)
+    every = [hours for values in of_repeats.values() for hours in values]
     expected = []
     for run in map(study.run, left):
         predicted = study.predicted_cost(run.run_id)[0]
-        like = by_kind.get(_kind(run)) or ([predicted] if predicted is not None else every)
+        like = of_repeats.get(_configuration(run)) or ([predicted] if predicted is not None else every)
         expected.append(sum(like) / len(like) if like else None)
     return used, None if None in expected else sum(filter(None, expected))
 
 
-def _kind(run: Run) -> tuple[str, str, int, int]:
-    return run.target, run.hardware.name, run.num_gpus, run.nodes
+def _configuration(run: Run) -> tuple[Any, ...]:
+    """What repeats have in common; runs of other contexts or recipes may take many times as long."""
+    size = run.per_device_train_batch_size
+    return run.target, run.hardware.name, run.num_gpus, run.nodes, run.sequence_length, size, run.recipe
 
 
 def read_ledger(path: Path) -> tuple[list[Submitted], list[str]]:

@@ -62,6 +62,7 @@ COLUMNS: dict[str, tuple[type[pl.DataType] | pl.DataType, str]] = {
     "step_time_seconds_repeats": (pl.List(pl.Float64), "Median step time of each completed repeat, seconds."),
     "peak_memory_gib_repeats": (pl.List(pl.Float64), "Peak memory of each completed repeat, GiB."),
     "techniques": (pl.String, "Techniques of the recipe with the defaults filled in."),
+    "technique_settings": (pl.String, "Each of them with its settings, JSON."),
     "trainable_parameters": (pl.Int64, "Weights that are trained."),
     "total_parameters": (pl.Int64, "All weights."),
     "tokens_per_second_per_gpu_median": (pl.Float64, "Median over the repeats, positions per second and device."),
@@ -180,6 +181,14 @@ def micro_batch_order(row: Row) -> int:
     return 0 if row["micro_batch"] == "max" else int(row["micro_batch"])
 
 
+def micro_batch(row: Row) -> str:
+    """For a reader, to follow a setting or a recipe; empty where it is one sequence, as by default."""
+    found = row["per_device_train_batch_size"]
+    asked = "the largest micro-batch that fits" if row["micro_batch"] == "max" else f"micro-batch {row['micro_batch']}"
+    known = f", {found}" if row["micro_batch"] == "max" and found else ""
+    return "" if row["micro_batch"] == "1" else f", {asked}{known}"
+
+
 def devices(hardware: str, num_gpus: int, nodes: int) -> str:
     """For a reader; the number of nodes where there are several."""
     return f"{hardware} {TIMES} {count(num_gpus, nodes)}"
@@ -280,6 +289,7 @@ def _over_repeats(cells: pl.DataFrame) -> pl.DataFrame:
         step_time_seconds_repeats=pl.col("step_time_seconds_median").filter(timed),
         peak_memory_gib_repeats=peak_memory().filter(timed),
         techniques=pl.col("techniques").first(),
+        technique_settings=pl.col("settings").drop_nulls().first().str.json_path_match("$.techniques"),
         is_packed=pl.col("techniques").first().str.split("+").list.contains(Packing.name),
         trainable_parameters=pl.col("trainable_parameters").max(),
         total_parameters=pl.col("total_parameters").max(),

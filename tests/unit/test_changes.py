@@ -11,6 +11,7 @@ from tests.unit import handmade
 
 STUDY = handmade.study(protocol={"num_untimed_steps": 1, "num_timed_steps": 3, "repeats": 3})
 RUNS = handmade.runs(STUDY)
+OTHER_DATA = ("not known", "device, weights, data or effective batch differ: not compared")
 
 
 def timed(recipe: str, *seconds: float, used: float = 0.5, software: str = "a" * 64) -> list[Record]:
@@ -57,6 +58,34 @@ def test_faster_with_more_memory_is_neither(tmp_path: Path) -> None:
     )
 
 
+def test_repeats_that_contradict_each_other_are_neither_better_nor_worse(tmp_path: Path) -> None:
+    then = [*timed("full", 1.0, 1.01), handmade.out_of_memory(RUNS["full", 3])]
+    now = timed("full", 1.0, 1.01, 1.02)
+    for number, (new, old) in enumerate([(now, then), (then, now), (then, then)]):
+        change, why = compared(tmp_path / str(number), new, old)["full"]
+        assert change == "not known"
+        assert why.startswith("repeats contradict each other: ")
+
+
+def test_a_recipe_that_was_defined_otherwise_is_not_compared(tmp_path: Path) -> None:
+    """Its name is the same; what differs is said. Where the earlier table does not tell, it is not held against it."""
+    recipes = {"full": [], "lora": {"lora": {"r": 4}}}
+    other = handmade.study(protocol=STUDY.protocol.model_dump(), recipes=recipes)
+    runs = handmade.runs(other)
+    now = outcomes(tmp_path / "now", *timed("lora", 1.0, 1.01, 1.02))
+    earlier = [
+        handmade.completed(runs["lora", number], 2.0 + number / 100, host=f"node-{number}") for number in (1, 2, 3)
+    ]
+    then = outcomes(tmp_path / "then", *earlier, config=other)
+    (one,) = changes.of_files(now, then).changed
+    assert (one["change"], one["why"]) == (
+        "not known",
+        "the recipe's techniques or their settings differ (lora): not compared",
+    )
+    pl.read_parquet(then).drop("settings").write_parquet(then)
+    assert changes.of_files(now, then).changed[0]["change"] == "better"
+
+
 def test_a_few_bytes_more_are_no_change(tmp_path: Path) -> None:
     """Memory hardly varies from run to run, so that the interval of its ratio has no width."""
     now, then = timed("full", 1.0, 1.01, 1.02, used=0.5001), timed("full", 2.0, 2.02, 2.04, used=0.5)
@@ -70,10 +99,7 @@ def test_other_data_are_not_compared_and_other_software_is(tmp_path: Path) -> No
     other_data = timed("full", 1.0, 1.01, 1.02)
     for record in other_data:
         record.environment["data"] = {"sha256": "e" * 64}
-    assert compared(tmp_path, other_data, then)["full"] == (
-        "not known",
-        "device, weights, data or effective batch differ: not compared",
-    )
+    assert compared(tmp_path, other_data, then)["full"] == OTHER_DATA
     elsewhere = timed("full", 1.0, 1.01, 1.02)
     for record in elsewhere:
         record.environment["device_name"] = "Another CPU"
@@ -170,9 +196,9 @@ def test_other_data_are_not_compared_where_something_fits_now(tmp_path: Path) ->
     assert compared(tmp_path / "b", fits, ran_out)["full"][0] == "better", "what the others read is not known"
     for record in ran_out:
         record.environment["data"] = {"sha256": "d" * 64}
-    assert compared(tmp_path, fits, ran_out)["full"] == changes._OTHER
+    assert compared(tmp_path, fits, ran_out)["full"] == OTHER_DATA
     both = [record.model_copy(update={"environment": {"data": {"sha256": "f" * 64}}}) for record in ran_out]
-    assert compared(tmp_path / "c", both, ran_out)["full"] == changes._OTHER
+    assert compared(tmp_path / "c", both, ran_out)["full"] == OTHER_DATA
 
 
 @pytest.mark.parametrize(("digest", "said"), [("a" * 64, "the same"), ("b" * 64, "differs"), (None, "not known")])

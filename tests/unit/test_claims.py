@@ -2,6 +2,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune_study import claims, recommend
 from finetune_study.claims import Claim
 from finetune_study.config import Config
@@ -332,6 +334,28 @@ def test_the_tree_ends_in_what_is_recommended(tmp_path: Path) -> None:
     short, long = recommend.recommend(compared)
     assert [walk.first[-1].row["recipe"], walk.second[-1].row["recipe"]] == [short.recipe, long.recipe]  # type: ignore[index]
     assert [step.taken for step in walk.second].count(True) == 1
+
+
+@pytest.mark.parametrize("times", [(2.0, 1.0, 1.5), (1.0, 2.0, 3.0)])
+def test_of_larger_micro_batches_the_tree_takes_the_fastest_alone(
+    tmp_path: Path, times: tuple[float, float, float]
+) -> None:
+    block = study({"full": {}}, [256]).grid[0].model_dump() | {"per_device_train_batch_size": [1, 2, 4]}
+    config = handmade.study(
+        hardware={"a100": GPU}, recipes={"full": {}}, grid=[block], training={"effective_batch_size": 8}
+    )
+    records = [
+        handmade.completed(one.run, times[int(one.run.micro_batch).bit_length() - 1])
+        for one in handmade.planned(config)
+    ]
+    rows = handmade.compared(config, tmp_path, *records).to_dicts()
+    walk = claims.walk(rows, 2, 1, 80.0)
+    larger = [step for step in walk.second if step.question == "More sequences at once, at context 256"]
+    assert [(step.row["micro_batch"], step.fits, step.taken) for step in larger if step.row] == [
+        ("2", True, times[1] == 1.0),
+        ("4", True, False),
+    ]
+    assert claims.where(rows[-1]) == "tiny, a100 × 2, context 256, micro-batch 4"
 
 
 def test_the_tree_names_no_fastest_across_software(tmp_path: Path) -> None:

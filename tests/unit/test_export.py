@@ -230,6 +230,11 @@ def test_settings_are_those_of_the_libraries(tmp_path: Path) -> None:
         exporter.choose(study, frame, "tiny", "a100", 4, None, recipe="zero2")
     lora = exporter.choose(study, frame, "tiny", "a100", 4, None, recipe="lora")
     exporter.export(study, lora, tmp_path / "export")
+    about = json.loads((tmp_path / "export" / "recipe.json").read_text())
+    assert (about["recipe"], about["verdict"]) == ("lora", "chosen_by_hand")
+    readme = (tmp_path / "export" / "README.md").read_text()
+    assert "lora was chosen by hand. full is recommended there: full " in readme
+    assert "Verdict: chosen by hand." in readme
     method = json.loads((tmp_path / "export" / "peft.json").read_text())
     assert (method["peft_type"], method["task_type"], method["r"]) == ("LORA", "CAUSAL_LM", 8)
     arguments = json.loads((tmp_path / "export" / "training_arguments.json").read_text())

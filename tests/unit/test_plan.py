@@ -25,6 +25,20 @@ def test_blocks_that_overlap_give_each_run_once(raw: Raw) -> None:
     assert len(planned(raw)) == 2
 
 
+def test_a_block_may_ask_for_repeats_of_its_own(raw: Raw) -> None:
+    """More of them for a close comparison; what two blocks have in common is one run."""
+    raw["protocol"]["repeats"] = 2
+    raw["grid"] = [raw["grid"][0], raw["grid"][0] | {"recipes": ["full"], "repeats": 4}]
+    recipes = raw["grid"][0]["recipes"]
+    assert len(recipes) > 1
+    runs = [one.run for one in planned(raw)]
+    before = [run.run_id for run in runs if run.repeat <= 2]
+    assert {run.recipe for run in runs if run.repeat > 2} == {"full"}
+    assert {run.repeat for run in runs} == {1, 2, 3, 4}
+    del raw["grid"][1]
+    assert [one.run.run_id for one in planned(raw)] == before
+
+
 def test_repeats_are_outermost(raw: Raw) -> None:
     raw["protocol"]["repeats"] = 2
     assert [one.run.repeat for one in planned(raw)] == [1, 1, 2, 2]

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import polars as pl
 import pytest
 
-from finetune_study import outcome, recommend, record, report, table
+from finetune_study import claims, outcome, recommend, record, report, table
 from finetune_study.config import Config
 from finetune_study.errors import StudyError
 from finetune_study.paths import Results
@@ -265,7 +265,7 @@ def test_a_cell_of_the_map_names_the_fastest_recipe_and_links_to_its_run(tmp_pat
         "Step time: 1.10 s (1 run)",
         "Memory: peak 0.250 GiB, of the device's 1.00 GiB",
         "Not compared: full (out of memory)",
-        "To settle it: protocol.repeats: 3 adds runs of lora",
+        "To settle it: repeats: 3, in the grid or the protocol, adds runs of lora",
     ]
 
 
@@ -589,18 +589,23 @@ def test_the_fewest_gpu_hours_are_not_named_across_software(tmp_path: Path, dige
     assert [one["choice"] for one in contents.costs] == ["the default", "fewest GPU-hours"][: 2 if digest == "a" else 1]
 
 
-@pytest.mark.parametrize("tied_with", [["full"], []])
-def test_what_is_tied_with_the_default_is_no_cheaper_choice(tmp_path: Path, tied_with: list[str]) -> None:
+def test_the_fewest_gpu_hours_are_of_what_is_recommended_there(tmp_path: Path) -> None:
+    """On one device full is a little cheaper; but lora is what the tie there names."""
     study = handmade.study(grid=[BLOCK | {"num_gpus": [1, 2]}], training=FOUR)
-    seconds = {("lora", 2): 1.01, ("full", 2): 1.0, ("lora", 1): 3.0, ("full", 1): 3.0}
+    seconds = {("lora", 2): 3.0, ("full", 2): 3.1, ("lora", 1): 1.01, ("full", 1): 1.0}
     documents = [handmade.completed(p.run, seconds[p.run.recipe, p.run.num_gpus]) for p in handmade.planned(study)]
     compared = handmade.compared(study, tmp_path, *documents)
-    recommendations = [
-        one.model_copy(update={"recipe": "lora", "tied_with": tied_with}) for one in recommend.recommend(compared)
-    ]
-    found = costs.costs(study, recommend.defaults(recommendations), compared.to_dicts())
-    wanted = [("the default", "lora")] + ([] if tied_with else [("fewest GPU-hours", "full")])
-    assert [(one["choice"], one["recipe"]) for one in found] == wanted
+    every = [one.model_copy(update={"recipe": "lora"}) for one in recommend.recommend(compared)]
+    found = costs.costs(study, recommend.defaults(every), every, compared.to_dicts())
+    assert [(one["choice"], one["recipe"], one["num_gpus"]) for one in found] == [
+        ("the default", "lora", 2), ("fewest GPU-hours", "lora", 1),
+    ]  # fmt: skip
+
+
+def test_a_table_that_is_cut_has_some_of_each_model() -> None:
+    rows = [claims.Comparison(str(n), "", None, target="b" if n >= 8 else "a", hardware="cpu") for n in range(10)]
+    assert [one.where for one in page.of_each_pair(rows, most=5)] == ["0", "1", "2", "8", "9"]
+    assert page.of_each_pair(rows, most=10) == rows
 
 
 def test_what_the_study_took_counts_the_last_try_of_failed_runs_too(tmp_path: Path) -> None:
@@ -819,8 +824,8 @@ def test_the_answer_for_many_pairs_names_them_together_and_counts_how_sure_it_is
     ]
     (first, _, _) = answer(*said(study, tmp_path, *documents))
     assert first == (
-        "The default should be lora for tiny on old and new (too few data for a ranking); full for small on new (too "
-        "few data for a ranking); none can be named for small on old (nothing that was planned fits).",
+        "The default should be lora for tiny on old and new (both too few data for a ranking); full for small on new "
+        "(too few data for a ranking); none can be named for small on old (nothing that was planned fits).",
         "It is the fastest that fits at the shortest context, on the most GPUs.",
     )
     text = " ".join(Text(built(study, tmp_path, *documents)).text.split())

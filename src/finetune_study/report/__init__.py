@@ -52,7 +52,7 @@ def gather(config: Config, cells: pl.DataFrame, options: str = "") -> page.Conte
         pairs=pairs,
         claims=claims.check(rows),
         walks=_walks(pairs, defaults),
-        costs=costs.costs(config, defaults, rows),
+        costs=costs.costs(config, defaults, recommendations, rows),
         earlier=_earlier(config, rows),
     )
 

@@ -9,7 +9,7 @@ from finetune_study.table import devices, joined, show
 
 QUESTION = "Which fine-tuning recipe should be our default, what do we add when it does not fit, and what does it cost?"
 MAX_NAMED = 4
-"""Recipes that a sentence names with their targets; of a tie, so many others."""
+"""Recipes that a sentence names with their targets, where not all pairs are listed; of a tie, so many others."""
 MAX_DETAILED = 3
 """Pairs of model and hardware of which the answer says all; of more the table below it does."""
 MAX_LISTED = 8
@@ -27,7 +27,7 @@ _DOUBT: dict[Verdict, str] = {
 NOT_TOLD_APART = "not told apart from others yet"
 FASTEST = "It is the fastest that fits at the shortest context, on the most GPUs"
 ALONE = "No other recipe was planned"
-IN_A_TIE = "; in a tie, of those nearly as fast, what fits and is fast in most settings, then what takes less memory"
+IN_A_TIE = "; in a tie, of those nearly as fast, what fits and is fast in more settings, then what takes less memory"
 
 
 class Sentence(NamedTuple):
@@ -64,8 +64,9 @@ def _default(defaults: list[Default]) -> Sentence:
     for one in named:
         groups.setdefault(str(one.recommendation.recipe), []).append(one)
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    parts = [f"{recipe} for {_these(some, len(defaults))}" for recipe, some in ranked[:MAX_NAMED]]
-    rest = len(named) - sum(len(some) for _, some in ranked[:MAX_NAMED])
+    told = ranked if len(defaults) <= MAX_LISTED else ranked[:MAX_NAMED]
+    parts = [f"{recipe} for {_these(some, len(defaults))}" for recipe, some in told]
+    rest = len(named) - sum(len(some) for _, some in told)
     others = f"; and others in {rest} more {'case' if rest == 1 else 'cases'}" if rest else ""
     none = [one for one in defaults if not one.recommendation.recipe]
     beside = f"; none can be named {_why_none(none)}" if none else ""
@@ -85,7 +86,11 @@ def _together(some: list[Default]) -> str:
     sure: dict[str, list[Default]] = {}
     for one in some:
         sure.setdefault(_doubt(one.recommendation), []).append(one)
-    return joined(_places(one.pair for one in ones) + (f" ({doubt})" if doubt else "") for doubt, ones in sure.items())
+    every = {1: "", 2: "both "}
+    return joined(
+        _places(one.pair for one in ones) + (f" ({every.get(len(ones), 'all ')}{doubt})" if doubt else "")
+        for doubt, ones in sure.items()
+    )
 
 
 def _counted(some: list[Default]) -> str:
@@ -250,9 +255,11 @@ def _cost(defaults: list[Default]) -> str:
 def _sureness(defaults: list[Default], recommendations: list[Recommendation]) -> str:
     """How many verdicts are clear, and what would settle those of the defaults that are not."""
     verdicts = Counter(one.verdict for one in recommendations)
+    apart = sum(bool(one.not_told_apart) for one in recommendations)
     counts = {
         "clear": verdicts["ranked"] + verdicts["only_one_fits"],
-        "tied": verdicts["tie"],
+        "tied": verdicts["tie"] - apart,
+        "not told apart yet": apart,
         "open for want of data": verdicts["too_few_data"] + verdicts["no_data"] + verdicts["not_comparable"],
         "open since repeats contradict each other": verdicts["contradictory"],
         "that nothing fits": verdicts["nothing_fits"],

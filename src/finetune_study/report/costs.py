@@ -7,48 +7,42 @@ import polars as pl
 
 from finetune_study import table
 from finetune_study.config import Config
-from finetune_study.recommend import Default
-from finetune_study.table import Row, completed_everywhere, show
+from finetune_study.recommend import Default, Recommendation
+from finetune_study.table import Row, show
 
 JOULES_PER_KWH = 3.6e6
 SECONDS_PER_HOUR = 3600
 
 
-def costs(config: Config, defaults: Iterable[Default], rows: Iterable[Row]) -> list[Row]:
-    """For each target on each hardware: its default, and the recipe and setting with fewest GPU-hours an epoch.
+def costs(
+    config: Config, defaults: Iterable[Default], recommendations: Iterable[Recommendation], rows: Iterable[Row]
+) -> list[Row]:
+    """For each target on each hardware: its default, and of what is recommended the one with fewest GPU-hours an epoch.
 
-    The latter among runs with the default's software, weights and data; without a default, where all have the same. It
-    is left out where it is tied with the default in the same setting.
+    The latter among runs with the default's software, weights and data; without a default, where all have the same.
 
     Args:
         config: the study, for its prices.
         defaults: one for each target and hardware.
+        recommendations: one for each setting: what it names is what it costs there.
         rows: configurations (`table.SCHEMA`).
     """
+    named = {tuple(best.run_ids): one.pair for one in recommendations if (best := one.best) is not None}
     by_pair: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if completed_everywhere(row) and row["epoch_hours_median"] is not None:
-            by_pair.setdefault((row["target"], row["hardware"]), []).append(row)
+        if (pair := named.get(tuple(row["run_ids"]))) and row["epoch_hours_median"] is not None:
+            by_pair.setdefault(pair, []).append(row)
     found: list[Row] = []
     for default in defaults:
-        group = by_pair.get((default.target, default.hardware), [])
+        group = by_pair.get(default.pair, [])
         at = default.recommendation
-        chosen = [
-            r
-            for r in group
-            if (r["num_gpus"], r["nodes"], r["sequence_length"], r["recipe"], r["micro_batch"])
-            == (at.num_gpus, at.nodes, at.sequence_length, at.recipe, at.best.micro_batch if at.best else None)
-        ]
-        found += [_cost(config, "the default", row) for row in chosen[:1]]
+        chosen = [r for r in group if at.best and r["run_ids"] == at.best.run_ids]
+        found += [_cost(config, "the default", row) for row in chosen]
         # A shorter context is a cheaper epoch, of fewer tokens: only settings of the default's context are compared.
         same = [r for r in group if r["sequence_length"] == at.sequence_length]
         same = [r for r in same if r["provenance"] == chosen[0]["provenance"]] if chosen else same
         cheapest = min(same, key=_gpu_hours, default=None)
-        if cheapest is None or not table.one_kind(same):
-            continue
-        there = (cheapest["num_gpus"], cheapest["nodes"]) == (at.num_gpus, at.nodes)
-        # What is tied with the default in its own setting is no other choice: the noise made it cheaper.
-        if cheapest not in chosen and not (there and cheapest["recipe"] in at.tied_with):
+        if cheapest is not None and cheapest not in chosen and table.one_kind(same):
             found.append(_cost(config, "fewest GPU-hours", cheapest))
     return found
 

@@ -93,9 +93,10 @@ def _cut(text: str) -> str:
 def _cell(one: Recommendation, limit: float) -> dict[str, Any]:
     here = {"context": one.sequence_length, "gpus": _count(one.num_gpus, one.nodes)}
     place = f"{one.target}, {devices(one.hardware, one.num_gpus, one.nodes)}, context {one.sequence_length}"
-    best = one.fastest
+    best = one.evidence_of(one.fastest)
     if best is not None:
-        sure = {"tie": "≈ ", "too_few_data": "? ", "contradictory": "? "}.get(one.verdict, "")
+        doubt = bool(one.not_told_apart) or one.verdict in ("too_few_data", "contradictory")
+        sure = "? " if doubt else "≈ " if one.verdict == "tie" else ""
         numbers = [show(best.step_time_seconds_median, "s"), show(best.peak_memory_gib_median, "GiB")]
         micro = best.per_device_train_batch_size or 1
         return here | {

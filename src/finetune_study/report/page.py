@@ -196,8 +196,20 @@ def _templates() -> jinja2.Environment:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"show": show, "whole": "{:,}".format, "in_words": states.in_words}
+    environment.filters |= {"micro_batch": table.micro_batch, "of_each_pair": of_each_pair}
     environment.globals |= {"devices": table.devices, "count": table.count}
     return environment
+
+
+def of_each_pair(comparisons: list[claims.Comparison], most: int = MAX_ROWS) -> list[claims.Comparison]:
+    """The first ones of each model and hardware, so that a table that is cut has some of whichever is chosen."""
+    seen = Counter[tuple[str, str]]()
+    ranked: list[tuple[int, int]] = []
+    for position, one in enumerate(comparisons):
+        pair = one.target, one.hardware
+        ranked.append((seen[pair], position))
+        seen[pair] += 1
+    return [comparisons[position] for position in sorted(position for _, position in sorted(ranked)[:most])]
 
 
 def for_page(svg: str) -> str:
