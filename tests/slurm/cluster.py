@@ -16,6 +16,12 @@ NODES = ("a100-1", "a100-2", "v100-1", "v100-2")
 DAEMONS = ("slurmdbd", "slurmctld")
 
 
+def set_limit(account: str, limit: str) -> None:
+    """Of root in an account, in the words of sacctmgr."""
+    command = ["sacctmgr", "-i", "modify", "user", "root", "where", f"account={account}", "set", limit]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = LIMIT_SECONDS) -> Any:
     """What the condition gives, as soon as it is true; the queue and other people's processes can't be waited for."""
     until = time.monotonic() + seconds

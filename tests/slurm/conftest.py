@@ -3,12 +3,13 @@
 import copy
 import shutil
 import subprocess
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SCRIPT, Cluster
+from tests.slurm.cluster import SCRIPT, Cluster, ask, wait_for
 from tests.slurm.place import Place
 from tests.tiny_study import TINY_STUDY
 from tests.workflow.workplace import Workplace
@@ -25,6 +26,18 @@ def cluster() -> Iterator[Cluster]:
     yield Cluster()
     if not was_up:
         subprocess.run([SCRIPT, "down"], check=True)
+
+
+@pytest.fixture
+def account(cluster: Cluster) -> Iterator[str]:
+    """An account with limits of its own."""
+    name = f"limited-{uuid.uuid4().hex[:6]}"
+    for command in (f"add account {name}", f"add user root account={name}"):
+        subprocess.run(["sacctmgr", "-i", *command.split()], check=True, capture_output=True)
+    wait_for(lambda: name in ask("scontrol", "show", "assoc_mgr", "flags=assoc"), "SLURM knows the account")
+    yield name
+    for command in (f"remove user root account={name}", f"remove account {name}"):
+        subprocess.run(["sacctmgr", "-i", *command.split()], check=False, capture_output=True)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import LIMIT_SECONDS, ask, attempts, queue, wait_for
+from tests.slurm.cluster import LIMIT_SECONDS, attempts, queue, set_limit, wait_for
 from tests.slurm.place import ALWAYS, PENDING, UNTIL_GO, Ended, Place
 
 pytestmark = [pytest.mark.slurm, pytest.mark.long]
@@ -144,22 +144,16 @@ def test_repeated_calls_finish_a_chain(place: Place) -> None:
     assert_each_ran_once(place, "first", "second", "third")
 
 
-def test_what_finds_no_room_is_left_to_a_later_call(place: Place) -> None:
+def test_what_finds_no_room_is_left_to_a_later_call(account: str, place: Place) -> None:
     """Room among Snakemake's `--jobs`, and room in the queue."""
     for number in range(3):
-        place.rule(f"job{number}", UNTIL_GO)
+        place.rule(f"job{number}", UNTIL_GO, slurm_account=account)
     narrow = place.snakemake(WHEN_SUBMITTED, jobs=1)
     (first,) = [f"job{number}" for number in range(3) if place.queued(f"job{number}")]
     assert_left(place, narrow, first)
 
-    limit = ["sacctmgr", "--immediate", "modify", "user", "root", "set"]
-    subprocess.run([*limit, "MaxSubmitJobs=2"], check=True, stdout=subprocess.DEVNULL)
-    try:
-        # One job is there: earlier tests may have left some that SLURM still counts.
-        wait_for(lambda: "MaxSubmitJobs=2(1)" in ask("scontrol", "show", "assoc_mgr"), "the first job alone is counted")
-        full = place.snakemake(WHEN_SUBMITTED)
-    finally:
-        subprocess.run([*limit, "MaxSubmitJobs=-1"], check=True, stdout=subprocess.DEVNULL)
+    set_limit(account, "MaxSubmitJobs=2")
+    full = place.snakemake(WHEN_SUBMITTED)
     assert full.status == WORK_IS_LEFT, full.output
     assert "1 more are not submitted yet. The same command goes on with them." in full.output
 

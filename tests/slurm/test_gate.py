@@ -1,14 +1,11 @@
 """What is not submitted, or not yet: canaries, works that fail alike, a budget, unfit nodes, limits of the cluster."""
 
 import re
-import subprocess
-import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import ask, queue, wait_for
+from tests.slurm.cluster import queue, set_limit, wait_for
 from tests.slurm.place import EAT_300_MB, UNTIL_GO, Place
 
 pytestmark = pytest.mark.slurm
@@ -192,23 +189,6 @@ def test_status_is_a_failure_where_it_does_not_mean_the_node(place: Place) -> No
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def account() -> Iterator[str]:
-    """An account with limits of its own."""
-    name = f"limited-{uuid.uuid4().hex[:6]}"
-    for command in (f"add account {name}", f"add user root account={name}"):
-        subprocess.run(["sacctmgr", "-i", *command.split()], check=True, capture_output=True)
-    wait_for(lambda: name in ask("scontrol", "show", "assoc_mgr", "flags=assoc"), "SLURM knows the account")
-    yield name
-    for command in (f"remove user root account={name}", f"remove account {name}"):
-        subprocess.run(["sacctmgr", "-i", *command.split()], check=False, capture_output=True)
-
-
-def set_limit(account: str, limit: str) -> None:
-    command = ["sacctmgr", "-i", "modify", "user", "root", "where", f"account={account}", "set", limit]
-    subprocess.run(command, check=True, capture_output=True)
 
 
 def test_twenty_jobs_finish_where_three_may_be_submitted(account: str, place: Place) -> None:

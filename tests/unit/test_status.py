@@ -102,6 +102,13 @@ def test_what_the_forecast_says_is_expected_of_kinds_that_were_not_measured(tmp_
     assert status.look(found, tmp_path / "none.jsonl", no_slurm).expected_gpu_hours == 5.0
 
 
+def test_a_measured_run_does_not_stand_for_another_recipe_that_has_a_forecast(tmp_path: Path) -> None:
+    found = study(tmp_path, handmade.completed(LORA, 1.0))
+    forecast = {"plan": found.plan_digest, "runs": {i: [2.5, None] for i in found.planned}}
+    found.results.forecast.write_text(json.dumps(forecast), encoding="utf-8")
+    assert status.look(found, tmp_path / "none.jsonl", no_slurm).expected_gpu_hours == 2.5
+
+
 def test_of_many_failures_the_last_are_shown_and_all_are_counted(tmp_path: Path) -> None:
     seen = status.look(study(tmp_path, handmade.failure(FULL)), tmp_path / "none.jsonl", no_slurm)
     assert "failures:" not in shown(seen)
