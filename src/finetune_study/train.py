@@ -407,7 +407,9 @@ def _optimizer_facts(trainer: Any) -> dict[str, Any]:
     """What really stepped, and what it keeps on this rank."""
     optimizers = _working_optimizers(trainer)
     names = {
-        f"{type(o).__module__}.{type(o).__qualname__}" + ("(fused)" if o.defaults.get("fused") else "")
+        f"{type(o).__module__}.{type(o).__qualname__}"
+        + ("(fused)" if o.defaults.get("fused") else "")
+        + ("(paged)" if getattr(o, "is_paged", False) else "")
         for o in optimizers
     }
     states = [

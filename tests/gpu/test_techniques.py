@@ -76,6 +76,7 @@ def test_a_technique_trains(name: str, gpu_lab: Lab, trained: Trained) -> None:
         (("bf16_pure",), "optimizer_state_dtypes", ["bfloat16"]),
         (("adamw_torch_fused",), "optimizer_class", "torch.optim.adamw.AdamW(fused)"),
         (("adamw_8bit",), "optimizer_class", "bitsandbytes.optim.adamw.AdamW"),
+        (("paged_adamw_8bit",), "optimizer_class", "bitsandbytes.optim.adamw.AdamW(paged)"),
         (("adamw_8bit",), "optimizer_state_dtypes", ["float32", "uint8"]),
         (("paged_adamw_8bit",), "optimizer_state_dtypes", ["float32", "uint8"]),
         (("flash_attention_2", "bf16"), "attention_implementation", "flash_attention_2"),

@@ -40,11 +40,11 @@ PARTNERS = {"zeropp": "zero3", "offload_param": "zero3", "offload_optimizer": "z
 EXACT = frozenset({
     "fp32", "eager", "sdpa", "gradient_checkpointing", "activation_offload",
     "ddp", "zero1", "zero2", "zero3", "zeropp", "offload_optimizer", "offload_param",
-    "adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "torch_compile",
+    "adamw_torch", "adamw_torch_fused", "torch_compile",
 })  # fmt: skip
 """They promise to change no loss."""
 
-LOW_BIT = frozenset({"adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit", "paged_adamw_8bit"})
+LOW_BIT = frozenset({"adamw_torch_8bit", "adamw_torch_4bit", "adamw_8bit"})
 """Their states are quantised."""
 
 ROUNDING = frozenset({"bf16", "bf16_pure", "fp16", "fp8"}) | LOW_BIT

@@ -47,10 +47,9 @@ def test_zero_shards_the_states(trained: Trained) -> None:
         assert max(kept) == pytest.approx(4 * TRAINED, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
-def test_eight_bit_adamw_keeps_a_byte_for_a_state(name: str, trained: Trained) -> None:
+def test_eight_bit_adamw_keeps_a_byte_for_a_state(trained: Trained) -> None:
     """But for the embedding, which Trainer keeps in 32 bit, and tensors too small for blocks."""
-    ended = trained.run({name: {}})
+    ended = trained.run({"adamw_8bit": {}})
     small = NORMS + 2 * 2 * 64 * 32  # norms, and keys and values: 64 × 32 each
     large = TRAINED - EMBEDDING - small
     dtypes, size = states(ended)
@@ -67,12 +66,6 @@ def test_under_zero_states_of_embeddings_are_in_eight_bit_too(zero: str, trained
     dtypes, size = states(trained.run({"adamw_8bit": {}, zero: {}}))
     assert "uint8" in dtypes
     assert 2 * TRAINED < size < 2.2 * TRAINED
-
-
-def test_paged_adamw_in_32_bit_is_adamw(trained: Trained) -> None:
-    ended = trained.run({"paged_adamw_32bit": {}})
-    assert states(ended) == (["float32"], 8 * TRAINED)
-    assert ended.losses == pytest.approx(trained.run().losses, rel=1e-5)
 
 
 @pytest.mark.long
@@ -123,11 +116,10 @@ def test_optimizer_in_backward_is_the_same_optimizer(trained: Trained) -> None:
     assert fused.ranks[0]["optimizer_class"] == plain.ranks[0]["optimizer_class"] == "torch.optim.adamw.AdamW"
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
-def test_optimizer_in_backward_keeps_states_of_embeddings_in_32_bit(name: str, trained: Trained) -> None:
+def test_optimizer_in_backward_keeps_states_of_embeddings_in_32_bit(trained: Trained) -> None:
     settings: dict[str, Any] = {"micro_batch": EFFECTIVE_BATCH, "training": {"max_grad_norm": 0.0}}
-    fused = trained.run({"optimizer_in_backward": {}, name: {}}, **settings)
-    plain = trained.run({name: {}}, **settings)
+    fused = trained.run({"optimizer_in_backward": {}, "adamw_8bit": {}}, **settings)
+    plain = trained.run({"adamw_8bit": {}}, **settings)
     assert states(fused) == states(plain)
     assert fused.losses == pytest.approx(plain.losses, rel=1e-4)
 

@@ -71,6 +71,7 @@ def test_what_does_not_run_on_a_cpu_is_known(lab: Lab) -> None:
     """A reason that comes or goes is seen here."""
     excluded = {str(case) for case in singles() if isinstance(case.plan(lab), str)}
     gpus_alone = {"tf32", "fp16", "flash_attention_2", "flash_attention_3", "flash_attention_4", "liger", "fsdp"}
+    gpus_alone |= {"paged_adamw_32bit", "paged_adamw_8bit"}
     assert excluded == gpus_alone
     assert excluded < set(techniques.ALL)
 

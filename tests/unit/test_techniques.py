@@ -29,6 +29,8 @@ OF_HARDWARE = {
     "flash_attention_4": {"H100", "B200"},
     "liger": {*GPUS},
     "fsdp": {*GPUS},
+    "paged_adamw_32bit": {*GPUS},
+    "paged_adamw_8bit": {*GPUS},
     "zeropp": {*GPUS},
     "optimizer_in_backward": {"A100", "L40S", "H100", "B200", "cpu"},  # a V100's default is fp16, with loss scaling
 }
@@ -149,7 +151,8 @@ def test_settings_that_came_later_are_not_in_a_dump_at_their_defaults() -> None:
 def test_offloaded_states_are_adamws_alone() -> None:
     """On a GPU DeepSpeed would put its own AdamW in the place of another optimizer, and say nothing."""
     offload: Raw = {"zero2": {}, "offload_optimizer": {}}
-    assert why_not(offload | {"adamw_torch_fused": {}}, "A100") is None
+    assert why_not(offload | {"adamw_torch": {}}, "A100") is None
+    assert "not by adamw_torch_fused" in str(why_not(offload | {"adamw_torch_fused": {}}, "A100"))
     assert "not by adamw_8bit" in str(why_not(offload | {"adamw_8bit": {}}, "A100"))
     assert why_not(offload | {"adamw_8bit": {}}, "cpu") is None
 
@@ -166,6 +169,15 @@ def test_nvme_needs_a_path_and_zero3() -> None:
             techniques.parse({"zero3": {}, name: {"device": "nvme"}})
     assert "ZeRO-3 alone" in str(why_not({"zero2": {}, "offload_optimizer": nvme}, "A100"))
     assert "libaio" in str(why_not({"zero3": {}, "offload_param": nvme}, "cpu"))
+
+
+def test_fsdp_sums_over_hosts_where_weights_are_offloaded() -> None:
+    offloaded, plain = (
+        parsed["fsdp"].training_arguments(parsed)
+        for parsed in (techniques.parse({"fsdp": {}, "offload_param": {}}), techniques.parse({"fsdp": {}}))
+    )
+    assert offloaded["ddp_backend"] == "cuda:nccl,cpu:gloo"
+    assert "ddp_backend" not in plain
 
 
 def test_groups_of_layers_and_fsdp() -> None:

@@ -44,4 +44,7 @@ class Fsdp(Technique):
             "reshard_after_forward": self.reshard_after_forward,
             "cpu_offload": "offload_param" in recipe,
         }
-        return {"fsdp": True, "fsdp_config": config}
+        # The norm of gradients on the host is summed there, which NCCL can't; accelerate chooses the same pair for it
+        # (accelerate/state.py), but from variables that transformers sets later.
+        backend = {"ddp_backend": "cuda:nccl,cpu:gloo"} if "offload_param" in recipe else {}
+        return {"fsdp": True, "fsdp_config": config, **backend}

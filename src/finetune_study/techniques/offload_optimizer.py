@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from finetune_study.config import Hardware
 
 
-ADAMW = frozenset({"adamw_torch", "adamw_torch_fused"})
-"""What DeepSpeed's AdamW for CPUs stands for."""
-
-
 class OffloadOptimizer(Technique):
     """DeepSpeed keeps optimizer states in host memory or on NVMe and updates the weights on the host."""
 
@@ -39,7 +35,7 @@ class OffloadOptimizer(Technique):
         return self
 
     def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
-        other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name not in ADAMW), None)
+        other = next((name for name, t in recipe.items() if t.kind == "optimizer" and name != "adamw_torch"), None)
         if hardware.device == "cuda" and other:
             return (
                 "DeepSpeed updates offloaded states by its own AdamW for CPUs, not by "

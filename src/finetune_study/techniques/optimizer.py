@@ -103,7 +103,17 @@ class Adamw8bit(_Bitsandbytes):
     source: ClassVar[str] = "Dettmers et al., arXiv 2110.02861"
 
 
-class PagedAdamw32bit(_Bitsandbytes):
+class _Paged(_Bitsandbytes):
+    def why_not(self, hardware: "Hardware", recipe: Recipe) -> str | None:
+        if hardware.device == "cpu":
+            return (
+                "bitsandbytes: Paged optimizers are not supported on CPU. Falling back to non-paged optimizer "
+                "behavior: use adamw_torch or adamw_8bit"
+            )
+        return super().why_not(hardware, recipe)
+
+
+class PagedAdamw32bit(_Paged):
     """bitsandbytes' AdamW with states in unified memory, which moves to the host when the device is full."""
 
     name: ClassVar[str] = "paged_adamw_32bit"
@@ -115,7 +125,7 @@ class PagedAdamw32bit(_Bitsandbytes):
     source: ClassVar[str] = "Dettmers et al., arXiv 2305.14314, section 3"
 
 
-class PagedAdamw8bit(_Bitsandbytes):
+class PagedAdamw8bit(_Paged):
     """bitsandbytes' 8-bit AdamW with states in unified memory."""
 
     name: ClassVar[str] = "paged_adamw_8bit"
