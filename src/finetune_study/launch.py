@@ -71,9 +71,6 @@ PROGRESS_SECONDS = 20.0
 ENDS_SECONDS = 30.0
 """How long other nodes may take to kill their ranks and say so."""
 
-LOST_SECONDS = 1.0
-"""By so much the news that a node's launcher is gone may be behind what the peers of its ranks say of it."""
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -322,7 +319,7 @@ class Launch:
 
     def _lost(self, member: Member, cause: str) -> Iterator[End]:
         """Ends of a node that says nothing any more, as far as its ranks wrote them down."""
-        at, ahead = time.time() - LOST_SECONDS, member.link.heard("ahead_seconds") or 0.0
+        at, ahead = time.time() - ranks.KILLED_SECONDS, member.link.heard("ahead_seconds") or 0.0
         for number in ranks.numbers_of(self.run, member.number):
             if number not in self.ends:
                 path = self.paths.rank_facts(number)

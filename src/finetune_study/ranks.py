@@ -21,6 +21,11 @@ from finetune_study.run import Run
 
 LOG_TAIL_LINES = 40
 
+KILLED_SECONDS = 5.0
+"""By so much the news of a rank that was killed may be behind what its peers say of the connection that it closed: a
+launcher on a busy node must wake first, and clocks of nodes differ. No error of a peer kills a rank: the kill is never
+the consequence."""
+
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal a process gets when its parent dies."""
 
@@ -167,7 +172,9 @@ class Ranks:
         end = told(rank.number, rank.facts_path, self._ahead)
         if end is None:
             how, said = self._death(rank)
-            end = End(rank.number, how, time.time() + self._ahead, said, facts.read(rank.facts_path), rank.killed_by_us)
+            late = KILLED_SECONDS if rank.process.returncode == -signal.SIGKILL else 0.0
+            at = time.time() + self._ahead - late
+            end = End(rank.number, how, at, said, facts.read(rank.facts_path), rank.killed_by_us)
         return end
 
     def _death(self, rank: Rank) -> tuple[str, dict[str, Any]]:

@@ -78,6 +78,15 @@ def test_rank_of_the_second_node_that_is_killed_is_named(going: Going) -> None:
     assert failure.log == str(going.paths.log_of_node(1))
 
 
+def test_rank_that_is_killed_is_named_where_its_launcher_is_late_to_say_so(going: Going) -> None:
+    going.launchers[1].send_signal(signal.SIGSTOP)
+    os.kill(going.ranks[1], signal.SIGKILL)
+    wait_for(lambda: "ended" in rank_facts(going.paths, 0), "the peer said that its connection was closed")
+    going.launchers[1].send_signal(signal.SIGCONT)
+    assert [status for status, _ in going.end()] == [1, 0]
+    assert record.read_failure(going.paths.failure).cause == "rank 1 was killed by SIGKILL and left no word"
+
+
 def test_second_node_that_is_asked_to_end_is_no_failure_of_the_run(going: Going) -> None:
     going.launchers[1].terminate()
     assert [status for status, _ in going.end()] == [1, 0]
